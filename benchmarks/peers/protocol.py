@@ -1,0 +1,115 @@
+"""What `benchmarks/train.py` and its workers say to each other, and how a worker is timed.
+
+A worker is a script beside this file, run by the interpreter of the environment that holds its library.
+Its one argument is a `Setting` as JSON. On stdin it gets a number of steps a line; after those steps it
+answers with a `Turn` as one line of JSON, and sleeps until the next line. Stdin at its end ends it.
+
+Standalone: torch and numpy only, so that it runs in both environments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+PROBE_ROWS = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One contender's task.
+
+    `data` is a .npy file of shape (batches, B, width), float32; its last batch is held out. `variant`
+    chooses between ways of one library, for example its optimizers.
+    """
+
+    width: int
+    features: int
+    k: int
+    batch: int
+    threads: int
+    seed: int
+    variant: str
+    data: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """What a worker did since its last answer.
+
+    `fvu` is the fraction of variance unexplained of held-out rows behind these steps, measured outside
+    the timed part; `peak_rss` the process's largest resident memory so far, in bytes.
+    """
+
+    steps: int
+    seconds: float
+    fvu: float
+    peak_rss: int
+
+
+class Session:
+    """A worker's side of the talk. Make it before the library is imported: it sets threads and stdout."""
+
+    def __init__(self) -> None:
+        self.setting = Setting(**json.loads(sys.argv[1]))
+        # Libraries print to stdout as they please; from here on that is stderr, and the talk has its own.
+        self._answers = os.fdopen(os.dup(1), "w", buffering=1)
+        os.dup2(2, 1)
+        torch.set_num_threads(self.setting.threads)
+        torch.manual_seed(self.setting.seed)
+        x_NBD = torch.from_numpy(np.load(self.setting.data))
+        self._x_NBD, self._probe_BD = x_NBD[:-1], x_NBD[-1, :PROBE_ROWS]
+
+    @property
+    def sample(self) -> torch.Tensor:
+        """A batch to start a dictionary from. Shape (B, D)."""
+        return self._x_NBD[0]
+
+    def batches(self, reconstruct: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Batches of shape (B, D), for as long as the orchestrator asks for steps.
+
+        Taking the next batch says that the step on the one before has ended. Where the turn is over, taking
+        it answers, and blocks until the next turn.
+
+        Args:
+            reconstruct: (B, D) to its reconstruction, for `Turn.fvu`.
+        """
+        turn = 0
+        for line in sys.stdin:
+            steps = int(line)
+            began = time.perf_counter()
+            for _ in range(steps):
+                yield self._x_NBD[turn % len(self._x_NBD)].clone()
+                turn += 1
+            seconds = time.perf_counter() - began
+            done = Turn(steps, seconds, self._fvu(reconstruct), peak_rss())
+            self._answers.write(json.dumps(dataclasses.asdict(done)) + "\n")
+
+    @torch.no_grad()
+    def _fvu(self, reconstruct: Callable[[torch.Tensor], torch.Tensor]) -> float:
+        error_BD = reconstruct(self._probe_BD) - self._probe_BD
+        centred_BD = self._probe_BD - self._probe_BD.mean(0)
+        return float(error_BD.square().sum() / centred_BD.square().sum())
+
+
+def peak_rss() -> int:
+    """Largest resident memory of this process, in bytes.
+
+    Linux's own counter where there is one: `ru_maxrss` of a child starts from that of its parent.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,75 @@
+"""Starts a local Ray for one run, or joins one that is there.
+
+A Ray that we start listens on loopback only, asks for a token that nobody else knows, has no dashboard,
+and lives in a short-named temporary folder (its sockets allow 107 characters) that goes with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from schemas.errors import BusyError
+
+OBJECT_STORE_BYTES = 128 * 2**20
+
+
+def _quiet() -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+
+
+@contextmanager
+def ray_session(address: str | None, cpus: int) -> Iterator[None]:
+    """Ray, for as long as the context is open.
+
+    Args:
+        address: An existing cluster, or None to start one here.
+        cpus: CPU slots that a local one offers.
+
+    Raises:
+        BusyError: the cluster does not answer.
+    """
+    _quiet()
+    if address is not None:
+        import ray
+
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise BusyError(
+                f"compute.address {address}: no Ray cluster answers ({str(error).splitlines()[0][:200]})",
+                "check the address and that the cluster runs, or leave compute.address out for a local Ray",
+            ) from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    import ray
+
+    folder = tempfile.mkdtemp(prefix="kb-", dir="/tmp")
+    try:
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=folder,
+        )
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)

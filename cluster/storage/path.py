@@ -1,0 +1,89 @@
+"""One path type for every place that data lives in: a folder, or a prefix in a bucket.
+
+A `StoragePath` is a value: it normalises and joins, and never touches the place it names. The verbs are
+in `objects` and `create`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from schemas.errors import ManifestError
+
+_SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+)://(.*)$", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class StoragePath:
+    """`scheme://segments`, with no doubled slash, no `.` and no `..` in it.
+
+    Build one with `StoragePath.parse`; the constructor trusts its arguments.
+    """
+
+    scheme: str
+    key: str
+
+    @classmethod
+    def parse(cls, text: str | os.PathLike[str], base: Path | None = None) -> StoragePath:
+        """Read a URL or a local path; a relative local path is taken from `base`.
+
+        Raises:
+            ManifestError: the text is empty, or a URL climbs with `..`.
+        """
+        text = os.fspath(text)
+        if not text.strip():
+            raise ManifestError("an empty path was given, expected a folder or a URL", "name a path")
+        match = _SCHEME.match(text)
+        if match is None or match[1] in ("file", "local"):
+            local = Path(match[2] if match else text).expanduser()
+            absolute = local if local.is_absolute() else (base or Path.cwd()) / local
+            return cls("file", os.path.normpath(absolute))
+        segments = [part for part in match[2].split("/") if part not in ("", ".")]
+        if ".." in segments:
+            raise ManifestError(f"the URL {text!r} climbs with '..'", "name the target directly")
+        return cls(match[1].lower(), "/".join(segments))
+
+    def __truediv__(self, part: str) -> StoragePath:
+        parts = [piece for piece in part.split("/") if piece not in ("", ".")]
+        if ".." in parts:
+            raise ValueError(f"{part!r} climbs out of {self}")
+        return StoragePath(self.scheme, "/".join([self.key.rstrip("/"), *parts]))
+
+    @property
+    def name(self) -> str:
+        """The last segment."""
+        return self.key.rsplit("/", 1)[-1]
+
+    @property
+    def parent(self) -> StoragePath:
+        """The path without its last segment."""
+        return StoragePath(self.scheme, self.key.rsplit("/", 1)[0] or "/")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the path is on this machine's file system."""
+        return self.scheme == "file"
+
+    @property
+    def local(self) -> Path:
+        """The path as a `pathlib.Path`; only for local ones."""
+        if not self.is_local:
+            raise ValueError(f"{self} is not on this machine")
+        return Path(self.key)
+
+    def relative_to(self, root: StoragePath) -> str:
+        """The key below `root`.
+
+        Raises:
+            ValueError: the path is not below `root`.
+        """
+        prefix = root.key.rstrip("/") + "/"
+        if self.scheme != root.scheme or not self.key.startswith(prefix):
+            raise ValueError(f"{self} is not below {root}")
+        return self.key[len(prefix) :]
+
+    def __str__(self) -> str:
+        return self.key if self.is_local else f"{self.scheme}://{self.key}"

@@ -1,0 +1,231 @@
+"""The command line. Heavy libraries are imported by the commands that need them, so `--help` is instant.
+
+A user's mistake is one line on stderr and an exit code (see `schemas.errors`), never a traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from jobs import manifest as manifests
+from schemas.errors import KilobasisError, ManifestError
+from schemas.layouts import METRICS, REPORT
+from schemas.manifest import Manifest
+
+if TYPE_CHECKING:
+    from jobs.plan import Plan
+    from pipeline.stage import Committed
+
+app = typer.Typer(
+    name="kilobasis",
+    help="Factorize a transformer's activations into a very overcomplete sparse basis.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ManifestPath = Annotated[Path, typer.Argument(metavar="MANIFEST", help="The YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a field; may be given several times.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.command()
+def plan(manifest: ManifestPath, set_: Overrides = None, json_: AsJson = False) -> None:
+    """Print what a run would do and what it takes. Writes nothing."""
+    _quiet()
+    from jobs import plan as planning
+    from jobs.sources import survey
+    from jobs.workspace import Workspace
+
+    parsed = manifests.load(manifest, set_ or [])
+    workspace = Workspace.of(parsed)
+    made = planning.make(parsed, workspace, survey(parsed))
+    if json_:
+        print(json.dumps(_plan_json(made), indent=1))
+    else:
+        _print_plan(made, parsed)
+    planning.refuse(made, parsed, workspace)
+
+
+@app.command()
+def run(manifest: ManifestPath, set_: Overrides = None) -> None:
+    """Run every stage that is not committed; run again to continue."""
+    _run(manifests.load(manifest, set_ or []), resume=False)
+
+
+@app.command()
+def resume(manifest: ManifestPath, set_: Overrides = None) -> None:
+    """Continue a run; refuse if there is none, or if the manifest has changed since."""
+    _run(manifests.load(manifest, set_ or []), resume=True)
+
+
+@app.command()
+def status(manifest: ManifestPath, set_: Overrides = None, json_: AsJson = False) -> None:
+    """Print how far the newest run is, from the records in the root."""
+    import dataclasses
+
+    from cluster.storage.path import StoragePath
+    from jobs import status as states
+    from jobs.plan import instances
+    from jobs.workspace import label
+
+    parsed = manifests.load(manifest, set_ or [])
+    labels = [label(stage, dictionary) for stage, dictionary in instances(parsed)]
+    found = states.read(StoragePath.parse(parsed.root), labels)
+    if json_:
+        print(json.dumps(dataclasses.asdict(found), indent=1))
+        return
+    alive = {True: "running", False: "not running", None: "on another machine"}[found.alive]
+    since = "" if found.seconds_since_event is None else f", last event {found.seconds_since_event:.0f} s ago"
+    table = Table(title=f"run {found.run}: {alive}{since}", title_justify="left")
+    for column in ("stage", "state", "done", "detail"):
+        table.add_column(column)
+    for stage in found.stages:
+        done = f"{stage.done:,} / {stage.total:,}" if stage.total else ""
+        named = [f"{name} {stage.scalars[name]:.4g}" for name in ("fvu", "l0", "dead") if name in stage.scalars]
+        table.add_row(stage.stage, stage.state, done, ", ".join([*([stage.detail] if stage.detail else []), *named]))
+    Console().print(table)
+
+
+@app.command()
+def report(manifest: ManifestPath, set_: Overrides = None, json_: AsJson = False) -> None:
+    """Print where the reports are, and the final numbers."""
+    _quiet()
+    from jobs import plan as planning
+    from jobs.sources import survey
+    from jobs.workspace import Workspace, label
+
+    parsed = manifests.load(manifest, set_ or [])
+    made = planning.make(parsed, Workspace.of(parsed), survey(parsed))
+    done: dict[str, Committed] = {}
+    for planned in made.stages:
+        if planned.folder is not None and (committed := planned.folder.committed()) is not None:
+            done[label(planned.stage, planned.dictionary)] = committed
+    missing = [f"catalog/{each.name}" for each in parsed.dictionaries if f"catalog/{each.name}" not in done]
+    if missing:
+        raise ManifestError(f"{', '.join(missing)} is not committed, so there is no report yet", "run `kilobasis run` first")
+    _print_results(parsed, done, as_json=json_)
+
+
+@app.command()
+def schema() -> None:
+    """Print the manifest's JSON Schema."""
+    print(json.dumps(Manifest.model_json_schema(), indent=1))
+
+
+def _run(parsed: Manifest, resume: bool) -> None:
+    _quiet()
+    from jobs.runner import run as run_manifest
+
+    _print_results(parsed, run_manifest(parsed, resume), as_json=False)
+
+
+def _quiet() -> None:
+    """Keep libraries from talking over our own lines."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Must be set before the first BLAS call of a process that wants the same bits every time.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def _plan_json(made: Plan) -> list[dict[str, Any]]:
+    return [
+        {
+            "stage": planned.label,
+            "action": planned.action,
+            "reason": planned.reason,
+            "folder": None if planned.folder is None else str(planned.folder.path),
+            "units": planned.estimate.units,
+            "rows": planned.estimate.rows,
+            "stored_bytes": planned.estimate.stored_bytes,
+            "objects": planned.estimate.objects,
+            "memory_bytes": planned.estimate.memory,
+            "workers": planned.estimate.workers,
+        }
+        for planned in made.stages
+    ]
+
+
+def _print_plan(made: Plan, parsed: Manifest) -> None:
+    from jobs.plan import machine_memory, size
+
+    about = "" if made.sources.corpus.exact else "~"
+    table = Table(title=f"{parsed.name} -> {parsed.root}", title_justify="left")
+    for column, justify in (("stage", "left"), ("", "left"), ("why", "left"), ("units", "right"), ("rows", "right"),
+                            ("stored", "right"), ("objects", "right"), ("memory", "right")):  # fmt: skip
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for planned in made.stages:
+        estimate = planned.estimate
+        why = planned.reason + (f"; {estimate.note}" if estimate.note else "")
+        table.add_row(
+            planned.label,
+            planned.action,
+            why,
+            f"{estimate.units:,}",
+            f"{about}{estimate.rows:,}",
+            about + size(estimate.stored_bytes),
+            f"{estimate.objects:,}",
+            f"{estimate.workers} x {size(estimate.memory)}",
+        )
+    Console().print(table)
+    limit = parsed.compute.memory or machine_memory()
+    Console().print(f"memory to use: {size(limit)}; {about}{size(sum(p.estimate.stored_bytes for p in made.stages))} in all")
+
+
+def _print_results(parsed: Manifest, done: dict[str, Committed], as_json: bool) -> None:
+    from cluster.storage.objects import read_recorded
+
+    results = {}
+    for dictionary in parsed.dictionaries:
+        evaluated, catalog = done[f"evaluate/{dictionary.name}"], done[f"catalog/{dictionary.name}"]
+        judged = json.loads(read_recorded(evaluated.path, evaluated.entry(METRICS)))
+        results[dictionary.name] = {"report": str(catalog.path / REPORT), "metrics": judged}
+    if as_json:
+        print(json.dumps({"digests": {name: each.record.digest for name, each in done.items()}, **results}, indent=1))
+        return
+    console = Console(soft_wrap=True)
+    for name, result in results.items():
+        judged = result["metrics"]
+        table = Table(title=f"dictionary {name}, held out on {judged['tokens']:,} tokens", title_justify="left")
+        shown = {"fvu": "FVU", "l0": "L0", "dead": "dead", "ce_recovered": "CE recovered", "output_cosine": "output cosine"}
+        present = [key for key in shown if any(key in judged.get(who, {}) for who in ("dictionary", "random", "pca"))]
+        table.add_column("")
+        for key in present:
+            table.add_column(shown[key], justify="right")
+        for who in ("dictionary", "pca", "random"):
+            if who in judged:
+                table.add_row(who, *(f"{judged[who][key]:.4f}" if key in judged[who] else "-" for key in present))
+        console.print(table)
+        console.print(f"report: {result['report']}", highlight=False)
+
+
+def main() -> None:
+    """The console command."""
+    try:
+        code = app(standalone_mode=False)
+    except KilobasisError as error:
+        _fail(str(error), error.exit_code)
+    except click.UsageError as error:
+        _fail(f"{error.format_message()} -> see `kilobasis --help`", 2)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("stopped -> continue with `kilobasis resume`", 75)
+    else:
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(line: str, code: int) -> None:
+    print(f"kilobasis: {line}", file=sys.stderr)
+    sys.exit(code)

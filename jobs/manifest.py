@@ -1,0 +1,180 @@
+"""Reads a manifest: YAML, `--set` overrides and environment variables, into a frozen `Manifest`.
+
+`${NAME}` and `${NAME:-default}` are expanded in `root`, `model.source` and `corpus.source`, nowhere else.
+A relative source starts at the manifest's folder, a relative root at the working directory.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from cluster.storage.path import StoragePath
+from schemas.errors import ManifestError
+from schemas.manifest import Manifest
+
+MAX_BYTES = 2**20
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+_SECRET = re.compile(r"://[^/@\s]+:[^/@\s]+@|(AKIA|ASIA)[0-9A-Z]{16}")
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which a key may stand only once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if isinstance(key, (str, int, float, bool)) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+            seen.add(key if isinstance(key, (str, int, float, bool)) else id(key_node))
+        return super().construct_mapping(node, deep)
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Manifest:
+    """Read and check a manifest.
+
+    Args:
+        path: The YAML file.
+        overrides: `a.b=value` each; the value is YAML, list items are numbered from 0.
+
+    Raises:
+        ManifestError: the file is not there, is no YAML, or is no manifest. One line, naming the field.
+    """
+    tree = _parse(path)
+    for override in overrides:
+        _override(tree, override)
+    if not isinstance(tree, dict):
+        raise ManifestError(f"{path} holds {type(tree).__name__}, expected a mapping of sections", _SCHEMA)
+    _expand(tree, path)
+    try:
+        return Manifest.model_validate(tree)
+    except ValidationError as error:
+        raise ManifestError(f"{path}: {_describe(error, tree)}", _SCHEMA) from error
+
+
+_SCHEMA = "see `kilobasis schema` for every field"
+
+
+def _parse(path: Path) -> Any:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ManifestError(f"{path} has {path.stat().st_size} bytes, a manifest has at most {MAX_BYTES}", "check the path")
+        text = path.read_text("utf-8")
+    except FileNotFoundError as error:
+        raise ManifestError(f"manifest {path} does not exist", "check the path") from error
+    except (IsADirectoryError, UnicodeDecodeError, PermissionError) as error:
+        raise ManifestError(f"manifest {path} cannot be read as text ({type(error).__name__})", "check the path") from error
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ManifestError(f"manifest {path}{where} is not YAML: {problem}", "fix the line") from error
+
+
+def _override(tree: Any, override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    keys = dotted.split(".")
+    if not equals or not all(keys):
+        raise ManifestError(f"--set {override!r} is not of the form a.b=value", "write for example --set compute.workers=4")
+    try:
+        value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ManifestError(f"--set {override!r}: the value is not YAML", "quote it") from error
+    at = tree
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(at, list):
+            if not key.isdigit() or int(key) >= len(at):
+                raise ManifestError(
+                    f"--set {override!r}: {'.'.join(keys[:depth])} has items 0 to {len(at) - 1}, not {key!r}", "number an item"
+                )
+            index: Any = int(key)
+        elif isinstance(at, dict):
+            index = key
+            if not last and at.get(key) is None:
+                at[key] = {}
+        else:
+            raise ManifestError(f"--set {override!r}: {'.'.join(keys[:depth])} is no section", _SCHEMA)
+        if last:
+            at[index] = value
+        else:
+            at = at[index]
+
+
+def _expand(tree: dict[str, Any], path: Path) -> None:
+    for keys in (("root",), ("model", "source"), ("corpus", "source")):
+        section = tree
+        for key in keys[:-1]:
+            section = section.get(key) if isinstance(section.get(key), dict) else {}
+        value = section.get(keys[-1])
+        if not isinstance(value, str):
+            continue
+        if _SECRET.search(value):
+            raise ManifestError(
+                f"{'.'.join(keys)} holds a credential, and manifests are stored with every run",
+                "leave it out; credentials come from the provider's own chain (environment, profile, role)",
+            )
+        expanded = _VARIABLE.sub(lambda match: _variable(match, ".".join(keys)), value)
+        section[keys[-1]] = _placed(expanded, keys, path)
+
+
+def _variable(match: re.Match[str], field: str) -> str:
+    found = os.environ.get(match[1], match[2])
+    if found is None:
+        raise ManifestError(f"{field} uses ${{{match[1]}}}, which is not set", f"export {match[1]}=...")
+    return found
+
+
+def _placed(value: str, keys: tuple[str, ...], path: Path) -> str:
+    if not value.strip():
+        return value
+    base = Path.cwd() if keys == ("root",) else path.resolve().parent
+    if keys == ("model", "source"):
+        # Otherwise it is a name on the hub.
+        local = base / Path(value).expanduser()
+        return str(local.resolve()) if value.startswith((".", "/", "~")) or local.is_dir() else value
+    return str(StoragePath.parse(value, base))
+
+
+def _describe(error: ValidationError, tree: Any) -> str:
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function-"))
+    rest = f" ({len(error.errors()) - 1} more)" if len(error.errors()) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = _fields(first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"{field}: unknown key; {hint}{rest}"
+    if first["type"] == "missing":
+        return f"{field}: this field is required{rest}"
+    message = first["msg"].removeprefix("Value error, ")
+    given = first.get("input")
+    shown = "" if isinstance(given, (dict, list)) or first["type"] == "value_error" else f", found {str(given)[:60]!r}"
+    return f"{field + ': ' if field else ''}{message}{shown}{rest}"
+
+
+def _fields(location: tuple[int | str, ...]) -> list[str]:
+    """Names that may stand at a place of the manifest."""
+    at: Any = Manifest
+    for part in location:
+        if isinstance(part, int) or not isinstance(at, type) or part not in at.model_fields:
+            continue
+        annotation = at.model_fields[str(part)].annotation
+        inner = [kind for kind in getattr(annotation, "__args__", ()) if isinstance(kind, type)]
+        at = next((kind for kind in [annotation, *inner] if isinstance(kind, type) and issubclass(kind, BaseModel)), at)
+    return sorted(at.model_fields)
+
+
+def canonical(manifest: Manifest) -> Mapping[str, Any]:
+    """The manifest as plain values."""
+    return manifest.model_dump(mode="json")

@@ -1,0 +1,91 @@
+"""The door that a stage gets: fans out what is not committed yet, and commits it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from cluster.pool import Pool, Rank, Resources
+from cluster.storage.create import create_or_adopt
+from cluster.storage.path import StoragePath
+from jobs.state import StageFolder, TrainingLog, peak_memory, run_unit
+from pipeline.stage import Gang, Task
+from schemas.events import Event, StageStarted, UnitCommitted
+from schemas.manifest import Compute
+from schemas.records import ObjectEntry, Unit, UnitRecord
+
+T = TypeVar("T", bound=Task)
+
+
+class StageOut:
+    """See `pipeline.stage.Out`.
+
+    Args:
+        folder: Where the stage's output goes.
+        pool: Who does the work.
+        compute: The manifest's `compute`.
+        emit: Who watches.
+    """
+
+    def __init__(self, folder: StageFolder, pool: Pool, compute: Compute, emit: Callable[[Event], None]) -> None:
+        self._folder, self._pool, self._compute, self._emit = folder, pool, compute, emit
+        self.records: dict[str, UnitRecord] = {}
+        self.peak_memory = 0
+
+    @property
+    def path(self) -> StoragePath:
+        """The stage's folder."""
+        return self._folder.path
+
+    @property
+    def stage(self) -> str:
+        """The stage's label."""
+        return self._folder.label
+
+    @property
+    def compute(self) -> Compute:
+        """The manifest's `compute`."""
+        return self._compute
+
+    def map(
+        self, fn: Callable[[T, StoragePath], Unit], tasks: Sequence[T], resources: Resources
+    ) -> dict[str, UnitRecord]:
+        """Run what is not committed; returns the records of all tasks."""
+        wanted = {task.unit for task in tasks}
+        there = [name for name in self._folder.units() if name in wanted and name not in self.records]
+        self.records |= {name: self._folder.unit(name) for name in there}
+        open_tasks = [task for task in tasks if task.unit not in self.records]
+        self.emit(StageStarted(self.stage, len(tasks) - len(open_tasks), len(tasks), str(self.path)))
+        if open_tasks:
+            work = functools.partial(run_unit, fn, self.path)
+            for index, record in self._pool.map(work, open_tasks, resources, self.emit, self.stage):
+                self.records[open_tasks[index].unit] = record
+                made = record.made
+                self.emit(UnitCommitted(self.stage, record.unit, made.rows, record.seconds, record.peak_memory))
+        return {task.unit: self.records[task.unit] for task in tasks}
+
+    def gang(
+        self, fn: Callable[[T, StoragePath, Gang], Any], task: T, world_size: int, resources: Resources
+    ) -> Any:
+        """Run a gang that keeps its checkpoints in the stage's folder."""
+        self.emit(StageStarted(self.stage, 0, 1, str(self.path)))
+        work = functools.partial(_run_rank, fn, task, self.path)
+        result, self.peak_memory = self._pool.gang(work, world_size, resources, self.emit, self.stage)
+        return result
+
+    def write(self, key: str, body: bytes) -> ObjectEntry:
+        """Create an object of the stage itself."""
+        create_or_adopt(self.path / key, body)
+        return ObjectEntry.of(key, body)
+
+    def emit(self, event: Event) -> None:
+        """Pass an event on."""
+        self._emit(event)
+
+
+def _run_rank(
+    fn: Callable[[T, StoragePath, Gang], Any], task: T, path: StoragePath, rank: Rank
+) -> tuple[Any, int]:
+    gang = Gang(rank.rank, rank.world_size, rank.init_method, rank.emit, TrainingLog(path))
+    return fn(task, path, gang), peak_memory()

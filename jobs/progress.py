@@ -1,0 +1,227 @@
+"""Readers of events: the terminal, the JSONL log and TensorBoard."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+from cluster.storage.create import create
+from cluster.storage.path import StoragePath
+from schemas import events
+from schemas.events import Event
+
+FLUSH_SECONDS = 5.0
+LINE_SECONDS = 5.0
+
+Reader = Callable[[Event], None]
+
+
+class EventLog:
+    """All events as JSON lines in `<run>/events/`, in segments that are created once, also in a bucket."""
+
+    def __init__(self, run: StoragePath) -> None:
+        self._folder = run / "events"
+        self._lines: list[str] = []
+        self._segments = 0
+        self._flushed = time.monotonic()
+
+    def __call__(self, event: Event) -> None:
+        """Note an event."""
+        line = {"time": round(time.time(), 3), "event": type(event).__name__, **dataclasses.asdict(event)}
+        self._lines.append(json.dumps(line))
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has come in since the last segment."""
+        self._flushed = time.monotonic()
+        if self._lines:
+            create(self._folder / f"{self._segments:06d}.jsonl", ("\n".join(self._lines) + "\n").encode())
+            self._segments += 1
+            self._lines = []
+
+
+class TensorBoard:
+    """Scalars of training and the pace of every stage, in `<run>/tensorboard/`."""
+
+    def __init__(self, run: StoragePath) -> None:
+        self._target = run / "tensorboard"
+        self._scratch = None if run.is_local else tempfile.TemporaryDirectory(prefix="kb-tb-")
+        self._folder = Path(self._scratch.name) if self._scratch else self._target.local
+        self._writers: dict[str, SummaryWriter] = {}
+        self._units: dict[str, int] = {}
+
+    def __call__(self, event: Event) -> None:
+        """Draw an event."""
+        if isinstance(event, events.Progress):
+            for name, value in event.scalars.items():
+                self._writer(event.stage).add_scalar(name, value, event.step)
+        elif isinstance(event, events.UnitCommitted):
+            count = self._units[event.stage] = self._units.get(event.stage, 0) + 1
+            self._writer(event.stage).add_scalar("rows_per_second", event.rows / max(event.seconds, 1e-9), count)
+            self._writer(event.stage).add_scalar("peak_memory_mib", event.peak_memory / 2**20, count)
+
+    def _writer(self, stage: str) -> SummaryWriter:
+        if stage not in self._writers:
+            self._writers[stage] = SummaryWriter(str(self._folder / stage), flush_secs=10)
+        return self._writers[stage]
+
+    def close(self) -> None:
+        """Finish the files; for a bucket, bring them there."""
+        for writer in self._writers.values():
+            writer.close()
+        if self._scratch:
+            for path in sorted(self._folder.rglob("*")):
+                if path.is_file():
+                    create(self._target / path.relative_to(self._folder).as_posix(), path.read_bytes())
+            self._scratch.cleanup()
+
+
+class Lines:
+    """One dense line per stage and interval, for logs and pipes."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._done: dict[str, tuple[int, int]] = {}
+        self._rows: dict[str, int] = {}
+        self._began: dict[str, float] = {}
+        self._told: dict[str, float] = {}
+
+    def __call__(self, event: Event) -> None:
+        """Print what is worth a line."""
+        if isinstance(event, events.StageStarted):
+            self._done[event.stage] = (event.done, event.total)
+            if event.stage not in self._began:
+                self._began[event.stage], self._rows[event.stage] = time.monotonic(), 0
+                self._print(event.stage, f"{event.done}/{event.total} units are committed" if event.done else "started")
+        elif isinstance(event, events.UnitCommitted):
+            done, total = self._done[event.stage]
+            self._done[event.stage] = (done + 1, total)
+            self._rows[event.stage] += event.rows
+            if done + 1 == total or self._due(event.stage):
+                pace = self._rows[event.stage] / max(time.monotonic() - self._began[event.stage], 1e-9)
+                self._print(event.stage, f"{done + 1}/{total} units, {pace:,.0f} rows/s")
+        elif isinstance(event, events.Progress) and (event.done >= event.total or self._due(event.stage)):
+            self._print(event.stage, _dense(event))
+        elif isinstance(event, events.WorkerLost):
+            self._print(event.stage, f"lost a worker ({event.reason}), replacing it, number {event.attempt}")
+        elif isinstance(event, events.Note):
+            self._print(event.stage, event.text)
+        elif isinstance(event, events.StageCommitted):
+            self._print(event.stage, _closing(event))
+
+    def _due(self, stage: str) -> bool:
+        now = time.monotonic()
+        if now - self._told.get(stage, 0.0) < LINE_SECONDS:
+            return False
+        self._told[stage] = now
+        return True
+
+    def _print(self, stage: str, text: str) -> None:
+        self._console.print(f"{time.strftime('%H:%M:%S')}  {stage:<20} {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+class Bars:
+    """A live bar per stage, for a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:<20}", markup=False),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[detail]}", markup=False),
+            console=console,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._rows: dict[str, int] = {}
+        self._began: dict[str, float] = {}
+        self._progress.start()
+
+    def __call__(self, event: Event) -> None:
+        """Move the bars."""
+        bar = self._progress
+        if isinstance(event, events.StageStarted):
+            if event.stage not in self._tasks:
+                self._tasks[event.stage] = bar.add_task(event.stage, total=event.total, detail="")
+                self._began[event.stage], self._rows[event.stage] = time.monotonic(), 0
+            bar.update(self._tasks[event.stage], total=event.total, completed=event.done)
+        elif isinstance(event, events.UnitCommitted):
+            self._rows[event.stage] += event.rows
+            pace = self._rows[event.stage] / max(time.monotonic() - self._began[event.stage], 1e-9)
+            bar.update(self._tasks[event.stage], advance=1, detail=f"{pace:,.0f} rows/s")
+        elif isinstance(event, events.Progress):
+            bar.update(self._tasks[event.stage], total=event.total, completed=event.done, detail=_dense(event, brief=True))
+        elif isinstance(event, events.StageCommitted):
+            if event.skipped:
+                bar.console.print(f"{event.stage}: {_closing(event)}", markup=False, highlight=False)
+            else:
+                bar.update(self._tasks[event.stage], detail=_closing(event))
+        elif isinstance(event, (events.WorkerLost, events.Note)):
+            text = event.text if isinstance(event, events.Note) else f"lost a worker ({event.reason}), replacing it"
+            bar.console.print(f"{event.stage}: {text}", markup=False, highlight=False)
+
+    def close(self) -> None:
+        """Leave the last state on the screen."""
+        self._progress.stop()
+
+
+def _dense(event: events.Progress, brief: bool = False) -> str:
+    named = {
+        "fvu": "FVU {:.4f}", "l0": "L0 {:.1f}", "dead": "dead {:.1%}", "learning_rate": "lr {:.2g}",
+        "tokens_per_second": "{:,.0f} tokens/s", "data_wait": "data wait {:.1%}",
+    }  # fmt: skip
+    shown = [text.format(event.scalars[name]) for name, text in named.items() if name in event.scalars]
+    if brief:
+        return ", ".join(shown[:3] + shown[4:5])
+    pace = event.scalars.get("tokens_per_second", 0.0)
+    eta = f", {(event.total - event.done) / pace:.0f} s left" if pace and event.done < event.total else ""
+    return f"step {event.step}, {event.done:,}/{event.total:,} tokens, " + ", ".join(shown) + eta
+
+
+def _closing(event: events.StageCommitted) -> str:
+    return "committed earlier" if event.skipped else f"committed in {event.seconds:.1f} s, digest {event.digest[:12]}"
+
+
+class Watchers:
+    """Every reader of one run. A context manager; readers are closed whatever happens."""
+
+    def __init__(self, run: StoragePath) -> None:
+        console = Console(file=sys.stderr)
+        self._log = EventLog(run)
+        self._board = TensorBoard(run)
+        self._screen: Bars | Lines = Bars(console) if console.is_terminal else Lines(console)
+
+    def __call__(self, event: Event) -> None:
+        """Tell all of them."""
+        self._log(event)
+        self._board(event)
+        self._screen(event)
+        if isinstance(event, events.StageCommitted):
+            self._log.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(self._screen, Bars):
+            self._screen.close()
+        # A full disk must not hide the error that it caused.
+        with suppress(OSError):
+            self._log.flush()
+            self._board.close()

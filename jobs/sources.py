@@ -1,0 +1,66 @@
+"""Looks at what a manifest names: the model's shape and the corpus's files, before anything is written."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+from cluster.storage import objects
+from cluster.storage.path import StoragePath
+from pipeline.sources import corpus, models
+from pipeline.stage import CorpusFacts, ModelFacts, Sources
+from pipeline.tokenize import sequences
+from schemas.errors import ManifestError
+from schemas.manifest import Manifest
+
+SAMPLE_FILES = 4
+SAMPLE_DOCUMENTS = 32
+
+
+def survey(manifest: Manifest) -> Sources:
+    """The sources as they are now.
+
+    Raises:
+        ManifestError: a model, hook point or corpus cannot be used.
+    """
+    model = models.inspect(manifest.model, manifest.harvest.hook_points)
+    return Sources(model, _corpus(manifest, model))
+
+
+def _corpus(manifest: Manifest, model: ModelFacts) -> CorpusFacts:
+    """Files with their signatures; rows are estimated from a few documents of a few files."""
+    section = manifest.corpus
+    paths = corpus.files(StoragePath.parse(section.source))
+    tokenizer = models.load_tokenizer(manifest.model, model.source, model.revision)
+    stored = {path: objects.size(path) for path in paths}
+    characters, tokens, shares = 0, 0, []
+    for path in paths[:: max(1, len(paths) // SAMPLE_FILES)][:SAMPLE_FILES]:
+        read = 0
+        for text in islice(corpus.documents(path, section.text_field), SAMPLE_DOCUMENTS):
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            tokens += sum(len(tokens_) for _, tokens_ in sequences(ids, tokenizer, section))
+            characters += len(text)
+            read += len(text)
+        shares.append(read)
+    if not characters:
+        raise ManifestError(
+            f"corpus.source {section.source} has no text in the files looked at ({len(shares)} of {len(paths)})",
+            "check corpus.text_field and the files",
+        )
+    per_character = tokens / characters
+    total = round(sum(_characters(path, size) for path, size in stored.items()) * per_character)
+    heldout = round(total * section.heldout)
+    return CorpusFacts(
+        files=tuple((str(path), objects.signature(path)) for path in paths),
+        stored_bytes=sum(stored.values()),
+        train_rows=max(1, total - heldout),
+        heldout_rows=heldout,
+        exact=False,
+    )
+
+
+# Text packs about so well; only an estimate before tokenizing.
+_RATIO = {".gz": 4.0, ".zst": 4.5, ".parquet": 2.5}
+
+
+def _characters(path: StoragePath, size: int) -> float:
+    return size * next((ratio for suffix, ratio in _RATIO.items() if path.name.endswith(suffix)), 1.0)

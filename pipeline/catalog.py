@@ -1,0 +1,430 @@
+"""catalog: what each feature does, in one pass over stored rows: statistics, top examples, an HTML report.
+
+A unit of the catalog is a unit of the harvest, read back in corpus order, so that a feature's activation
+on the tokens around an example is at hand. Each keeps its own best examples per feature; the best of all
+are picked at the end.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from pydantic import Field
+
+from cluster.pool import Resources
+from cluster.storage.create import create_or_adopt
+from cluster.storage.objects import read_recorded
+from cluster.storage.path import StoragePath
+from pipeline.activations.source import open_store
+from pipeline.dictionary.model import TopKDictionary
+from pipeline.dictionary.stored import open_dictionary
+from pipeline.report.page import render
+from pipeline.sources import models
+from pipeline.stage import Committed, Estimate, Out, Params, Sources, Task
+from pipeline.tokenize import parquet_body
+from schemas.layouts import CURVES, EXAMPLES, FEATURES, METRICS, REPORT
+from schemas.manifest import Dictionary, Manifest, Model
+from schemas.records import ObjectEntry, Outputs, Unit
+from schemas.tables import EXAMPLES as EXAMPLES_SCHEMA
+from schemas.tables import FEATURE_STATISTICS
+
+ENCODE_ROWS = 4096
+NORM_BINS = 40
+PROMOTED = 8
+
+# Measured: a worker that has imported torch, transformers, zarr and pyarrow.
+WORKER_MEMORY = 800 * 2**20
+
+STATISTICS = pa.schema(
+    [("feature", pa.int64()), ("fires", pa.int64()), ("sum", pa.float64()), ("square", pa.float64()), ("max", pa.float32())]
+)
+
+
+class CatalogParams(Params):
+    """Identity of a catalog."""
+
+    dictionary: str
+    hook_point: str
+    tokens: int
+    examples: int
+    window: int
+    report_features: int
+    model_digest: str
+    model: Model = Field(exclude=True)
+    model_source: str = Field(exclude=True)
+    model_revision: str | None = Field(exclude=True)
+
+
+class CatalogTask(Task):
+    """One unit of the harvest."""
+
+    index: int
+    harvest: Committed
+    train: Committed
+    params: CatalogParams
+
+
+class WeightsTask(Task):
+    """What the weights alone say."""
+
+    train: Committed
+    params: CatalogParams
+
+
+def params(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -> CatalogParams:
+    """See `Stage.params`."""
+    assert dictionary is not None
+    return CatalogParams(
+        dictionary=dictionary.name,
+        hook_point=dictionary.hook_point,
+        **dictionary.catalog.model_dump(),
+        model_digest=sources.model.digest,
+        model=manifest.model,
+        model_source=sources.model.source,
+        model_revision=sources.model.revision,
+    )
+
+
+def check(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -> None:
+    """Nothing to refuse that others do not refuse."""
+
+
+def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -> Estimate:
+    """See `Stage.estimate`. A worker holds one unit, its codes, and its best examples of every feature."""
+    from pipeline import harvest
+
+    assert dictionary is not None
+    width = sources.model.widths[dictionary.hook_point]
+    features = dictionary.size(width)
+    layout = harvest.store_layout(harvest.params(manifest, None, sources), sources.corpus.train_rows)
+    rows = min(layout.rows, dictionary.catalog.tokens)
+    units = -(-rows // layout.unit_rows)
+    span = 2 * dictionary.catalog.window + 1
+    examples = features * dictionary.catalog.examples * (span * 8 + 32)
+    weights = (2 * width + 1) * features * 4
+    unit = layout.unit_rows * (width * 12 + dictionary.k * 64) + ENCODE_ROWS * features * 8
+    return Estimate(
+        units=units + 1,
+        rows=rows,
+        stored_bytes=(units + 2) * examples // 2,
+        objects=3 * units + 8,
+        memory=WORKER_MEMORY + 3 * weights + unit + 4 * examples + sources.model.parameters * 8,
+        workers=manifest.compute.workers,
+    )
+
+
+def run(inputs: Mapping[str, Committed], params: CatalogParams, out: Out) -> Outputs:
+    """Collect every unit, merge, write the tables and the report."""
+    harvest, train = inputs["harvest"], inputs["train"]
+    resources = Resources(threads=out.compute.threads)
+    weights = out.map(describe_weights, [WeightsTask(unit="weights", train=train, params=params)], resources)
+    units = _spread(open_store(harvest).layout.geometry.units, open_store(harvest).layout.unit_rows, params.tokens)
+    tasks = [
+        CatalogTask(unit=f"{index:06d}", index=index, harvest=harvest, train=train, params=params) for index in units
+    ]
+    records = out.map(collect_unit, tasks, resources)
+    collected = [records[unit].made for unit in sorted(records)]
+    tokens = sum(unit.rows for unit in collected)
+    features = _features(out.path, collected, weights["weights"].made, tokens)
+    examples = _best(
+        [_table(out.path, unit.objects[1]) for unit in collected], params.examples, features.num_rows
+    )
+    written = [
+        out.write(FEATURES, parquet_body(features, 65_536)),
+        out.write(EXAMPLES, parquet_body(examples, 65_536)),
+    ]
+    report = _report(inputs, params, features, examples, collected, tokens)
+    return Outputs(
+        objects=(*written, out.write(REPORT, report)),
+        facts={"tokens": tokens, "fired": int((np.asarray(features["fires"]) > 0).sum())},
+    )
+
+
+def _spread(units: int, unit_rows: int, tokens: int) -> list[int]:
+    """As many units as the tokens allow, evenly spread over the corpus."""
+    wanted = max(1, min(units, tokens // unit_rows))
+    return sorted({int(index * units / wanted) for index in range(wanted)})
+
+
+def collect_unit(task: CatalogTask, path: StoragePath) -> Unit:
+    """Statistics and best examples of one unit of the harvest."""
+    settings = task.params
+    dictionary = open_dictionary(task.train).dictionary
+    x_ND, tokens_N, positions_N = open_store(task.harvest).unit(settings.hook_point, task.index)
+    first = open_store(task.harvest).layout.geometry.span(task.index)[0]
+    z_NK, indices_NK = _encode(dictionary, x_ND)
+    norms_N = x_ND.float().norm(dim=1)
+    order_E, starts_F = by_feature(z_NK, indices_NK, dictionary.features)
+    values_E = z_NK.reshape(-1)[order_E]
+    bodies = {
+        "statistics": parquet_body(statistics(values_E, starts_F)),
+        "examples": parquet_body(
+            _examples(order_E // z_NK.shape[1], values_E, starts_F, tokens_N, positions_N, first, settings)
+        ),
+    }
+    objects = []
+    for name, body in bodies.items():
+        key = f"{name}/{task.unit}.parquet"
+        create_or_adopt(path / key, body)
+        objects.append(ObjectEntry.of(key, body))
+    counts, edges = np.histogram(norms_N.log10().clamp(-3.0, 6.0).numpy(), bins=900, range=(-3.0, 6.0))
+    facts = {"norms": {"first": float(edges[0]), "step": 0.01, "counts": counts.tolist()}}
+    return Unit(objects=tuple(objects), rows=len(x_ND), facts=facts)
+
+
+def _encode(dictionary: TopKDictionary, x_ND: torch.Tensor) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    parts = [dictionary.encode(x_BD.float()) for x_BD in x_ND.split(ENCODE_ROWS)]
+    return torch.cat([z for z, _ in parts]).numpy(), torch.cat([indices for _, indices in parts]).numpy()
+
+
+def by_feature(
+    z_NK: npt.NDArray[np.float32], indices_NK: npt.NDArray[np.int64], features: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The code's entries that fired, sorted by feature and in corpus order below that.
+
+    Returns:
+        Flat positions of the entries in the code, and where each feature's begin. Shapes (E,), (F + 1,).
+    """
+    flat = indices_NK.reshape(-1)
+    fired = np.flatnonzero(z_NK.reshape(-1) > 0)
+    order_E = fired[np.argsort(flat[fired], kind="stable")]
+    starts_F = np.zeros(features + 1, np.int64)
+    np.cumsum(np.bincount(flat[fired], minlength=features), out=starts_F[1:])
+    return order_E, starts_F
+
+
+def statistics(values_E: npt.NDArray[np.float32], starts_F: npt.NDArray[np.int64]) -> pa.Table:
+    """Sums per feature; only features that fired."""
+    counts_F = np.diff(starts_F)
+    fired = np.flatnonzero(counts_F)
+    at = starts_F[fired]
+    values = values_E.astype(np.float64)
+    return pa.Table.from_pydict(
+        {
+            "feature": fired,
+            "fires": counts_F[fired],
+            "sum": np.add.reduceat(values, at) if len(at) else np.zeros(0),
+            "square": np.add.reduceat(values**2, at) if len(at) else np.zeros(0),
+            "max": np.maximum.reduceat(values_E, at) if len(at) else np.zeros(0, np.float32),
+        },
+        STATISTICS,
+    )
+
+
+def _examples(
+    rows_E: npt.NDArray[np.int64],
+    values_E: npt.NDArray[np.float32],
+    starts_F: npt.NDArray[np.int64],
+    tokens_N: npt.NDArray[np.int32],
+    positions_N: npt.NDArray[np.int32],
+    first: int,
+    settings: CatalogParams,
+) -> pa.Table:
+    """The strongest activations of every feature, at most one a sequence, with the tokens around them."""
+    sequence_N = np.cumsum(positions_N == 0)
+    columns: dict[str, list[Any]] = {field.name: [] for field in EXAMPLES_SCHEMA}
+    for feature in np.flatnonzero(np.diff(starts_F)):
+        span = slice(starts_F[feature], starts_F[feature + 1])
+        rows, values = rows_E[span], values_E[span]
+        # Strongest first, the earlier row on a tie; one example a sequence shows more than ten of one.
+        strongest = np.lexsort((rows, -values))
+        _, firsts = np.unique(sequence_N[rows[strongest]], return_index=True)
+        for rank, place in enumerate(strongest[np.sort(firsts)[: settings.examples]]):
+            row = int(rows[place])
+            start, stop = _window(row, positions_N, sequence_N, settings.window)
+            around = np.zeros(stop - start, np.float32)
+            near = slice(np.searchsorted(rows, start), np.searchsorted(rows, stop))
+            around[rows[near] - start] = values[near]
+            columns["feature"].append(int(feature))
+            columns["rank"].append(rank)
+            columns["row"].append(first + row)
+            columns["activation"].append(float(values[place]))
+            columns["peak"].append(row - start)
+            columns["tokens"].append(tokens_N[start:stop])
+            columns["activations"].append(around)
+    return pa.Table.from_pydict(columns, EXAMPLES_SCHEMA)
+
+
+def _window(
+    row: int, positions_N: npt.NDArray[np.int32], sequence_N: npt.NDArray[np.int64], window: int
+) -> tuple[int, int]:
+    """Rows around a row that are in the same sequence and the same unit."""
+    start = max(0, row - min(window, int(positions_N[row])))
+    stop = min(len(positions_N), row + window + 1)
+    beyond = np.flatnonzero(sequence_N[row:stop] != sequence_N[row])
+    return start, row + int(beyond[0]) if len(beyond) else stop
+
+
+def describe_weights(task: WeightsTask, path: StoragePath) -> Unit:
+    """Norms, nearest neighbours and, in a language model, the output tokens a feature promotes."""
+    dictionary = open_dictionary(task.train).dictionary
+    W_enc_FD, W_dec_FD = dictionary.W_enc, dictionary.W_dec
+    unit_FD = torch.nn.functional.normalize(W_dec_FD, dim=1)
+    nearest, cosine = _nearest(unit_FD)
+    promoted, suppressed = _direct_effect(task.params, W_dec_FD)
+    table = pa.Table.from_pydict(
+        {
+            "decoder_norm": W_dec_FD.norm(dim=1).numpy(),
+            "encoder_norm": W_enc_FD.norm(dim=1).numpy(),
+            "encoder_decoder_cosine": torch.nn.functional.cosine_similarity(W_enc_FD, W_dec_FD).numpy(),
+            "nearest_feature": nearest.numpy(),
+            "nearest_cosine": cosine.numpy(),
+            "top_tokens": promoted,
+            "bottom_tokens": suppressed,
+        }
+    )
+    body = parquet_body(table)
+    create_or_adopt(path / "weights.parquet", body)
+    return Unit(objects=(ObjectEntry.of("weights.parquet", body),))
+
+
+def _nearest(unit_FD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For every row the other row with the largest cosine, exactly, block by block."""
+    if len(unit_FD) == 1:
+        return torch.tensor([-1]), torch.zeros(1)
+    best, where = [], []
+    for start in range(0, len(unit_FD), 1024):
+        cosine_bF = unit_FD[start : start + 1024] @ unit_FD.T
+        cosine_bF[torch.arange(len(cosine_bF)), start + torch.arange(len(cosine_bF))] = -2.0
+        value, index = cosine_bF.max(dim=1)
+        best.append(value)
+        where.append(index)
+    return torch.cat(where), torch.cat(best)
+
+
+def _direct_effect(settings: CatalogParams, W_dec_FD: torch.Tensor) -> tuple[list[Any], list[Any]]:
+    """Tokens whose logits a feature raises and lowers most, read through the unembedding alone.
+
+    Empty where the model has none, or where the hook point is not of its width.
+    """
+    empty: list[Any] = [[]] * len(W_dec_FD)
+    loaded = models.load(settings.model, settings.model_source, settings.model_revision)
+    head = loaded.model.get_output_embeddings() if loaded.is_causal_lm else None  # type: ignore[operator]
+    if head is None or head.weight.shape[1] != W_dec_FD.shape[1]:
+        return empty, empty
+    unembed_VD = head.weight.float() - head.weight.float().mean(0)
+    promoted, suppressed = [], []
+    for block_FD in W_dec_FD.split(1024):
+        logits_FV = block_FD @ unembed_VD.T
+        promoted += logits_FV.topk(PROMOTED, dim=1).indices.int().numpy().tolist()
+        suppressed += (-logits_FV).topk(PROMOTED, dim=1).indices.int().numpy().tolist()
+    return promoted, suppressed
+
+
+def _table(path: StoragePath, entry: ObjectEntry) -> pa.Table:
+    return pq.read_table(io.BytesIO(read_recorded(path, entry)))
+
+
+def _features(path: StoragePath, collected: list[Unit], weights: Unit, tokens: int) -> pa.Table:
+    """One row per feature, from the sums of all units and the weights."""
+    described = _table(path, weights.objects[0])
+    count = described.num_rows
+    fires, total, square = np.zeros(count, np.int64), np.zeros(count), np.zeros(count)
+    largest = np.zeros(count, np.float32)
+    for unit in collected:
+        table = _table(path, unit.objects[0])
+        at = table["feature"].to_numpy()
+        fires[at] += table["fires"].to_numpy()
+        total[at] += table["sum"].to_numpy()
+        square[at] += table["square"].to_numpy()
+        largest[at] = np.maximum(largest[at], table["max"].to_numpy())
+    seen = np.maximum(fires, 1)
+    mean = total / seen
+    columns = {
+        "feature": np.arange(count),
+        "fires": fires,
+        "density": fires / max(tokens, 1),
+        "mean": mean,
+        "std": np.sqrt(np.maximum(square / seen - mean**2, 0.0)),
+        "max": largest,
+        **{name: described[name] for name in described.column_names},
+    }
+    return pa.Table.from_pydict({field.name: columns[field.name] for field in FEATURE_STATISTICS}).cast(
+        FEATURE_STATISTICS
+    )
+
+
+def _best(tables: list[pa.Table], examples: int, features: int) -> pa.Table:
+    """The best examples of all units: strongest first, the earlier row on a tie."""
+    table = pa.concat_tables(tables).sort_by([("feature", "ascending"), ("activation", "descending"), ("row", "ascending")])
+    feature = table["feature"].to_numpy()
+    starts = np.searchsorted(feature, np.arange(features))
+    rank = np.arange(len(feature)) - starts[feature]
+    table = table.set_column(1, "rank", pa.array(rank.astype(np.int32)))
+    return table.filter(pa.array(rank < examples)).cast(EXAMPLES_SCHEMA).combine_chunks()
+
+
+def _report(
+    inputs: Mapping[str, Committed],
+    settings: CatalogParams,
+    features: pa.Table,
+    examples: pa.Table,
+    collected: list[Unit],
+    tokens: int,
+) -> bytes:
+    train = inputs["train"]
+    judged = json.loads(read_recorded(inputs["evaluate"].path, inputs["evaluate"].entry(METRICS)))
+    curves = pq.read_table(io.BytesIO(read_recorded(train.path, train.entry(CURVES))))
+    shown = features
+    if features.num_rows > settings.report_features:
+        densest = features.sort_by([("fires", "descending"), ("feature", "ascending")])
+        shown = densest.slice(0, settings.report_features)
+        examples = examples.filter(pa.compute.is_in(examples["feature"], value_set=shown["feature"].combine_chunks()))
+    saved = open_dictionary(train)
+    facts = {
+        "model": saved.config.model,
+        "hook point": settings.hook_point,
+        "width d": train.facts["width"],
+        "features F": f"{train.facts['features']:,}",
+        "F / d": f"{train.facts['features'] / train.facts['width']:g}",
+        "k": train.facts["k"],
+        "tokens trained": f"{train.facts['tokens']:,}",
+        "training rows": f"{inputs['harvest'].facts['layout']['rows']:,}",
+        "tokens catalogued": f"{tokens:,}",
+        "held-out tokens": f"{judged['tokens']:,}",
+        "dead means": f"silent for {train.facts['dead_window_tokens']:,} tokens",
+    }
+    return render(
+        title=settings.dictionary,
+        facts=facts,
+        metrics=judged,
+        curves=curves,
+        features=shown,
+        examples=examples,
+        norms=_norms(collected),
+        token_text=token_texts(settings),
+        shown_of=features.num_rows,
+    )
+
+
+def _norms(collected: list[Unit]) -> dict[str, list[float]]:
+    """The rows' norms as a histogram over the range that they really span."""
+    counts = np.sum([unit.facts["norms"]["counts"] for unit in collected], axis=0)
+    first, step = collected[0].facts["norms"]["first"], collected[0].facts["norms"]["step"]
+    at = np.flatnonzero(counts)
+    low, high = int(at[0]), int(at[-1]) + 1
+    width = max(1, -(-(high - low) // NORM_BINS))
+    starts = np.arange(low, high, width)
+    edges = [10 ** (first + step * float(edge)) for edge in [*starts, starts[-1] + width]]
+    return {
+        "edges": [float(f"{edge:.6g}") for edge in edges],
+        "counts": [int(counts[start : start + width].sum()) for start in starts],
+    }
+
+
+def token_texts(settings: CatalogParams) -> Callable[[int], str]:
+    """Printable text of a token id."""
+    tokenizer = models.load_tokenizer(settings.model, settings.model_source, settings.model_revision)
+
+    def text(token: int) -> str:
+        return str(tokenizer.decode([token]))
+
+    return text

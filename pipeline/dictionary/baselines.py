@@ -1,0 +1,62 @@
+"""What a trained dictionary must beat: a random dictionary of its size, and the k best linear directions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from pipeline.dictionary.model import TopKDictionary
+
+SAMPLE_ROWS = 65_536
+
+
+@torch.no_grad()
+def fit(sample_ND: torch.Tensor, features: int, k: int, seed: int) -> dict[str, torch.Tensor]:
+    """Both baselines, from a sample of the training stream.
+
+    The random dictionary is the one that training starts from: random unit directions, the data's mean,
+    and an encoder scaled to the least squared error, so it is as good as a random one gets.
+
+    Args:
+        sample_ND: Activations; the first 65,536 rows are used.
+        features: F of the random dictionary.
+        k: Its active features, and the number of principal components.
+        seed: Of the random directions.
+
+    Returns:
+        Tensors by name.
+    """
+    sample_ND = sample_ND[:SAMPLE_ROWS].float()
+    random = TopKDictionary(sample_ND.shape[1], features, k)
+    random.initialize(sample_ND, seed + 1)
+    mean_D = sample_ND.double().mean(0)
+    centred_ND = sample_ND.double() - mean_D
+    _, vectors_DD = torch.linalg.eigh(centred_ND.T @ centred_ND)
+    # eigh sorts ascending; a sign is fixed so that the bytes do not depend on the solver's choice.
+    components_DK = vectors_DD.flip(1)[:, :k]
+    signs_K = torch.where(components_DK.sum(0) < 0, -1.0, 1.0).double()
+    return {
+        "mean": mean_D.float(),
+        "pca": (components_DK * signs_K).float().contiguous(),
+        **{f"random.{name}": value for name, value in random.state_dict().items()},
+    }
+
+
+def reconstructor(name: str, fitted: dict[str, torch.Tensor], k: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A baseline as a function from activations to reconstructions, (N, D) to (N, D)."""
+    if name == "pca":
+        mean_D, components_DK = fitted["mean"], fitted["pca"]
+
+        def project(x_ND: torch.Tensor) -> torch.Tensor:
+            return (x_ND - mean_D) @ components_DK @ components_DK.T + mean_D
+
+        return project
+    weights = {key.removeprefix("random."): value for key, value in fitted.items() if key.startswith("random.")}
+    random = TopKDictionary(weights["W_enc"].shape[1], len(weights["W_enc"]), k)
+    random.load_state_dict(weights)
+
+    def reconstruct(x_ND: torch.Tensor) -> torch.Tensor:
+        return random.decode(*random.encode(x_ND))
+
+    return reconstruct

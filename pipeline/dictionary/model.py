@@ -1,0 +1,159 @@
+"""The dictionary: encoder W_enc (F, D), b_enc (F), decoder W_dec (F, D), b_dec (D).
+
+TopK sparse autoencoder (Gao et al. 2024, "Scaling and evaluating sparse autoencoders", section 2.3):
+z = relu(topk(W_enc (x - b_dec) + b_enc)), x_hat = z W_dec + b_dec, decoder rows of unit norm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from torch import nn
+
+from pipeline.dictionary.topk import Decode, EncodeTopK, decode, top_k
+from schemas.errors import IntegrityError
+
+FORMAT = 1
+
+
+class DictionaryConfig(BaseModel):
+    """What the tensors do not say."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: int = FORMAT
+    activation: str = "topk"
+    width: int
+    features: int
+    k: int
+    hook_point: str
+    model: str
+    model_digest: str
+
+
+class Code(NamedTuple):
+    """What one step makes: active features, the reconstruction, and the dead features' try at the rest."""
+
+    z_BK: torch.Tensor
+    indices_BK: torch.Tensor
+    x_hat_BD: torch.Tensor
+    error_hat_BD: torch.Tensor | None
+
+
+class TopKDictionary(nn.Module):
+    """A TopK dictionary.
+
+    Args:
+        width: d, width of the hook point.
+        features: F.
+        k: Active features of a token.
+    """
+
+    def __init__(self, width: int, features: int, k: int) -> None:
+        super().__init__()
+        self.k = k
+        self.W_enc = nn.Parameter(torch.zeros(features, width))
+        self.b_enc = nn.Parameter(torch.zeros(features))
+        self.W_dec = nn.Parameter(torch.zeros(features, width))
+        self.b_dec = nn.Parameter(torch.zeros(width))
+
+    @property
+    def features(self) -> int:
+        """F."""
+        return len(self.W_enc)
+
+    @property
+    def width(self) -> int:
+        """d."""
+        return self.W_enc.shape[1]
+
+    @torch.no_grad()
+    def initialize(self, x_ND: torch.Tensor, seed: int) -> None:
+        """Start from data: random unit decoder rows, b_dec the mean, the encoder tied and scaled to fit.
+
+        The scale is the one with the least squared error on the sample. A tied encoder of scale 1
+        overshoots, because the k largest of F inner products add up overlapping directions.
+
+        Args:
+            x_ND: Sample of activations.
+            seed: Of the decoder rows.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        W_FD = nn.functional.normalize(torch.randn(self.W_dec.shape, generator=generator), dim=1)
+        self.W_dec.copy_(W_FD)
+        self.b_dec.copy_(x_ND.double().mean(0).float())
+        self.W_enc.copy_(W_FD)
+        sample_ND = x_ND[: 8 * 1024]
+        dot, square = 0.0, 0.0
+        for x_BD in sample_ND.split(1024):
+            centred_BD = x_BD - self.b_dec
+            z_BK, indices_BK = top_k(centred_BD @ W_FD.T, self.k)
+            x_hat_BD = decode(z_BK, indices_BK, W_FD)
+            dot += float((x_hat_BD * centred_BD).sum())
+            square += float(x_hat_BD.square().sum())
+        self.W_enc.mul_(dot / max(square, 1e-12))
+
+    def forward(self, x_BD: torch.Tensor, dead_F: torch.Tensor | None = None, aux_k: int = 0) -> Code:
+        """One training pass: see `Code`."""
+        z_BK, indices_BK, aux_z_BA, aux_indices_BA = EncodeTopK.apply(  # type: ignore[no-untyped-call]
+            x_BD - self.b_dec, self.W_enc, self.b_enc, self.k, dead_F, aux_k
+        )
+        x_hat_BD = Decode.apply(z_BK, indices_BK, self.W_dec) + self.b_dec  # type: ignore[no-untyped-call]
+        error_hat_BD = None
+        if aux_indices_BA.shape[1]:
+            error_hat_BD = Decode.apply(aux_z_BA, aux_indices_BA, self.W_dec)  # type: ignore[no-untyped-call]
+        return Code(z_BK, indices_BK, x_hat_BD, error_hat_BD)
+
+    @torch.no_grad()
+    def encode(self, x_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Active features of each token and their values. Shapes (B, K), (B, K); some values may be 0."""
+        return top_k(torch.addmm(self.b_enc, x_BD - self.b_dec, self.W_enc.T), self.k)
+
+    @torch.no_grad()
+    def decode(self, z_BK: torch.Tensor, indices_BK: torch.Tensor) -> torch.Tensor:
+        """Reconstruction from active features. Shape (B, D)."""
+        return decode(z_BK, indices_BK, self.W_dec) + self.b_dec
+
+    @torch.no_grad()
+    def rescale(self, scale: float) -> None:
+        """Turn a dictionary of x * scale into the one of x.
+
+        TopK is positively homogeneous: dividing both biases by the scale divides the code by it, and
+        selects the same features.
+        """
+        self.b_enc.div_(scale)
+        self.b_dec.div_(scale)
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A dictionary as it lies in a committed stage."""
+
+    dictionary: TopKDictionary
+    config: DictionaryConfig
+
+
+def to_bytes(dictionary: TopKDictionary) -> bytes:
+    """The tensors as safetensors."""
+    return safetensors.torch.save({name: value.detach().contiguous() for name, value in dictionary.state_dict().items()})
+
+
+def from_bytes(body: bytes, config_body: bytes) -> Saved:
+    """Read a dictionary back.
+
+    Raises:
+        IntegrityError: the two files do not describe one dictionary.
+    """
+    try:
+        config = DictionaryConfig.model_validate_json(config_body)
+        tensors = safetensors.torch.load(body)
+        dictionary = TopKDictionary(config.width, config.features, config.k)
+        dictionary.load_state_dict(tensors)
+    except (ValidationError, SafetensorError, RuntimeError) as error:
+        raise IntegrityError(f"the dictionary cannot be read: {error}", "delete the train stage's folder") from error
+    return Saved(dictionary.eval().requires_grad_(False), config)

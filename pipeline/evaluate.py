@@ -1,0 +1,331 @@
+"""evaluate: judges a dictionary, and two baselines, on documents that nothing was trained on.
+
+A unit is a span of held-out rows. Its worker runs the model once untouched and once per contender with
+the contender's reconstruction spliced in at the hook point, and keeps only sums; metrics come from the
+sums of all units. Rows that training filters out by position keep their own activations.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import safetensors.torch
+import torch
+from pydantic import Field
+from torch.nn.functional import cosine_similarity, log_softmax
+
+from cluster.pool import Resources
+from cluster.storage.create import create_or_adopt
+from cluster.storage.objects import read_bytes, read_recorded
+from cluster.storage.path import StoragePath
+from pipeline import metrics
+from pipeline.activations.source import open_store
+from pipeline.dictionary import baselines
+from pipeline.dictionary.stored import open_dictionary
+from pipeline.metrics import Moments
+from pipeline.sources import models
+from pipeline.sources.hooks import capture, spliced
+from pipeline.sources.sequences import Piece, TokenSequence, batches, overlapping, padded, pieces, read
+from pipeline.stage import Committed, Estimate, Out, Params, Sources, Task
+from schemas.layouts import METRICS
+from schemas.manifest import Dictionary, Manifest, Model
+from schemas.records import ObjectEntry, Outputs, Unit
+
+UNIT_ROWS = 16_384
+OURS = "dictionary"
+BASELINES = "baselines.safetensors"
+
+# Measured: a worker that has imported torch, transformers, zarr and pyarrow.
+WORKER_MEMORY = 800 * 2**20
+
+
+class EvaluateParams(Params):
+    """Identity of an evaluation."""
+
+    hook_point: str
+    features: int
+    k: int
+    tokens: int
+    baselines: tuple[str, ...]
+    batch_tokens: int
+    skip_positions: int
+    seed: int
+    model_dtype: str
+    model: Model = Field(exclude=True)
+    model_source: str = Field(exclude=True)
+    model_revision: str | None = Field(exclude=True)
+
+
+class BaselineTask(Task):
+    """Fit the baselines on a sample of what the dictionary was trained on."""
+
+    harvest: Committed
+    params: EvaluateParams
+
+
+class SpanTask(Task):
+    """One span of held-out rows."""
+
+    first: int
+    end: int
+    pieces: tuple[Piece, ...]
+    tokens: Committed
+    train: Committed
+    params: EvaluateParams
+
+
+def params(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -> EvaluateParams:
+    """See `Stage.params`."""
+    assert dictionary is not None
+    return EvaluateParams(
+        hook_point=dictionary.hook_point,
+        features=dictionary.size(sources.model.widths[dictionary.hook_point]),
+        k=dictionary.k,
+        tokens=dictionary.evaluate.tokens,
+        baselines=dictionary.evaluate.baselines,
+        batch_tokens=manifest.harvest.batch_tokens,
+        skip_positions=dictionary.train.filter.skip_positions,
+        seed=dictionary.train.seed,
+        model_dtype=manifest.model.dtype,
+        model=manifest.model,
+        model_source=sources.model.source,
+        model_revision=sources.model.revision,
+    )
+
+
+def check(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -> None:
+    """Nothing to refuse that others do not refuse."""
+
+
+def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -> Estimate:
+    """See `Stage.estimate`. Logits of one batch, thrice, are the largest thing in a language model."""
+    settings = params(manifest, dictionary, sources)
+    rows = max(1, min(sources.corpus.heldout_rows, settings.tokens))
+    width = sources.model.widths[settings.hook_point]
+    logits = settings.batch_tokens * sources.model.vocabulary * 4 * 4 if sources.model.is_causal_lm else 0
+    weights = (2 * width + 1) * settings.features * 4
+    contenders = 1 + len(settings.baselines)
+    forward = settings.batch_tokens * (width * 4 * 32 + manifest.corpus.context * 64)
+    sample = 3 * 2**20 + settings.batch_tokens * settings.features * 4 * 2
+    return Estimate(
+        units=-(-rows // UNIT_ROWS) + bool(settings.baselines),
+        rows=rows,
+        stored_bytes=-(-rows // UNIT_ROWS) * settings.features * 8,
+        objects=2 * -(-rows // UNIT_ROWS) + 6,
+        memory=WORKER_MEMORY + sources.model.parameters * 8 + weights * 2 * contenders + logits + forward + sample,
+        workers=manifest.compute.workers,
+    )
+
+
+def run(inputs: Mapping[str, Committed], params: EvaluateParams, out: Out) -> Outputs:
+    """Fit the baselines, judge every span, add up."""
+    tokens, train = inputs["tokenize"], inputs["train"]
+    rows = min(tokens.facts["heldout_rows"], params.tokens)
+    resources = Resources(threads=out.compute.threads, gpus=out.compute.gpus)
+    if params.baselines:
+        out.map(fit_baselines, [BaselineTask(unit="baselines", harvest=inputs["harvest"], params=params)], resources)
+    every = pieces(tokens, "heldout")
+    spans = [(first, min(first + UNIT_ROWS, rows)) for first in range(0, rows, UNIT_ROWS)]
+    tasks = [
+        SpanTask(
+            unit=f"{index:06d}",
+            first=first,
+            end=end,
+            pieces=overlapping(every, first, end),
+            tokens=tokens,
+            train=train,
+            params=params,
+        )
+        for index, (first, end) in enumerate(spans)
+    ]
+    records = out.map(judge_span, tasks, resources)
+    judged = summarize(params, train, [(out.path, records[unit].made) for unit in sorted(records)])
+    body = json.dumps(judged, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
+    return Outputs(objects=(out.write(METRICS, body),), facts={"metrics": judged[OURS] if OURS in judged else {}})
+
+
+def fit_baselines(task: BaselineTask, path: StoragePath) -> Unit:
+    """Fit and keep the baselines."""
+    settings = task.params
+    store = open_store(task.harvest)
+    sample_ND = store.slab(settings.hook_point, 0).x_ND.float()
+    body = safetensors.torch.save(baselines.fit(sample_ND, settings.features, settings.k, settings.seed))
+    create_or_adopt(path / BASELINES, body)
+    return Unit(objects=(ObjectEntry.of(BASELINES, body),), rows=len(sample_ND))
+
+
+def judge_span(task: SpanTask, path: StoragePath) -> Unit:
+    """All sums of one span. Sums are kept as an object, because some of them are as wide as the dictionary."""
+    settings = task.params
+    loaded = models.load(settings.model, settings.model_source, settings.model_revision)
+    dictionary = open_dictionary(task.train).dictionary
+    fires_F = torch.zeros(dictionary.features, dtype=torch.int64)
+    codes: dict[str, torch.Tensor] = {}
+
+    def ours(x_ND: torch.Tensor) -> torch.Tensor:
+        z_NK, indices_NK = dictionary.encode(x_ND)
+        fires_F.add_(torch.bincount(indices_NK[z_NK > 0], minlength=dictionary.features))
+        codes[OURS] = z_NK
+        return dictionary.decode(z_NK, indices_NK)
+
+    contenders: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {OURS: ours}
+    if settings.baselines:
+        fitted = safetensors.torch.load(read_bytes(path / BASELINES))
+        contenders |= {name: baselines.reconstructor(name, fitted, settings.k) for name in settings.baselines}
+        mean_D = fitted["mean"]
+        contenders["mean"] = lambda x_ND: mean_D.expand_as(x_ND)
+    contenders["zero"] = torch.zeros_like
+    judge = _Judge(loaded.model, loaded.is_causal_lm, settings, contenders, codes)
+    sequences = read(task.tokens.path, task.pieces, task.first, task.end)
+    # A sequence belongs to the span that holds its first row, so that no token is judged twice.
+    own = [sequence for sequence in sequences if task.first <= sequence.first_row < task.end]
+    with torch.inference_mode():
+        for batch in batches(own, settings.batch_tokens):
+            judge.batch(batch)
+    tensors, numbers = judge.sums()
+    tensors["fires"] = fires_F
+    key = f"sums/{task.unit}.safetensors"
+    body = safetensors.torch.save(tensors)
+    create_or_adopt(path / key, body)
+    return Unit(
+        objects=(ObjectEntry.of(key, body),), rows=sum(len(sequence) for sequence in own), facts={"sums": numbers}
+    )
+
+
+class _Judge:
+    """Runs batches and adds up what they say."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        is_causal_lm: bool,
+        settings: EvaluateParams,
+        contenders: Mapping[str, Callable[[torch.Tensor], torch.Tensor]],
+        codes: dict[str, torch.Tensor],
+    ) -> None:
+        self._model, self._is_causal_lm, self._settings = model, is_causal_lm, settings
+        self._contenders, self._codes = contenders, codes
+        self._moments: dict[str, Moments] = {}
+        self._numbers: dict[str, float] = {}
+
+    def batch(self, batch: list[TokenSequence]) -> None:
+        inputs = padded(batch)
+        length_B = torch.tensor([len(sequence) for sequence in batch])
+        position_S = torch.arange(inputs["input_ids"].shape[1])
+        real_BS = position_S < length_B[:, None]
+        judged_BS = real_BS & (position_S >= self._settings.skip_positions)
+        hook_point = self._settings.hook_point
+        if not judged_BS.any():
+            return
+        x_ND = capture(self._model, [hook_point], inputs, stop_at=hook_point)[hook_point][judged_BS].float()
+        untouched = self._read_out(self._model(**inputs), inputs, real_BS)
+        for name, contender in self._contenders.items():
+            self._codes.clear()
+            x_hat_ND = contender(x_ND)
+            if name not in ("zero", "mean"):
+                made = Moments.of(x_ND, x_hat_ND, self._codes.get(name))
+                self._moments[name] = self._moments[name] + made if name in self._moments else made
+
+            def put(x_BSD: torch.Tensor, x_hat_ND: torch.Tensor = x_hat_ND) -> torch.Tensor:
+                changed_BSD = x_BSD.clone()
+                changed_BSD[judged_BS] = x_hat_ND.to(x_BSD.dtype)
+                return changed_BSD
+
+            with spliced(self._model, hook_point, put):
+                self._compare(name, untouched, self._read_out(self._model(**inputs), inputs, real_BS))
+
+    def _read_out(self, output: Any, inputs: dict[str, torch.Tensor], real_BS: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities of the judged predictions (N, V), or sentence embeddings (B, D)."""
+        if self._is_causal_lm:
+            predicts_BS = real_BS[:, :-1] & real_BS[:, 1:]
+            self._targets_N = inputs["input_ids"][:, 1:][predicts_BS]
+            return log_softmax(output.logits[:, :-1][predicts_BS].float(), dim=-1)
+        hidden_BSD = output.last_hidden_state * real_BS[:, :, None]
+        return torch.as_tensor(hidden_BSD.sum(1) / real_BS.sum(1, keepdim=True))
+
+    def _compare(self, name: str, untouched: torch.Tensor, now: torch.Tensor) -> None:
+        if self._is_causal_lm:
+            if name == OURS:
+                self._add("model.ce", -untouched.gather(1, self._targets_N[:, None]).double().sum())
+                self._add("predictions", torch.tensor(float(len(untouched))))
+            self._add(f"{name}.ce", -now.gather(1, self._targets_N[:, None]).double().sum())
+            self._add(f"{name}.kl", (untouched.exp() * (untouched - now)).sum(1).double().sum())
+        else:
+            if name == OURS:
+                self._add("sequences", torch.tensor(float(len(untouched))))
+            self._add(f"{name}.output_cosine", cosine_similarity(untouched, now).double().sum())
+
+    def _add(self, name: str, value: torch.Tensor) -> None:
+        self._numbers[name] = self._numbers.get(name, 0.0) + float(value)
+
+    def sums(self) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """Wide sums and single ones."""
+        tensors, numbers = {}, dict(self._numbers)
+        for name, moments in self._moments.items():
+            for field, value in asdict(moments).items():
+                if isinstance(value, torch.Tensor):
+                    tensors[f"{name}.{field}"] = value
+                else:
+                    numbers[f"{name}.{field}"] = float(value)
+        return tensors, numbers
+
+
+def summarize(params: EvaluateParams, train: Committed, units: list[tuple[StoragePath, Unit]]) -> dict[str, Any]:
+    """Metrics out of the sums of all units; empty of contenders where there is no held-out token."""
+    tensors: dict[str, torch.Tensor] = {}
+    numbers: dict[str, float] = {}
+    for path, unit in units:
+        for name, value in safetensors.torch.load(read_recorded(path, unit.objects[0])).items():
+            tensors[name] = tensors[name] + value if name in tensors else value
+        for name, number in unit.facts["sums"].items():
+            numbers[name] = numbers.get(name, 0.0) + number
+    judged: dict[str, Any] = {
+        "hook_point": params.hook_point,
+        "width": train.facts["width"],
+        "features": params.features,
+        "k": params.k,
+        "tokens": int(numbers.get(f"{OURS}.tokens", 0)),
+        "dead_window_tokens": train.facts["dead_window_tokens"],
+    }
+    if not judged["tokens"]:
+        return judged
+    for name in (OURS, *params.baselines):
+        moments = Moments(
+            **{
+                field: tensors[f"{name}.{field}"] if field in ("x_D", "error_D") else numbers[f"{name}.{field}"]
+                for field in Moments.__dataclass_fields__
+            }
+        )
+        judged[name] = metrics.reconstruction(moments) | _output(name, numbers)
+        if name != OURS:
+            # Baselines keep no code; PCA has k components on for every token, the random dictionary k features.
+            judged[name] |= {"l0": float(params.k)}
+            del judged[name]["l1"]
+    judged[OURS]["dead"] = train.facts["dead"]
+    judged[OURS]["never_fired_heldout"] = float((tensors["fires"] == 0).double().mean())
+    judged["density_histogram"] = metrics.density_histogram(tensors["fires"], judged["tokens"])
+    if "predictions" in numbers:
+        per = {name: numbers[f"{name}.ce"] / numbers["predictions"] for name in ("model", "zero", "mean") if f"{name}.ce" in numbers}
+        judged["model"] = {("ce_loss" if name == "model" else f"ce_{name}"): value for name, value in per.items()}
+    return judged
+
+
+def _output(name: str, numbers: Mapping[str, float]) -> dict[str, float]:
+    """What the splice does to the model's output."""
+    if "sequences" in numbers:
+        return {"output_cosine": numbers[f"{name}.output_cosine"] / numbers["sequences"]}
+    if "predictions" not in numbers:
+        return {}
+    count = numbers["predictions"]
+    found = {
+        "ce_loss": numbers[f"{name}.ce"] / count,
+        "ce_recovered": metrics.recovered(numbers[f"{name}.ce"], numbers["model.ce"], numbers["zero.ce"]),
+        "kl": numbers[f"{name}.kl"] / count,
+        "kl_recovered": metrics.recovered(numbers[f"{name}.kl"], 0.0, numbers["zero.kl"]),
+    }
+    if "mean.ce" in numbers:
+        found["ce_recovered_mean"] = metrics.recovered(numbers[f"{name}.ce"], numbers["model.ce"], numbers["mean.ce"])
+    return found

@@ -1,0 +1,121 @@
+"""export: the dictionary in the layouts that other tools load.
+
+SAELens 6: `cfg.json`, `sae_weights.safetensors` and `sparsity.safetensors` in one folder; loads with
+`SAE.load_from_disk`. Weights are the ones of raw activations, decoder rows have unit norm, so nothing is
+left to fold on loading.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import safetensors.torch
+import torch
+
+from cluster.storage.objects import read_recorded
+from pipeline.dictionary.model import DictionaryConfig, TopKDictionary
+from pipeline.dictionary.stored import open_dictionary
+from pipeline.stage import Committed, Estimate, Out, Params, Sources
+from schemas.layouts import FEATURES
+from schemas.manifest import Dictionary, Manifest
+from schemas.records import Outputs
+
+# The loader migrates files that do not name a version from 6 on.
+SAELENS_VERSION = "6.54.12"
+
+
+class ExportParams(Params):
+    """Identity of an export."""
+
+    formats: tuple[str, ...]
+    context: int
+    bos: str
+
+
+def params(manifest: Manifest, dictionary: Dictionary | None, _sources: Sources) -> ExportParams:
+    """See `Stage.params`."""
+    assert dictionary is not None
+    return ExportParams(formats=dictionary.export, context=manifest.corpus.context, bos=manifest.corpus.bos)
+
+
+def check(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -> None:
+    """Nothing to refuse: every dictionary there is fits every layout there is."""
+
+
+def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -> Estimate:
+    """See `Stage.estimate`. Runs in the driver."""
+    assert dictionary is not None
+    width = sources.model.widths[dictionary.hook_point]
+    weights = (2 * width + 1) * dictionary.size(width) * 4
+    count = len(dictionary.export)
+    return Estimate(0, 0, count * weights, 3 * count + 2, 600 * 2**20 + 5 * weights, 1)
+
+
+def run(inputs: Mapping[str, Committed], params: ExportParams, out: Out) -> Outputs:
+    """Write every layout that was asked for."""
+    saved = open_dictionary(inputs["train"])
+    catalog = inputs["catalog"]
+    features = pq.read_table(io.BytesIO(read_recorded(catalog.path, catalog.entry(FEATURES))), columns=["density"])
+    density_F = np.asarray(features["density"])
+    objects = []
+    for name in params.formats:
+        made = {"saelens": saelens_files}[name](saved.dictionary, saved.config, density_F, params)
+        objects += [out.write(f"{name}/{key}", body) for key, body in made.items()]
+    return Outputs(objects=tuple(objects), facts={"formats": list(params.formats)})
+
+
+def saelens_files(
+    dictionary: TopKDictionary, config: DictionaryConfig, density_F: np.ndarray[Any, Any], settings: ExportParams
+) -> dict[str, bytes]:
+    """A SAELens 6 folder.
+
+    Args:
+        dictionary: Weights for raw activations.
+        config: Where it comes from.
+        density_F: Share of tokens on which each feature fires. Shape (F,).
+        settings: Context and BOS policy of the corpus.
+
+    Returns:
+        File contents by name. `sparsity` is log10 of the density, -10 for a feature that never fired.
+    """
+    cfg = {
+        "architecture": "topk",
+        "d_in": config.width,
+        "d_sae": config.features,
+        "k": config.k,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "rescale_acts_by_decoder_norm": False,
+        "metadata": {
+            "sae_lens_version": SAELENS_VERSION,
+            "sae_lens_training_version": None,
+            "model_name": config.model,
+            "model_class_name": "AutoModelForCausalLM",
+            "hook_name": config.hook_point,
+            "hf_hook_name": config.hook_point,
+            "hook_head_index": None,
+            "context_size": settings.context,
+            "prepend_bos": settings.bos != "never",
+            "neuronpedia_id": None,
+        },
+    }
+    weights = {
+        "W_enc": dictionary.W_enc.T.contiguous(),
+        "b_enc": dictionary.b_enc,
+        "W_dec": dictionary.W_dec,
+        "b_dec": dictionary.b_dec,
+    }
+    sparsity_F = torch.from_numpy(np.log10(np.maximum(density_F, 1e-10))).float()
+    return {
+        "cfg.json": json.dumps(cfg, indent=1, sort_keys=True).encode() + b"\n",
+        "sae_weights.safetensors": safetensors.torch.save(weights),
+        "sparsity.safetensors": safetensors.torch.save({"sparsity": sparsity_F}),
+    }

@@ -1,0 +1,269 @@
+"""harvest: the model runs over the training split, and every hook point's rows go into one sharded store.
+
+A unit is `unit_rows` consecutive token rows of the corpus. Its worker runs the sequences that touch it,
+permutes the rows and writes one shard per array. A sequence across a border is run by both neighbours,
+so that units stay independent.
+
+The first unit is also the canary: some of its sequences are run again, plainly, one at a time and
+without stopping early, and must agree with what a reader gets back from the encoded shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from pydantic import Field
+
+from cluster.pool import Resources
+from cluster.storage.create import create_or_adopt
+from cluster.storage.objects import read_bytes
+from cluster.storage.path import StoragePath
+from cluster.storage.zarr_store import metadata
+from pipeline.activations.layout import StoreLayout
+from pipeline.activations.order import Geometry, choose_geometry
+from pipeline.activations.write import read_back, write_unit
+from pipeline.sources import models
+from pipeline.sources.hooks import capture
+from pipeline.sources.sequences import Piece, TokenSequence, batches, overlapping, padded, pieces, read
+from pipeline.stage import Committed, Estimate, Out, Params, Sources, Task
+from pipeline.tokenize import parquet_body
+from schemas.errors import IntegrityError, StageFailedError
+from schemas.layouts import STORE, STORE_OBJECTS, array_name, shard_key
+from schemas.manifest import Dictionary, Manifest, Model
+from schemas.records import ObjectEntry, Outputs, Unit
+
+CANARY_SEQUENCES = 2
+
+# Largest relative difference between a stored row and a plain forward pass: rounding of the forward
+# pass in another batch shape, plus rounding to the store's type.
+_ROUNDING = {"float32": 2e-4, "float16": 2e-3, "bfloat16": 1.6e-2}
+
+# Measured: a worker that has imported torch, transformers, zarr and pyarrow.
+WORKER_MEMORY = 750 * 2**20
+
+
+class HarvestParams(Params):
+    """Identity of a harvest."""
+
+    model_digest: str
+    model_dtype: str
+    widths: dict[str, int]
+    last_hook_point: str
+    tokens: int | None
+    dtype: str
+    batch_tokens: int
+    unit_rows: int | None
+    chunk_rows: int | None
+    loader_memory: int
+    seed: int
+    model: Model = Field(exclude=True)
+    model_source: str = Field(exclude=True)
+    model_revision: str | None = Field(exclude=True)
+
+
+class UnitTask(Task):
+    """One unit: which rows, and where their tokens are."""
+
+    index: int
+    layout: StoreLayout
+    pieces: tuple[Piece, ...]
+    tokens: StoragePath
+    params: HarvestParams
+
+
+def params(manifest: Manifest, _dictionary: Dictionary | None, sources: Sources) -> HarvestParams:
+    """See `Stage.params`."""
+    section = manifest.harvest
+    return HarvestParams(
+        **section.model_dump(exclude={"hook_points"}),
+        widths=dict(sources.model.widths),
+        last_hook_point=sources.model.last_hook_point,
+        model_digest=sources.model.digest,
+        model_dtype=manifest.model.dtype,
+        model=manifest.model,
+        model_source=sources.model.source,
+        model_revision=sources.model.revision,
+    )
+
+
+def store_layout(settings: HarvestParams, train_rows: int) -> StoreLayout:
+    """The store that a training split of `train_rows` rows gets.
+
+    Raises:
+        ManifestError: slabs that fit the loader are not possible.
+    """
+    rows = min(train_rows, settings.tokens or train_rows)
+    itemsize = 4 if settings.dtype == "float32" else 2
+    cut = choose_geometry(
+        rows,
+        max(settings.widths.values()) * itemsize,
+        settings.loader_memory,
+        settings.unit_rows,
+        settings.chunk_rows,
+    )
+    return StoreLayout(
+        rows=rows,
+        unit_rows=cut.unit_rows,
+        chunk_rows=cut.chunk_rows,
+        seed=settings.seed,
+        dtype=settings.dtype,
+        widths=settings.widths,
+    )
+
+
+def check(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -> None:
+    """Refuse a cut that cannot work."""
+    store_layout(params(manifest, dictionary, sources), sources.corpus.train_rows)
+
+
+def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -> Estimate:
+    """See `Stage.estimate`. A worker holds the model twice while loading, one batch and one unit."""
+    layout = store_layout(params(manifest, dictionary, sources), sources.corpus.train_rows)
+    cut, model = layout.geometry, sources.model
+    stored = sum(layout.row_bytes(hook_point) + 4 for hook_point in layout.widths) + 16
+    widths = sum(layout.widths.values())
+    unit = cut.unit_rows * (widths * 4 + 3 * stored)
+    # The widest things of a forward pass are the MLP and attention of one block; logits are never made.
+    batch = manifest.harvest.batch_tokens * max(layout.widths.values()) * 4 * 24
+    attention = manifest.harvest.batch_tokens * manifest.corpus.context * 4 * 16
+    return Estimate(
+        units=cut.units,
+        rows=layout.rows,
+        stored_bytes=cut.units * cut.unit_rows * stored,
+        objects=cut.units * (2 * len(layout.widths) + 4) + 2 * len(layout.widths) + 6,
+        memory=WORKER_MEMORY + model.parameters * 8 + unit + batch + attention,
+        workers=manifest.compute.workers,
+        note=f"{cut.units} units of {cut.unit_rows} rows, {cut.slabs} slabs of {layout.rows // cut.slabs} rows",
+    )
+
+
+def run(inputs: Mapping[str, Committed], params: HarvestParams, out: Out) -> Outputs:
+    """Harvest every unit. The canary's unit goes first and alone."""
+    tokens = inputs["tokenize"]
+    layout = store_layout(params, tokens.facts["train_rows"])
+    described = []
+    for key, body in metadata(layout.arrays(), layout.attributes()).items():
+        described.append(out.write(f"{STORE}/{key}", body))
+    every = pieces(tokens, "train")
+    tasks = [
+        UnitTask(
+            unit=f"{index:06d}",
+            index=index,
+            layout=layout,
+            pieces=overlapping(every, *layout.geometry.span(index)),
+            tokens=tokens.path,
+            params=params,
+        )
+        for index in range(layout.geometry.units)
+    ]
+    resources = Resources(threads=out.compute.threads, gpus=out.compute.gpus)
+    records = out.map(harvest_unit, tasks[:1], resources)
+    records |= out.map(harvest_unit, tasks, resources)
+    rows = sum(record.made.rows for record in records.values())
+    if rows != layout.rows:
+        raise IntegrityError(f"harvest made {rows} rows, expected {layout.rows}", "delete the harvest's folder")
+    entries = [entry for unit in sorted(records) for entry in records[unit].made.objects] + described
+    listing = out.write(STORE_OBJECTS, parquet_body(pa.Table.from_pylist([entry.model_dump() for entry in entries])))
+    hashes = {
+        hook_point: sum(int(record.made.facts["hashes"][hook_point], 16) for record in records.values()) % 2**64
+        for hook_point in layout.widths
+    }
+    return Outputs(
+        objects=(*described, listing),
+        facts={
+            "layout": layout.model_dump(mode="json"),
+            "hashes": {hook_point: f"{value:016x}" for hook_point, value in hashes.items()},
+            "canary": records["000000"].made.facts["canary"],
+        },
+    )
+
+
+def harvest_unit(task: UnitTask, path: StoragePath) -> Unit:
+    """Run the model over one unit's sequences and write its shards.
+
+    Raises:
+        NonFiniteError: an activation is NaN or infinite.
+        StageFailedError: the canary found a difference.
+    """
+    settings, layout = task.params, task.layout
+    loaded = models.load(settings.model, settings.model_source, settings.model_revision)
+    first, end = layout.geometry.span(task.index)
+    sequences = read(task.tokens, task.pieces, first, end)
+    activations, tokens_N, positions_N = forward_rows(loaded.model, sequences, layout, settings, first, end)
+    unit = write_unit(path, layout, task.index, activations, tokens_N, positions_N)
+    if task.index:
+        return unit
+    canary = compare_plainly(loaded.model, sequences, layout, settings, unit, path)
+    return unit.model_copy(update={"facts": {**unit.facts, "canary": canary}})
+
+
+def forward_rows(
+    model: torch.nn.Module,
+    sequences: list[TokenSequence],
+    layout: StoreLayout,
+    settings: HarvestParams,
+    first: int,
+    end: int,
+) -> tuple[dict[str, torch.Tensor], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """Rows [first, end) of every hook point in corpus order, with their tokens and positions."""
+    count = end - first
+    rows_ND = {hook_point: torch.empty((count, width)) for hook_point, width in layout.widths.items()}
+    tokens_N, positions_N = np.empty(count, np.int32), np.empty(count, np.int32)
+    with torch.inference_mode():
+        for batch in batches(sequences, settings.batch_tokens):
+            seen = capture(model, list(layout.widths), padded(batch), stop_at=settings.last_hook_point)
+            for index, sequence in enumerate(batch):
+                # A sequence across the unit's border gives only the rows inside.
+                start = max(0, first - sequence.first_row)
+                stop = min(len(sequence), end - sequence.first_row)
+                into = slice(sequence.first_row + start - first, sequence.first_row + stop - first)
+                tokens_N[into] = sequence.tokens[start:stop]
+                positions_N[into] = np.arange(start, stop)
+                for hook_point, x_BSD in seen.items():
+                    rows_ND[hook_point][into] = x_BSD[index, start:stop].float()
+    return rows_ND, tokens_N, positions_N
+
+
+def compare_plainly(
+    model: torch.nn.Module,
+    sequences: list[TokenSequence],
+    layout: StoreLayout,
+    settings: HarvestParams,
+    unit: Unit,
+    path: StoragePath,
+) -> dict[str, Any]:
+    """The canary: stored rows against a plain forward pass of single sequences.
+
+    Returns:
+        Largest difference per hook point, relative to the row's largest value.
+
+    Raises:
+        StageFailedError: they differ by more than rounding explains.
+    """
+    _, end = layout.geometry.span(0)
+    chosen = sequences[:: max(1, len(sequences) // CANARY_SEQUENCES)][:CANARY_SEQUENCES]
+    tolerance = max(_ROUNDING[layout.dtype], _ROUNDING[settings.model_dtype])
+    worst: dict[str, Any] = {}
+    for hook_point in layout.widths:
+        name = array_name(hook_point)
+        body = read_bytes(path / shard_key(name, 0, 2))
+        for sequence in chosen:
+            rows = np.arange(sequence.first_row, min(sequence.first_row + len(sequence), end))
+            with torch.inference_mode():
+                plain_ND = capture(model, [hook_point], padded([sequence]))[hook_point][0, : len(rows)].float()
+            stored_ND = read_back(layout, 0, hook_point, body, rows)
+            scale_N1 = plain_ND.abs().amax(dim=1, keepdim=True).clamp_min(1e-6)
+            difference = float(((stored_ND - plain_ND).abs() / scale_N1).max())
+            worst[hook_point] = max(worst.get(hook_point, 0.0), difference)
+            if not difference <= tolerance:
+                raise StageFailedError(
+                    f"harvest: the canary found stored rows of {hook_point!r} that differ from a plain forward pass "
+                    f"by {difference:.3g} of the row's largest value, at most {tolerance:.3g} is rounding",
+                    "the model may be nondeterministic or depend on its batch; try model.dtype: float32",
+                )
+    return {hook_point: round(value, 4) for hook_point, value in worst.items()}

@@ -1,0 +1,146 @@
+"""Reads documents out of text, JSONL and Parquet files, wherever fsspec can open them.
+
+A file's kind is its suffix: `.txt .md .py .rst .text` is one document; `.jsonl .ndjson .json` holds one
+JSON object a line; `.parquet` one row a document. `.gz` and `.zst` may follow the first two.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import BinaryIO, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zstandard
+
+from cluster.storage import objects
+from cluster.storage.path import StoragePath
+from schemas.errors import ManifestError
+
+TEXT_SUFFIXES = frozenset({".txt", ".md", ".py", ".rst", ".text"})
+LINES_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json"})
+_COMPRESSIONS = (".gz", ".zst")
+
+
+def document_id(text: str) -> int:
+    """A 63-bit id that is a pure function of the text, so that a document keeps it when the corpus grows."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def is_heldout(document: int, fraction: float) -> bool:
+    """Whether the document belongs to the held-out split; equal texts always fall on the same side."""
+    mixed = hashlib.blake2b(document.to_bytes(8, "big"), digest_size=8, person=b"heldout").digest()
+    return int.from_bytes(mixed, "big") < fraction * 2.0**64
+
+
+def files(source: StoragePath) -> list[StoragePath]:
+    """The corpus files that a path, a folder or a glob names, sorted.
+
+    Raises:
+        ManifestError: nothing matches, or a file's kind cannot be told.
+    """
+    found = objects.glob(source)
+    if not found:
+        raise ManifestError(
+            f"corpus.source {source} matches no file", "check the path, or use a glob such as /data/*.jsonl.zst"
+        )
+    for path in found:
+        _kind(path)
+    return found
+
+
+def documents(path: StoragePath, text_field: str) -> Iterator[str]:
+    """The documents of one file, in order; empty ones are left out.
+
+    Args:
+        path: A corpus file.
+        text_field: Key (JSONL) or column (Parquet) that holds the text.
+
+    Raises:
+        ManifestError: the file cannot be decoded, or a document lacks the field. Names file and line.
+    """
+    kind = _kind(path)
+    reader = {"text": _text, "lines": _lines, "parquet": _parquet}[kind]
+    try:
+        with ExitStack() as stack:
+            stream = stack.enter_context(objects.open_read(path))
+            for text in reader(_decompressed(path, stream, stack), path, text_field):
+                if text.strip():
+                    yield text
+    except UnicodeDecodeError as error:
+        raise ManifestError(
+            f"corpus file {path} is not UTF-8 text (byte {error.start}: {error.reason})",
+            "convert it to UTF-8 or leave it out of corpus.source",
+        ) from error
+    except (EOFError, gzip.BadGzipFile, zstandard.ZstdError, pa.ArrowInvalid) as error:
+        raise ManifestError(
+            f"corpus file {path} is damaged or not what its suffix says ({error})", "restore or remove the file"
+        ) from error
+
+
+def _kind(path: StoragePath) -> str:
+    name = path.name
+    for compression in _COMPRESSIONS:
+        name = name.removesuffix(compression)
+    suffix = "." + name.rsplit(".", 1)[-1].lower() if "." in name else ""
+    if suffix in TEXT_SUFFIXES:
+        return "text"
+    if suffix in LINES_SUFFIXES:
+        return "lines"
+    if suffix == ".parquet" and name == path.name:
+        return "parquet"
+    raise ManifestError(
+        f"corpus file {path} is of no known kind; expected one of {sorted(TEXT_SUFFIXES | LINES_SUFFIXES)}, "
+        "with or without .gz or .zst, or .parquet",
+        "rename it, or narrow corpus.source with a glob",
+    )
+
+
+def _decompressed(path: StoragePath, stream: BinaryIO, stack: ExitStack) -> BinaryIO:
+    if path.name.endswith(".gz"):
+        return cast(BinaryIO, stack.enter_context(gzip.open(stream, "rb")))
+    if path.name.endswith(".zst"):
+        # max_window_size admits files made with --long; a frame per chunk (pzstd) is read through.
+        plain = zstandard.ZstdDecompressor(max_window_size=2**31)
+        reader = stack.enter_context(plain.stream_reader(stream, read_across_frames=True))
+        return cast(BinaryIO, io.BufferedReader(reader, 1 << 20))  # type: ignore[arg-type]
+    return stream
+
+
+def _text(stream: BinaryIO, _path: StoragePath, _field: str) -> Iterator[str]:
+    yield stream.read().decode("utf-8")
+
+
+def _lines(stream: BinaryIO, path: StoragePath, field: str) -> Iterator[str]:
+    for number, line in enumerate(io.TextIOWrapper(stream, encoding="utf-8"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ManifestError(f"{path} line {number} is not JSON ({error})", "fix or remove the line") from error
+        text = record.get(field) if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            has = sorted(record)[:8] if isinstance(record, dict) else type(record).__name__
+            raise ManifestError(
+                f"{path} line {number} has no text under {field!r}, it has {has}", "set corpus.text_field"
+            )
+        yield text
+
+
+def _parquet(stream: BinaryIO, path: StoragePath, field: str) -> Iterator[str]:
+    table = pq.ParquetFile(stream)
+    if field not in table.schema_arrow.names:
+        raise ManifestError(
+            f"{path} has no column {field!r}, it has {table.schema_arrow.names[:8]}", "set corpus.text_field"
+        )
+    column = table.schema_arrow.field(field).type
+    if not (pa.types.is_string(column) or pa.types.is_large_string(column) or pa.types.is_string_view(column)):
+        raise ManifestError(f"{path} column {field!r} holds {column}, expected string", "set corpus.text_field")
+    for batch in table.iter_batches(batch_size=256, columns=[field]):
+        yield from (text for text in batch.column(0).to_pylist() if text is not None)

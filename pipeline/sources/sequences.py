@@ -1,0 +1,110 @@
+"""Token sequences as `tokenize` committed them: found by row, read, and batched for a forward pass."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from cluster.storage.objects import read_bytes, read_recorded
+from cluster.storage.path import StoragePath
+from pipeline.stage import Committed
+from schemas.errors import IntegrityError
+from schemas.layouts import TOKEN_INDEX
+
+
+class Piece(BaseModel):
+    """One row group of the token files, and the global row of its first token."""
+
+    model_config = ConfigDict(frozen=True)
+
+    key: str
+    row_group: int
+    first_row: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSequence:
+    """Consecutive tokens of one document. `first_row` is the global row id of the first one."""
+
+    first_row: int
+    tokens: npt.NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def pieces(tokens: Committed, split: str) -> list[Piece]:
+    """Every row group of a split, in corpus order.
+
+    Raises:
+        IntegrityError: the index is absent or not the one that was committed.
+    """
+    body = read_recorded(tokens.path, tokens.entry(TOKEN_INDEX))
+    table = pq.read_table(io.BytesIO(body), filters=[("split", "==", split)])
+    return [
+        Piece(key=row["key"], row_group=row["row_group"], first_row=row["first_row"], rows=row["rows"])
+        for row in table.to_pylist()
+    ]
+
+
+def overlapping(all_pieces: Sequence[Piece], first: int, end: int) -> tuple[Piece, ...]:
+    """The pieces with rows in [first, end)."""
+    return tuple(piece for piece in all_pieces if piece.first_row < end and piece.first_row + piece.rows > first)
+
+
+def read(path: StoragePath, wanted: Sequence[Piece], first: int, end: int) -> list[TokenSequence]:
+    """Sequences that have rows in [first, end), whole, in corpus order."""
+    found = []
+    for key in dict.fromkeys(piece.key for piece in wanted):
+        try:
+            table = pq.ParquetFile(io.BytesIO(read_bytes(path / key)))
+        except FileNotFoundError as error:
+            raise IntegrityError(f"{path / key} is committed, but absent", "delete the tokenize folder") from error
+        for piece in wanted:
+            if piece.key != key:
+                continue
+            column = table.read_row_group(piece.row_group, columns=["tokens"]).column(0).combine_chunks()
+            offsets, values = column.offsets.to_numpy(), column.values.to_numpy()
+            for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
+                row = piece.first_row + int(start - offsets[0])
+                if row < end and row + int(stop - start) > first:
+                    found.append(TokenSequence(row, values[start:stop].astype(np.int32)))
+    return found
+
+
+def batches(sequences: Sequence[TokenSequence], batch_tokens: int) -> Iterator[list[TokenSequence]]:
+    """Sequences of like length together, so that little is padded; at most `batch_tokens` with the padding.
+
+    The grouping is a pure function of the sequences, because the shape of a batch can change the last bits
+    of a forward pass.
+    """
+    group: list[TokenSequence] = []
+    for sequence in sorted(sequences, key=len, reverse=True):
+        if group and (len(group) + 1) * len(group[0]) > batch_tokens:
+            yield group
+            group = []
+        group.append(sequence)
+    if group:
+        yield group
+
+
+def padded(batch: Sequence[TokenSequence]) -> dict[str, torch.Tensor]:
+    """Model inputs, padded at the end. Shapes (batch, position); no mask where nothing is padded."""
+    longest = max(len(sequence) for sequence in batch)
+    ids = np.zeros((len(batch), longest), np.int64)
+    mask = np.zeros((len(batch), longest), np.int64)
+    for index, sequence in enumerate(batch):
+        ids[index, : len(sequence)] = sequence.tokens
+        mask[index, : len(sequence)] = 1
+    inputs = {"input_ids": torch.from_numpy(ids)}
+    if not mask.all():
+        inputs["attention_mask"] = torch.from_numpy(mask)
+    return inputs

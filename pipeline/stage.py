@@ -1,0 +1,180 @@
+"""The contract between a stage and whoever runs it.
+
+A stage is a function of (inputs, params) with one door for effects, `out`. It knows nothing of status,
+locks, retries or Ray: run twice with the same inputs and params, it makes the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from cluster.pool import Resources
+from cluster.storage.path import StoragePath
+from schemas.events import Event
+from schemas.manifest import Compute, Dictionary, Manifest
+from schemas.records import CheckpointRecord, ObjectEntry, Outputs, StageRecord, Unit, UnitRecord
+
+
+class Params(BaseModel):
+    """Everything besides its inputs that can change a stage's bits. Subclassed by each stage."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Task(BaseModel):
+    """One unit of work. Subclassed by each stage; crosses process borders by pickle."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    unit: str
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """An input: a stage that is committed."""
+
+    path: StoragePath
+    record: StageRecord
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The facts that the stage left."""
+        return self.record.outputs.facts
+
+    def entry(self, key: str) -> ObjectEntry:
+        """What the stage's record says of one of its own objects.
+
+        Raises:
+            KeyError: the record does not name it.
+        """
+        return {entry.key: entry for entry in self.record.outputs.objects}[key]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a stage will take, as `plan` prints it. `memory` is the peak of one worker or rank, in bytes."""
+
+    units: int
+    rows: int
+    stored_bytes: int
+    objects: int
+    memory: int
+    workers: int
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What planning finds out about the model without loading its weights."""
+
+    source: str
+    revision: str | None
+    digest: str
+    tokenizer_digest: str
+    parameters: int
+    vocabulary: int
+    max_context: int | None
+    widths: Mapping[str, int]
+    last_hook_point: str
+    is_causal_lm: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusFacts:
+    """What planning finds out about the corpus. `rows` is an estimate until it is tokenized."""
+
+    files: tuple[tuple[str, str], ...]
+    stored_bytes: int
+    train_rows: int
+    heldout_rows: int
+    exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """The model and the corpus as they were found."""
+
+    model: ModelFacts
+    corpus: CorpusFacts
+
+
+class Checkpoints(Protocol):
+    """The create-once log of a training run's checkpoints."""
+
+    def latest(self) -> CheckpointRecord | None:
+        """The newest committed checkpoint."""
+
+    def read(self, entry: ObjectEntry) -> bytes:
+        """An object of a checkpoint, checked against its record."""
+
+    def commit(self, step: int, bodies: Mapping[str, bytes], facts: dict[str, Any]) -> CheckpointRecord:
+        """Write the objects, then the record that makes them a checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gang:
+    """What one rank of a gang is told."""
+
+    rank: int
+    world_size: int
+    init_method: str
+    emit: Callable[[Event], None]
+    checkpoints: Checkpoints
+
+
+T = TypeVar("T", bound=Task)
+
+
+class Out(Protocol):
+    """A stage's only door to the world."""
+
+    @property
+    def path(self) -> StoragePath:
+        """The stage's folder."""
+
+    @property
+    def stage(self) -> str:
+        """The stage's label, for events."""
+
+    @property
+    def compute(self) -> Compute:
+        """Settings that cannot change a result."""
+
+    def map(
+        self, fn: Callable[[T, StoragePath], Unit], tasks: Sequence[T], resources: Resources
+    ) -> dict[str, UnitRecord]:
+        """Run `fn(task, path)` for every task that is not committed yet; commit each as it ends."""
+
+    def gang(
+        self, fn: Callable[[T, StoragePath, Gang], Any], task: T, world_size: int, resources: Resources
+    ) -> Any:
+        """Run `fn(task, path, gang)` on every rank, all or nothing; returns what rank 0 returned."""
+
+    def write(self, key: str, body: bytes) -> ObjectEntry:
+        """Create one object of the stage itself."""
+
+    def emit(self, event: Event) -> None:
+        """Tell whoever watches."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One step of a manifest.
+
+    `version` is raised by hand whenever the stage makes other bytes for the same params. `params` picks
+    what identifies the stage, `estimate` says what it will take, and `check` refuses what cannot work,
+    before anything is written.
+    """
+
+    name: str
+    version: int
+    needs: tuple[str, ...]
+    params: Callable[[Manifest, Dictionary | None, Sources], Params]
+    run: Callable[[Mapping[str, Committed], Any, Out], Outputs]
+    estimate: Callable[[Manifest, Dictionary | None, Sources], Estimate]
+    check: Callable[[Manifest, Dictionary | None, Sources], None]
+    per_dictionary: bool = field(default=True)

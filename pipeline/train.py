@@ -1,0 +1,167 @@
+"""train: one dictionary from one hook point of the harvest, by a gang of DeepSpeed ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from cluster.pool import Resources
+from cluster.storage.create import create_or_adopt
+from cluster.storage.path import StoragePath
+from pipeline import harvest
+from pipeline.activations.read import Stream
+from pipeline.activations.source import open_store
+from pipeline.dictionary import loop, model
+from pipeline.dictionary.model import DictionaryConfig, TopKDictionary
+from pipeline.stage import Committed, Estimate, Gang, Out, Params, Sources, Task
+from pipeline.tokenize import parquet_body
+from schemas.errors import ManifestError
+from schemas.layouts import CURVES, DICTIONARY, DICTIONARY_CONFIG
+from schemas.manifest import Dictionary, Manifest, Train
+from schemas.records import ObjectEntry, Outputs
+from schemas.tables import CURVES as CURVES_SCHEMA
+
+# Measured: a rank that has imported torch, deepspeed, zarr and pyarrow and joined its group.
+RANK_MEMORY = 750 * 2**20
+
+
+class TrainParams(Params):
+    """Identity of a training run."""
+
+    hook_point: str
+    features: int
+    k: int
+    model: str
+    model_digest: str
+    settings: Train
+
+
+class TrainTask(Task):
+    """What every rank of the gang is told."""
+
+    harvest: Committed
+    params: TrainParams
+    stage: str
+    checkpoint_seconds: float
+    deterministic: bool
+
+
+def params(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -> TrainParams:
+    """See `Stage.params`."""
+    assert dictionary is not None
+    return TrainParams(
+        hook_point=dictionary.hook_point,
+        features=dictionary.size(sources.model.widths[dictionary.hook_point]),
+        k=dictionary.k,
+        # The folder's own name, for people; where it lies is no part of the identity.
+        model=sources.model.source.rstrip("/").rsplit("/", 1)[-1],
+        model_digest=sources.model.digest,
+        settings=dictionary.train,
+    )
+
+
+def check(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -> None:
+    """Refuse a dictionary that cannot be."""
+    assert dictionary is not None
+    settings = params(manifest, dictionary, sources)
+    if settings.k > settings.features:
+        raise ManifestError(
+            f"dictionary {dictionary.name!r}: k {settings.k} exceeds its {settings.features} features",
+            f"set k to {settings.features} or less",
+        )
+    if dictionary.train.filter.skip_positions >= manifest.corpus.context:
+        raise ManifestError(
+            f"dictionary {dictionary.name!r}: train.filter.skip_positions {dictionary.train.filter.skip_positions} "
+            f"leaves no row of sequences of {manifest.corpus.context} tokens",
+            f"set it below {manifest.corpus.context}",
+        )
+
+
+def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -> Estimate:
+    """See `Stage.estimate`.
+
+    A rank holds weights, gradients and two moments in float32, a checkpoint being packed, three slabs
+    (one streamed, one read ahead, one being permuted), and the step: pre-activations, a copy of the rows
+    that top-k orders, the gather, and the batch in a few forms.
+    """
+    assert dictionary is not None
+    settings = params(manifest, dictionary, sources)
+    width = sources.model.widths[dictionary.hook_point]
+    layout = harvest.store_layout(harvest.params(manifest, None, sources), sources.corpus.train_rows)
+    weights = (2 * width + 1) * settings.features * 4
+    slab = max(layout.geometry.slab_count(0), 1) * (layout.row_bytes(dictionary.hook_point) + 16)
+    sample = layout.geometry.slab_count(0) * width * 4
+    batch = settings.settings.batch // manifest.compute.ranks
+    aux = settings.settings.aux_k if settings.settings.aux_k is not None else width // 2
+    step = batch * (2 * settings.features + 16 * width + 24 * (settings.k + aux)) * 4 + 2**26
+    steps = -(-settings.settings.tokens // settings.settings.batch)
+    return Estimate(
+        units=1,
+        rows=settings.settings.tokens,
+        stored_bytes=3 * weights,
+        objects=5,
+        # Weights, gradient, two moments, one being packed twice over (tensor and bytes).
+        memory=RANK_MEMORY + 10 * weights + 3 * slab + 3 * sample + step,
+        workers=manifest.compute.ranks,
+        note=f"F {settings.features} (F/d {settings.features / width:g}), k {settings.k}, {steps} steps",
+    )
+
+
+def run(inputs: Mapping[str, Committed], params: TrainParams, out: Out) -> Outputs:
+    """Train, then commit the dictionary and its curves."""
+    task = TrainTask(
+        unit="train",
+        harvest=inputs["harvest"],
+        params=params,
+        stage=out.stage,
+        checkpoint_seconds=out.compute.checkpoint_seconds,
+        deterministic=out.compute.deterministic,
+    )
+    resources = Resources(threads=out.compute.rank_threads, gpus=out.compute.gpus)
+    made: Outputs = out.gang(train_rank, task, out.compute.ranks, resources)
+    return made
+
+
+def train_rank(task: TrainTask, path: StoragePath, gang: Gang) -> Outputs:
+    """One rank of the gang; rank 0 writes what comes of it."""
+    settings = task.params
+    if task.deterministic:
+        torch.use_deterministic_algorithms(True)
+    store = open_store(task.harvest)
+    expected = int(task.harvest.facts["hashes"][settings.hook_point], 16)
+    stream = Stream(
+        store, settings.hook_point, settings.settings.seed, settings.settings.batch, settings.settings.filter, expected
+    )
+    width = store.layout.widths[settings.hook_point]
+    dictionary = TopKDictionary(width, settings.features, settings.k)
+    dictionary, curves, progress, since_fired_F = loop.train(
+        task.stage, stream, dictionary, settings.settings, task.checkpoint_seconds, gang
+    )
+    config = DictionaryConfig(
+        width=width,
+        features=settings.features,
+        k=settings.k,
+        hook_point=settings.hook_point,
+        model=settings.model,
+        model_digest=settings.model_digest,
+    )
+    columns = dict(zip(CURVES_SCHEMA.names, zip(*curves, strict=True), strict=True))
+    table = pa.Table.from_pydict({name: list(values) for name, values in columns.items()}).cast(CURVES_SCHEMA)
+    bodies = {
+        DICTIONARY: model.to_bytes(dictionary),
+        DICTIONARY_CONFIG: config.model_dump_json(indent=1).encode(),
+        CURVES: parquet_body(table),
+    }
+    if gang.rank == 0:
+        for key, body in bodies.items():
+            create_or_adopt(path / key, body)
+    facts: dict[str, Any] = {
+        **loop.describe(dictionary, since_fired_F, settings.settings),
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "scale": progress.scale,
+    }
+    return Outputs(objects=tuple(ObjectEntry.of(key, body) for key, body in bodies.items()), facts=facts)

@@ -1,0 +1,63 @@
+"""Where everything lies. Keys are relative to a stage's folder unless they say otherwise.
+
+    <root>/tokenize/<fp16>/                      fp16: first 16 digits of the stage's fingerprint
+        SPEC.json  units/  COMMITTED.json        what the folder is for, what is in it, that it is whole
+        train/ heldout/                          token sequences, Parquet
+        index.parquet                            rows of every row group, in corpus order
+    <root>/harvest/<fp16>/
+        activations.zarr/                        a plain Zarr v3 group
+    <root>/dictionaries/<name>/<stage>/<fp16>/   train, evaluate, catalog, export
+        log/  checkpoints/                       train only
+    <root>/runs/<run>/                           manifest and events of every run
+"""
+
+from __future__ import annotations
+
+SPEC = "SPEC.json"
+COMMITTED = "COMMITTED.json"
+UNITS = "units"
+LOG = "log"
+CHECKPOINTS = "checkpoints"
+RUNS = "runs"
+
+TOKEN_INDEX = "index.parquet"
+STORE_OBJECTS = "objects.parquet"
+STORE = "activations.zarr"
+ROW, TOKEN, POSITION = "row", "token", "position"
+
+DICTIONARY = "dictionary.safetensors"
+DICTIONARY_CONFIG = "dictionary.json"
+CURVES = "curves.parquet"
+METRICS = "metrics.json"
+FEATURES = "features.parquet"
+EXAMPLES = "examples.parquet"
+REPORT = "report.html"
+
+
+def unit_key(unit: str) -> str:
+    """Key of a unit's record."""
+    return f"{UNITS}/{unit}.json"
+
+
+def slot_key(slot: int) -> str:
+    """Key of a training log's slot."""
+    return f"{LOG}/{slot:06d}.json"
+
+
+def array_name(hook_point: str) -> str:
+    """Name of a hook point's array in the store; ':' is not safe in every file system or URL.
+
+    >>> array_name("layers.2.mlp:in")
+    'layers.2.mlp-in'
+    """
+    return hook_point.replace(":", "-")
+
+
+def norm_name(hook_point: str) -> str:
+    """Name of the array with the L2 norm of a hook point's rows."""
+    return f"{array_name(hook_point)}-norm"
+
+
+def shard_key(array: str, unit: int, ndim: int) -> str:
+    """Key of a unit's shard in an array of the store."""
+    return f"{STORE}/{array}/c/{unit}" + "/0" * (ndim - 1)

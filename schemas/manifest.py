@@ -1,0 +1,278 @@
+"""The manifest: everything a run needs to know, parsed once at the door into frozen values.
+
+Every field of `model`, `corpus`, `harvest` and `dictionaries` can change the bits of a result and is part
+of a stage's fingerprint. Nothing in `compute` can: it says where and how fast, never what.
+
+This module describes and cross-checks; it opens nothing. Reading YAML, overrides and the environment is
+`jobs.manifest`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+_SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_SIZES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+
+
+def parse_bytes(value: object) -> object:
+    """`"512MiB"` as a number of bytes; numbers pass."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGTkmgt]?[Ii]?[Bb]?)\s*", value)
+    if match is None or match[2].upper() not in _SIZES:
+        raise ValueError(f"{value!r} is no size; expected for example 512MiB or 2GB")
+    return int(float(match[1]) * _SIZES[match[2].upper()])
+
+
+def parse_count(value: object) -> object:
+    """`"1.5M"` as a whole number; numbers pass."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([KMBkmb]?)\s*", value)
+    if match is None:
+        raise ValueError(f"{value!r} is no count; expected for example 2_000_000 or 2M")
+    return round(float(match[1].replace("_", "")) * _COUNTS[match[2].upper()])
+
+
+def _identifier(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value):
+        raise ValueError(f"{value!r} is no name; expected letters, digits, '.', '_' or '-', at most 64 of them")
+    return value
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+Count = Annotated[int, BeforeValidator(parse_count), Field(ge=1)]
+Steps = Annotated[int, BeforeValidator(parse_count), Field(ge=0)]
+Name = Annotated[str, AfterValidator(_identifier)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+
+class Model(_Section):
+    """The transformer whose activations are factorized."""
+
+    source: str = Field(min_length=1, description="A local folder, or a name on the Hugging Face hub.")
+    revision: str | None = Field(
+        default=None, description="Commit of a hub model. Without one, the commit found by the first plan is pinned."
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="Precision of the forward pass."
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="Run the model's own Python code; needs a pinned revision."
+    )
+
+    @model_validator(mode="after")
+    def _code_needs_a_pin(self) -> Self:
+        if self.trust_remote_code and self.revision is None:
+            raise ValueError("trust_remote_code runs code that can change; pin model.revision to a commit as well")
+        return self
+
+
+class Corpus(_Section):
+    """The text, and how it becomes sequences."""
+
+    source: str = Field(min_length=1, description="A file, a folder or a glob; any URL that fsspec opens.")
+    text_field: str = Field(default="text", description="JSONL key or Parquet column that holds the text.")
+    context: int = Field(default=256, ge=2, description="Most tokens in a sequence.")
+    bos: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="Begin every sequence with the BOS token; auto does so if the tokenizer has one.",
+    )
+    eos: Literal["always", "never"] = Field(default="never", description="End every document with the EOS token.")
+    min_tokens: int = Field(
+        default=8, ge=1, description="A document's last sequence is left out if it has fewer tokens than this."
+    )
+    max_documents: Count | None = Field(default=None, description="Read at most so many documents of each file.")
+    heldout: Fraction = Field(
+        default=0.1, description="Share of documents, chosen by hash, that only evaluation may see."
+    )
+
+
+class Harvest(_Section):
+    """What is taken out of the model, and how it lies in the store."""
+
+    hook_points: tuple[str, ...] = Field(
+        min_length=1, description="Module paths of the model; ':in' behind one takes the module's input."
+    )
+    tokens: Count | None = Field(default=None, description="Rows to harvest; all of the training split if left out.")
+    dtype: Literal["float32", "float16", "bfloat16"] = Field(
+        default="bfloat16", description="Precision of the store."
+    )
+    batch_tokens: Count = Field(default=4096, description="Tokens in one forward pass.")
+    unit_rows: Count | None = Field(default=None, description="Rows of a unit (one shard); chosen if left out.")
+    chunk_rows: Count | None = Field(default=None, description="Rows of an inner chunk; chosen if left out.")
+    loader_memory: Bytes = Field(
+        default=2**30, description="Two slabs of the shuffle fit in this, on every training rank."
+    )
+    seed: int = Field(default=0, ge=0)
+
+    @field_validator("hook_points")
+    @classmethod
+    def _distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError("a hook point is named twice")
+        return value
+
+    @model_validator(mode="after")
+    def _chunks_divide_units(self) -> Self:
+        if self.unit_rows and self.chunk_rows and self.unit_rows % self.chunk_rows:
+            below = self.unit_rows - self.unit_rows % self.chunk_rows
+            raise ValueError(
+                f"unit_rows {self.unit_rows} is not a multiple of chunk_rows {self.chunk_rows}; "
+                f"nearest that is: {below or self.chunk_rows} or {below + self.chunk_rows}"
+            )
+        return self
+
+
+class Filter(_Section):
+    """Rows that training passes over. They stay in the store."""
+
+    skip_positions: int = Field(default=0, ge=0, description="Leave out the first so many tokens of a sequence.")
+    max_norm: float | None = Field(
+        default=None, gt=1.0, description="Leave out rows whose norm exceeds so many times the median norm."
+    )
+
+
+class Train(_Section):
+    """How a dictionary is trained."""
+
+    tokens: Count = Field(description="Rows that pass through the trainer, over all epochs.")
+    batch: Count = Field(default=4096, description="Rows in one step, over all ranks.")
+    learning_rate: float | None = Field(
+        default=None, gt=0, description="Peak rate; 2e-4 * sqrt(2^14 / features) if left out."
+    )
+    warmup: Fraction = Field(default=0.02, description="Share of the steps over which the rate rises from zero.")
+    decay: Fraction = Field(default=0.2, description="Share of the steps over which the rate falls to zero at the end.")
+    beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    beta2: float = Field(default=0.999, gt=0.0, lt=1.0)
+    clip: float = Field(default=1.0, ge=0.0, description="Largest norm of the gradient; 0 does not clip.")
+    aux_k: Steps | None = Field(
+        default=None, description="Dead features that predict the residual (AuxK); d/2 if left out, 0 for none."
+    )
+    aux_weight: float = Field(default=1 / 32, ge=0.0)
+    dead_after: Count = Field(default=10_000_000, description="A feature is dead once it did not fire in so many tokens.")
+    seed: int = Field(default=0, ge=0)
+    filter: Filter = Filter()
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> Self:
+        if self.warmup + self.decay > 1.0:
+            raise ValueError(f"warmup {self.warmup} and decay {self.decay} together exceed the whole run")
+        if self.batch > self.tokens:
+            raise ValueError(f"batch {self.batch} is larger than tokens {self.tokens}")
+        return self
+
+
+class Evaluate(_Section):
+    """How a dictionary is judged on the held-out split."""
+
+    tokens: Count = Field(default=200_000, description="Most held-out tokens to use.")
+    baselines: tuple[Literal["random", "pca"], ...] = Field(
+        default=("random", "pca"), description="Reference points that are judged on the same tokens."
+    )
+
+
+class Catalog(_Section):
+    """What is kept about every feature."""
+
+    tokens: Count = Field(default=1_000_000, description="Most training rows to look through.")
+    examples: int = Field(default=8, ge=1, le=100, description="Top activating examples of a feature.")
+    window: int = Field(default=12, ge=0, le=512, description="Tokens of context on either side.")
+    report_features: Count = Field(
+        default=10_000, description="Features shown in the HTML report; Parquet holds them all."
+    )
+
+
+class Dictionary(_Section):
+    """One dictionary: what it factorizes, its shape and its training."""
+
+    name: Name
+    hook_point: str
+    features: Count | None = Field(default=None, description="F, the number of features.")
+    expansion: Count | None = Field(default=None, description="F / d, instead of `features`.")
+    k: Count = Field(description="Active features per token.")
+    train: Train
+    evaluate: Evaluate = Evaluate()
+    catalog: Catalog = Catalog()
+    export: tuple[Literal["saelens"], ...] = ("saelens",)
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        if (self.features is None) == (self.expansion is None):
+            raise ValueError("give either features or expansion")
+        if self.features is not None and self.k > self.features:
+            raise ValueError(f"k {self.k} exceeds features {self.features}")
+        return self
+
+    def size(self, width: int) -> int:
+        """F for a hook point of this width."""
+        return self.features if self.features is not None else width * (self.expansion or 0)
+
+
+class Compute(_Section):
+    """Where the run happens. Nothing here can change a result, so nothing here enters a fingerprint."""
+
+    pool: Literal["ray", "inline"] = Field(
+        default="ray", description="inline runs everything in this process, for tests and debugging."
+    )
+    address: str | None = Field(
+        default=None, description="An existing Ray cluster; a local one is started and stopped if left out."
+    )
+    workers: int = Field(default=2, ge=1, description="Workers for tokenize, harvest, evaluate and catalog.")
+    threads: int = Field(default=1, ge=1, description="CPU threads of each worker.")
+    gpus: float = Field(default=0.0, ge=0.0, description="GPUs of each worker and training rank.")
+    ranks: int = Field(default=1, ge=1, description="Training ranks.")
+    rank_threads: int = Field(default=2, ge=1, description="CPU threads of each training rank.")
+    memory: Bytes | None = Field(
+        default=None, description="Memory that the run may take; that of the machine if left out."
+    )
+    retries: int = Field(default=3, ge=0, description="Times that a stage's dead workers are replaced.")
+    checkpoint_seconds: float = Field(default=30.0, gt=0.0, description="Time between training checkpoints.")
+    deterministic: bool = Field(default=True, description="Use only kernels that give the same bits every time.")
+
+
+class Manifest(_Section):
+    """One model and corpus, one harvest, and any number of dictionaries trained from it."""
+
+    name: Name
+    root: str = Field(min_length=1, description="Folder or bucket URL that holds everything the run makes.")
+    model: Model
+    corpus: Corpus
+    harvest: Harvest
+    dictionaries: tuple[Dictionary, ...] = Field(min_length=1)
+    compute: Compute = Compute()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        names = [dictionary.name for dictionary in self.dictionaries]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two dictionaries are named {name!r}")
+        for index, dictionary in enumerate(self.dictionaries):
+            where = f"dictionaries.{index}"
+            if dictionary.hook_point not in self.harvest.hook_points:
+                raise ValueError(
+                    f"{where}.hook_point {dictionary.hook_point!r} is not harvested; "
+                    f"harvest.hook_points has {list(self.harvest.hook_points)}"
+                )
+            if dictionary.train.batch % self.compute.ranks:
+                raise ValueError(
+                    f"{where}.train.batch {dictionary.train.batch} is not divisible by "
+                    f"compute.ranks {self.compute.ranks}"
+                )
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """The manifest without what cannot change a result."""
+        return self.model_dump(mode="json", exclude={"root", "compute"})
