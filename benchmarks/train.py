@@ -105,7 +105,8 @@ class Worker:
     def __init__(self, contender: Contender, case: Case, data: Path, log: Path) -> None:
         self.name, self._batch, self._log = contender.name, case.batch, log
         shape = {name: getattr(case, name) for name in ("width", "features", "k", "batch", "threads")}
-        setting = shape | {"seed": SEED, "variant": contender.variant, "data": str(data)}
+        read_end, write_end = os.pipe()
+        setting = shape | {"seed": SEED, "variant": contender.variant, "data": str(data), "answers": write_end}
         environment = os.environ | {
             "OMP_NUM_THREADS": str(case.threads),
             "CUDA_VISIBLE_DEVICES": "",
@@ -113,16 +114,19 @@ class Worker:
             "WANDB_MODE": "disabled",
             "HF_HUB_OFFLINE": "1",
         }
+        self._answers = os.fdopen(read_end, "rb")
         with open(log, "wb") as stream:
             self._process = subprocess.Popen(
                 [str(contender.python), str(HERE / "peers" / contender.script), json.dumps(setting)],
                 stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                stdout=stream,
                 stderr=stream,
                 env=environment,
+                pass_fds=[write_end],
                 # Some trainers leave folders where they run.
                 cwd=data.parent,
             )
+        os.close(write_end)
 
     def turn(self, steps: int, outcome: Outcome) -> float:
         """Run steps; returns tokens per second.
@@ -130,12 +134,12 @@ class Worker:
         Raises:
             RuntimeError: the worker died or is silent; the message ends with the end of its log.
         """
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
         try:
             self._process.stdin.write(f"{steps}\n".encode())
             self._process.stdin.flush()
-            ready, _, _ = select.select([self._process.stdout], [], [], PATIENCE)
-            line = self._process.stdout.readline() if ready else b""
+            ready, _, _ = select.select([self._answers], [], [], PATIENCE)
+            line = self._answers.readline() if ready else b""
         except BrokenPipeError:
             line = b""
         if not line:
@@ -159,6 +163,8 @@ class Worker:
         except (BrokenPipeError, subprocess.TimeoutExpired):
             self._process.kill()
             self._process.wait()
+        finally:
+            self._answers.close()
 
 
 def activations(case: Case) -> npt.NDArray[np.float32]:
@@ -216,9 +222,9 @@ def table(case: Case, outcomes: dict[str, Outcome]) -> Table:
         f"median of {case.rounds} rounds of {case.steps} steps"
     )
     for heading in ("trainer", "tokens/s", "Kilobasis is faster by", "min..max", "peak RSS", "FVU, first to last"):
-        shown.add_column(heading, justify="left" if heading == "trainer" else "right")
+        shown.add_column(heading, justify="left" if heading == "trainer" else "right", no_wrap=heading == "trainer")
     for name, outcome in outcomes.items():
-        ratios = speedups(outcomes, name) if REFERENCE in outcomes else []
+        ratios = [] if name == REFERENCE else speedups(outcomes, name)
         shown.add_row(
             name,
             f"{statistics.median(outcome.tokens_per_s):,.0f}",
@@ -242,11 +248,12 @@ def facts(case: Case, outcomes: dict[str, Outcome]) -> list[dict[str, Any]]:
             ("peak_rss", outcome.peak_rss, "bytes", []),
             ("fvu", outcome.fvus[-1], "fraction", outcome.fvus),
         ]
-        if REFERENCE in outcomes and name != REFERENCE:
+        if name != REFERENCE:
             ratios = speedups(outcomes, name)
             values.append(("speedup", statistics.median(ratios), "kilobasis / contender", ratios))
         for what, value, unit, rounds in values:
-            found.append({"name": f"{label}/{what}", "value": value, "unit": unit, "config": config | {"rounds": rounds}})
+            described = config | {"per_round": rounds}
+            found.append({"name": f"{label}/{what}", "value": value, "unit": unit, "config": described})
     return found
 
 

@@ -53,8 +53,10 @@ def ray_session(address: str | None, cpus: int) -> Iterator[None]:
         finally:
             ray.shutdown()
         return
-    os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    # Ray reads both when it is imported and never again: one token for the life of this process, and
+    # nothing may import ray before.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
 
     folder = tempfile.mkdtemp(prefix="kb-", dir="/tmp")

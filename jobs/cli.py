@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer._click.exceptions import UsageError
 
 from jobs import manifest as manifests
 from schemas.errors import KilobasisError, ManifestError
@@ -218,9 +218,9 @@ def main() -> None:
         code = app(standalone_mode=False)
     except KilobasisError as error:
         _fail(str(error), error.exit_code)
-    except click.UsageError as error:
-        _fail(f"{error.format_message()} -> see `kilobasis --help`", 2)
-    except (click.Abort, KeyboardInterrupt):
+    except UsageError as error:
+        _fail(f"{' '.join(error.format_message().split())} -> see `kilobasis --help`", 2)
+    except (typer.Abort, KeyboardInterrupt):
         _fail("stopped -> continue with `kilobasis resume`", 75)
     else:
         sys.exit(code if isinstance(code, int) else 0)

@@ -103,10 +103,12 @@ class _LazyPool:
         if compute.pool == "inline":
             return InlinePool()
         from cluster.ray_cluster import ray_session
-        from cluster.ray_pool import RayPool
 
         cpus = max(compute.workers * compute.threads, compute.ranks * compute.rank_threads)
         self._stack.enter_context(ray_session(compute.address, cpus))
+        # Imports ray, which must not happen before the session has set its environment.
+        from cluster.ray_pool import RayPool
+
         return RayPool(compute.workers, compute.retries)
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+from dictionary_learning.trainers.top_k import TopKTrainer  # type: ignore[import-not-found]
 from protocol import Session
 from torch import Tensor
 
 session = Session()
 setting = session.setting
-
-from dictionary_learning.trainers.top_k import TopKTrainer  # type: ignore[import-not-found]  # noqa: E402
-
 trainer = TopKTrainer(
     steps=10**6,
     activation_dim=setting.width,

@@ -10,15 +10,15 @@ import torch
 from protocol import Session
 from torch import Tensor
 
-session = Session()
-setting = session.setting
-
-from cluster.pool import free_port  # noqa: E402
-from pipeline.dictionary.loop import Trainer, scale_of  # noqa: E402
-from pipeline.dictionary.model import TopKDictionary  # noqa: E402
-from schemas.manifest import Train  # noqa: E402
+from cluster.pool import free_port
+from pipeline.dictionary.loop import Trainer, scale_of
+from pipeline.dictionary.model import TopKDictionary
+from schemas.manifest import Train
 
 STEPS = 10**6
+
+session = Session()
+setting = session.setting
 
 torch.use_deterministic_algorithms(True)
 scale = scale_of(session.sample)

@@ -2,7 +2,8 @@
 
 A worker is a script beside this file, run by the interpreter of the environment that holds its library.
 Its one argument is a `Setting` as JSON. On stdin it gets a number of steps a line; after those steps it
-answers with a `Turn` as one line of JSON, and sleeps until the next line. Stdin at its end ends it.
+answers with a `Turn` as one line of JSON, and sleeps until the next line. Stdin at its end ends it. Answers
+have a pipe of their own, because libraries print to stdout as they please.
 
 Standalone: torch and numpy only, so that it runs in both environments.
 """
@@ -29,7 +30,7 @@ class Setting:
     """One contender's task.
 
     `data` is a .npy file of shape (batches, B, width), float32; its last batch is held out. `variant`
-    chooses between ways of one library, for example its optimizers.
+    chooses between ways of one library, for example its optimizers. `answers` is the descriptor of the pipe.
     """
 
     width: int
@@ -40,6 +41,7 @@ class Setting:
     seed: int
     variant: str
     data: str
+    answers: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +59,11 @@ class Turn:
 
 
 class Session:
-    """A worker's side of the talk. Make it before the library is imported: it sets threads and stdout."""
+    """A worker's side of the talk. Made before anything else, because it sets threads and the seed."""
 
     def __init__(self) -> None:
         self.setting = Setting(**json.loads(sys.argv[1]))
-        # Libraries print to stdout as they please; from here on that is stderr, and the talk has its own.
-        self._answers = os.fdopen(os.dup(1), "w", buffering=1)
-        os.dup2(2, 1)
+        self._answers = os.fdopen(self.setting.answers, "w", buffering=1)
         torch.set_num_threads(self.setting.threads)
         torch.manual_seed(self.setting.seed)
         x_NBD = torch.from_numpy(np.load(self.setting.data))

@@ -1,6 +1,7 @@
 """SAELens: `SAETrainer.fit` on its TopK training autoencoder, with the library's defaults.
 
-Variants: `dense` (the default) and `sparse` (`use_sparse_activations`). Its only optimizer is Adam.
+Variants: `dense` (the default) and `sparse` (`use_sparse_activations`, which has no backward pass on a CPU
+unless `rescale_acts_by_decoder_norm` is off as well). Its only optimizer is Adam.
 """
 
 from __future__ import annotations
@@ -8,15 +9,13 @@ from __future__ import annotations
 import contextlib
 
 from protocol import Session
+from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig  # type: ignore[import-not-found]
+from sae_lens.config import SAETrainerConfig  # type: ignore[import-not-found]
+from sae_lens.training.sae_trainer import SAETrainer  # type: ignore[import-not-found]
 from torch import Tensor
 
 session = Session()
 setting = session.setting
-
-from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig  # type: ignore[import-not-found]  # noqa: E402
-from sae_lens.config import SAETrainerConfig  # type: ignore[import-not-found]  # noqa: E402
-from sae_lens.training.sae_trainer import SAETrainer  # type: ignore[import-not-found]  # noqa: E402
-
 autoencoder = TopKTrainingSAE(
     TopKTrainingSAEConfig(
         d_in=setting.width,

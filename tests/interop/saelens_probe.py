@@ -1,0 +1,31 @@
+"""Loads a folder with the real SAELens, and encodes and decodes: `saelens_probe.py FOLDER OUT`.
+
+Standalone, because it runs in the peers' environment. OUT holds `x.npy` (B, D) and gets `features.npy`
+(B, F), `reconstruction.npy` (B, D) and `facts.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import sae_lens  # type: ignore[import-not-found]
+import torch
+
+folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+autoencoder = sae_lens.SAE.load_from_disk(str(folder), device="cpu")
+with torch.no_grad():
+    features_BF = autoencoder.encode(torch.from_numpy(np.load(out / "x.npy")))
+    reconstruction_BD = autoencoder.decode(features_BF)
+np.save(out / "features.npy", features_BF.numpy())
+np.save(out / "reconstruction.npy", reconstruction_BD.numpy())
+facts = {
+    "version": sae_lens.__version__,
+    "class": type(autoencoder).__name__,
+    "k": autoencoder.cfg.k,
+    "dtype": str(autoencoder.W_enc.dtype),
+    "metadata": autoencoder.cfg.metadata.to_dict(),
+}
+(out / "facts.json").write_text(json.dumps(facts))

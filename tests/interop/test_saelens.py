@@ -1,0 +1,135 @@
+"""The SAELens export, proven by the real SAELens: it loads the folder, and computes the same numbers.
+
+Shapes and names prove little: a transposed decoder of a square dictionary, or a bias that is subtracted
+twice, loads well. SAELens lives in an environment of its own (`make .venv-peers`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import safetensors.numpy
+import torch
+
+from pipeline.dictionary.model import DictionaryConfig, TopKDictionary
+from pipeline.export import SAELENS_VERSION, ExportParams, saelens_files
+
+ROOT = Path(__file__).resolve().parents[2]
+PEERS = ROOT / ".venv-peers" / "bin" / "python"
+PROBE = Path(__file__).with_name("saelens_probe.py")
+TOLERANCE = 1e-5
+
+# SAELens takes longer to import for the first time than most tests may run.
+pytestmark = pytest.mark.timeout(300)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What SAELens made of a folder, beside what we make of the same dictionary."""
+
+    x_BD: torch.Tensor
+    dictionary: TopKDictionary
+    features_BF: npt.NDArray[np.float32]
+    reconstruction_BD: npt.NDArray[np.float32]
+    facts: dict[str, Any]
+    folder: Path
+
+
+def dictionary_of(width: int, features: int, k: int, seed: int) -> TopKDictionary:
+    """A dictionary in which every tensor counts: untied, biased, and rectified now and then."""
+    generator = torch.Generator().manual_seed(seed)
+    dictionary = TopKDictionary(width, features, k)
+    with torch.no_grad():
+        for parameter in dictionary.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        dictionary.W_dec.copy_(torch.nn.functional.normalize(dictionary.W_dec, dim=1))
+        dictionary.W_enc.copy_(0.5 * dictionary.W_dec + 0.05 * dictionary.W_enc)
+        # So low that some of the k largest pre-activations are negative.
+        dictionary.b_enc.sub_(2.0)
+    return dictionary
+
+
+def probe(folder: Path, out: Path, x_BD: torch.Tensor) -> None:
+    """Run SAELens on the folder."""
+    np.save(out / "x.npy", x_BD.numpy())
+    done = subprocess.run(
+        [str(PEERS), str(PROBE), str(folder), str(out)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+# Square as well: there a transposed matrix has the right shape.
+@pytest.fixture(scope="module", params=[(24, 96), (32, 32)], ids=["overcomplete", "square"])
+def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    """An export, loaded and used by SAELens."""
+    if not PEERS.exists():
+        reason = f"{PEERS} is not there; make it with `make .venv-peers`"
+        if os.environ.get("KILOBASIS_REQUIRE_PEERS") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    width, features = request.param
+    dictionary = dictionary_of(width, features, k=8, seed=width)
+    config = DictionaryConfig(
+        width=width, features=features, k=8, hook_point="layers.2.mlp:in", model="tiny", model_digest="0"
+    )
+    density_F = np.linspace(0.0, 0.5, features)
+    settings = ExportParams(formats=("saelens",), context=64, bos="always")
+    folder, out = tmp_path_factory.mktemp("export"), tmp_path_factory.mktemp("out")
+    for name, body in saelens_files(dictionary, config, density_F, settings).items():
+        (folder / name).write_bytes(body)
+    x_BD = 2.0 * torch.randn((256, width), generator=torch.Generator().manual_seed(1)) + 0.5
+    probe(folder, out, x_BD)
+    return Seen(
+        x_BD=x_BD,
+        dictionary=dictionary,
+        features_BF=np.load(out / "features.npy"),
+        reconstruction_BD=np.load(out / "reconstruction.npy"),
+        facts=json.loads((out / "facts.json").read_text()),
+        folder=folder,
+    )
+
+
+def test_saelens_encoding_an_export_gives_our_features(seen: Seen) -> None:
+    z_BK, indices_BK = seen.dictionary.encode(seen.x_BD)
+    ours_BF = torch.zeros(len(seen.x_BD), seen.dictionary.features).scatter_(1, indices_BK, z_BK).numpy()
+    assert 0 < (ours_BF > 0).sum() < ours_BF.shape[0] * seen.dictionary.k
+    np.testing.assert_allclose(seen.features_BF, ours_BF, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_saelens_decoding_an_export_gives_our_reconstruction(seen: Seen) -> None:
+    ours_BD = seen.dictionary.decode(*seen.dictionary.encode(seen.x_BD)).numpy()
+    np.testing.assert_allclose(seen.reconstruction_BD, ours_BD, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_saelens_loading_an_export_keeps_what_the_config_says(seen: Seen) -> None:
+    assert seen.facts["version"] == SAELENS_VERSION
+    assert seen.facts["class"] == "TopKSAE"
+    assert seen.facts["k"] == seen.dictionary.k
+    assert seen.facts["dtype"] == "torch.float32"
+    metadata = seen.facts["metadata"]
+    assert metadata["hook_name"] == "layers.2.mlp:in"
+    assert metadata["model_name"] == "tiny"
+    assert metadata["context_size"] == 64
+    assert metadata["prepend_bos"] is True
+    assert metadata["sae_lens_version"] == SAELENS_VERSION
+
+
+def test_saelens_sparsity_of_an_export_is_log10_of_the_density(seen: Seen) -> None:
+    # SAELens reads this file from the hub only, by this key.
+    sparsity_F = safetensors.numpy.load_file(seen.folder / "sparsity.safetensors")["sparsity"]
+    density_F = np.linspace(0.0, 0.5, seen.dictionary.features)
+    assert sparsity_F[0] == -10.0
+    np.testing.assert_allclose(10.0 ** sparsity_F[1:], density_F[1:], rtol=1e-5)
