@@ -6,7 +6,6 @@ that is safe because a task commits its unit itself, outside Ray, and a committe
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -157,9 +156,7 @@ class RayPool:
             _await_all(actors, resources)
             meeting = ray.get(actors[0].meeting_point.remote(), timeout=START_SECONDS)
             post = _Post(mailbox)
-            running = [
-                actor.run.remote(fn, Rank(rank, world_size, meeting, post)) for rank, actor in enumerate(actors)
-            ]
+            running = [actor.run.remote(fn, Rank(rank, world_size, meeting, post)) for rank, actor in enumerate(actors)]
             pending = list(running)
             while pending:
                 done, pending = ray.wait(pending, num_returns=1, timeout=POLL_SECONDS)

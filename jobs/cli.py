@@ -115,7 +115,9 @@ def report(manifest: ManifestPath, set_: Overrides = None, json_: AsJson = False
             done[label(planned.stage, planned.dictionary)] = committed
     missing = [f"catalog/{each.name}" for each in parsed.dictionaries if f"catalog/{each.name}" not in done]
     if missing:
-        raise ManifestError(f"{', '.join(missing)} is not committed, so there is no report yet", "run `kilobasis run` first")
+        raise ManifestError(
+            f"{', '.join(missing)} is not committed, so there is no report yet", "run `kilobasis run` first"
+        )
     _print_results(parsed, done, as_json=json_)
 
 
@@ -182,7 +184,9 @@ def _print_plan(made: Plan, parsed: Manifest) -> None:
         )
     Console().print(table)
     limit = parsed.compute.memory or machine_memory()
-    Console().print(f"memory to use: {size(limit)}; {about}{size(sum(p.estimate.stored_bytes for p in made.stages))} in all")
+    Console().print(
+        f"memory to use: {size(limit)}; {about}{size(sum(p.estimate.stored_bytes for p in made.stages))} in all"
+    )
 
 
 def _print_results(parsed: Manifest, done: dict[str, Committed], as_json: bool) -> None:
@@ -200,7 +204,13 @@ def _print_results(parsed: Manifest, done: dict[str, Committed], as_json: bool) 
     for name, result in results.items():
         judged = result["metrics"]
         table = Table(title=f"dictionary {name}, held out on {judged['tokens']:,} tokens", title_justify="left")
-        shown = {"fvu": "FVU", "l0": "L0", "dead": "dead", "ce_recovered": "CE recovered", "output_cosine": "output cosine"}
+        shown = {
+            "fvu": "FVU",
+            "l0": "L0",
+            "dead": "dead",
+            "ce_recovered": "CE recovered",
+            "output_cosine": "output cosine",
+        }
         present = [key for key in shown if any(key in judged.get(who, {}) for who in ("dictionary", "random", "pca"))]
         table.add_column("")
         for key in present:

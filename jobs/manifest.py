@@ -7,6 +7,7 @@ A relative source starts at the manifest's folder, a relative root at the workin
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if isinstance(key, (str, int, float, bool)) and key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
             seen.add(key if isinstance(key, (str, int, float, bool)) else id(key_node))
@@ -66,12 +67,16 @@ _SCHEMA = "see `kilobasis schema` for every field"
 def _parse(path: Path) -> Any:
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise ManifestError(f"{path} has {path.stat().st_size} bytes, a manifest has at most {MAX_BYTES}", "check the path")
+            raise ManifestError(
+                f"{path} has {path.stat().st_size} bytes, a manifest has at most {MAX_BYTES}", "check the path"
+            )
         text = path.read_text("utf-8")
     except FileNotFoundError as error:
         raise ManifestError(f"manifest {path} does not exist", "check the path") from error
     except (IsADirectoryError, UnicodeDecodeError, PermissionError) as error:
-        raise ManifestError(f"manifest {path} cannot be read as text ({type(error).__name__})", "check the path") from error
+        raise ManifestError(
+            f"manifest {path} cannot be read as text ({type(error).__name__})", "check the path"
+        ) from error
     try:
         return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
@@ -85,7 +90,9 @@ def _override(tree: Any, override: str) -> None:
     dotted, equals, text = override.partition("=")
     keys = dotted.split(".")
     if not equals or not all(keys):
-        raise ManifestError(f"--set {override!r} is not of the form a.b=value", "write for example --set compute.workers=4")
+        raise ManifestError(
+            f"--set {override!r} is not of the form a.b=value", "write for example --set compute.workers=4"
+        )
     try:
         value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -96,7 +103,8 @@ def _override(tree: Any, override: str) -> None:
         if isinstance(at, list):
             if not key.isdigit() or int(key) >= len(at):
                 raise ManifestError(
-                    f"--set {override!r}: {'.'.join(keys[:depth])} has items 0 to {len(at) - 1}, not {key!r}", "number an item"
+                    f"--set {override!r}: {'.'.join(keys[:depth])} has items 0 to {len(at) - 1}, not {key!r}",
+                    "number an item",
                 )
             index: Any = int(key)
         elif isinstance(at, dict):
@@ -113,9 +121,11 @@ def _override(tree: Any, override: str) -> None:
 
 def _expand(tree: dict[str, Any], path: Path) -> None:
     for keys in (("root",), ("model", "source"), ("corpus", "source")):
-        section = tree
+        section: Any = tree
         for key in keys[:-1]:
-            section = section.get(key) if isinstance(section.get(key), dict) else {}
+            section = section.get(key)
+            if not isinstance(section, dict):
+                section = {}
         value = section.get(keys[-1])
         if not isinstance(value, str):
             continue
@@ -124,11 +134,11 @@ def _expand(tree: dict[str, Any], path: Path) -> None:
                 f"{'.'.join(keys)} holds a credential, and manifests are stored with every run",
                 "leave it out; credentials come from the provider's own chain (environment, profile, role)",
             )
-        expanded = _VARIABLE.sub(lambda match: _variable(match, ".".join(keys)), value)
+        expanded = _VARIABLE.sub(functools.partial(_variable, ".".join(keys)), value)
         section[keys[-1]] = _placed(expanded, keys, path)
 
 
-def _variable(match: re.Match[str], field: str) -> str:
+def _variable(field: str, match: re.Match[str]) -> str:
     found = os.environ.get(match[1], match[2])
     if found is None:
         raise ManifestError(f"{field} uses ${{{match[1]}}}, which is not set", f"export {match[1]}=...")
@@ -165,11 +175,11 @@ def _describe(error: ValidationError, tree: Any) -> str:
 
 def _fields(location: tuple[int | str, ...]) -> list[str]:
     """Names that may stand at a place of the manifest."""
-    at: Any = Manifest
+    at: type[BaseModel] = Manifest
     for part in location:
-        if isinstance(part, int) or not isinstance(at, type) or part not in at.model_fields:
+        if isinstance(part, int) or part not in at.model_fields:
             continue
-        annotation = at.model_fields[str(part)].annotation
+        annotation: Any = at.model_fields[part].annotation
         inner = [kind for kind in getattr(annotation, "__args__", ()) if isinstance(kind, type)]
         at = next((kind for kind in [annotation, *inner] if isinstance(kind, type) and issubclass(kind, BaseModel)), at)
     return sorted(at.model_fields)

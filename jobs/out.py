@@ -65,9 +65,7 @@ class StageOut:
                 self.emit(UnitCommitted(self.stage, record.unit, made.rows, record.seconds, record.peak_memory))
         return {task.unit: self.records[task.unit] for task in tasks}
 
-    def gang(
-        self, fn: Callable[[T, StoragePath, Gang], Any], task: T, world_size: int, resources: Resources
-    ) -> Any:
+    def gang(self, fn: Callable[[T, StoragePath, Gang], Any], task: T, world_size: int, resources: Resources) -> Any:
         """Run a gang that keeps its checkpoints in the stage's folder."""
         self.emit(StageStarted(self.stage, 0, 1, str(self.path)))
         work = functools.partial(_run_rank, fn, task, self.path)
@@ -84,8 +82,6 @@ class StageOut:
         self._emit(event)
 
 
-def _run_rank(
-    fn: Callable[[T, StoragePath, Gang], Any], task: T, path: StoragePath, rank: Rank
-) -> tuple[Any, int]:
+def _run_rank(fn: Callable[[T, StoragePath, Gang], Any], task: T, path: StoragePath, rank: Rank) -> tuple[Any, int]:
     gang = Gang(rank.rank, rank.world_size, rank.init_method, rank.emit, TrainingLog(path))
     return fn(task, path, gang), peak_memory()

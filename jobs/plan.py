@@ -64,7 +64,9 @@ def instances(manifest: Manifest) -> list[tuple[Stage, Dictionary | None]]:
     ]
 
 
-def inputs_of(stage: Stage, dictionary: Dictionary | None, done: Mapping[str, Committed]) -> dict[str, Committed] | None:
+def inputs_of(
+    stage: Stage, dictionary: Dictionary | None, done: Mapping[str, Committed]
+) -> dict[str, Committed] | None:
     """The stage's inputs, or None while one of them is not committed."""
     found = {}
     for need in stage.needs:
@@ -112,7 +114,15 @@ def make(manifest: Manifest, workspace: Workspace, sources: Sources) -> Plan:
         if committed is not None:
             done[name] = committed
             planned.append(
-                Planned(stage, dictionary, params, Action.SKIP, f"committed, {committed.record.digest[:12]}", estimate, folder)
+                Planned(
+                    stage,
+                    dictionary,
+                    params,
+                    Action.SKIP,
+                    f"committed, {committed.record.digest[:12]}",
+                    estimate,
+                    folder,
+                )
             )
             if stage.name == "tokenize":
                 sources = refine(sources, committed)

@@ -14,7 +14,15 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from tensorboardX import SummaryWriter
 
 from cluster.storage.create import create
@@ -130,7 +138,9 @@ class Lines:
         return True
 
     def _print(self, stage: str, text: str) -> None:
-        self._console.print(f"{time.strftime('%H:%M:%S')}  {stage:<20} {text}", markup=False, highlight=False, soft_wrap=True)
+        self._console.print(
+            f"{time.strftime('%H:%M:%S')}  {stage:<20} {text}", markup=False, highlight=False, soft_wrap=True
+        )
 
 
 class Bars:
@@ -164,7 +174,9 @@ class Bars:
             pace = self._rows[event.stage] / max(time.monotonic() - self._began[event.stage], 1e-9)
             bar.update(self._tasks[event.stage], advance=1, detail=f"{pace:,.0f} rows/s")
         elif isinstance(event, events.Progress):
-            bar.update(self._tasks[event.stage], total=event.total, completed=event.done, detail=_dense(event, brief=True))
+            bar.update(
+                self._tasks[event.stage], total=event.total, completed=event.done, detail=_dense(event, brief=True)
+            )
         elif isinstance(event, events.StageCommitted):
             if event.skipped:
                 bar.console.print(f"{event.stage}: {_closing(event)}", markup=False, highlight=False)

@@ -25,8 +25,6 @@ from schemas.events import Event, StageCommitted
 from schemas.manifest import Compute, Manifest
 
 
-
-
 def run(manifest: Manifest, resume: bool = False) -> dict[str, Committed]:
     """Run everything that is not committed.
 
@@ -73,9 +71,7 @@ def _run_stages(
             began = time.monotonic()
             out = StageOut(folder, pool.open(), manifest.compute, emit)
             outputs = stage.run(inputs, params, out)
-            committed = folder.commit(
-                outputs, out.records, digests, time.monotonic() - began, max(out.peak_memory, 0)
-            )
+            committed = folder.commit(outputs, out.records, digests, time.monotonic() - began, max(out.peak_memory, 0))
             emit(StageCommitted(name, time.monotonic() - began, committed.record.digest, str(folder.path)))
         done[name] = committed
         if stage.name == "tokenize":
@@ -128,5 +124,3 @@ def _interruptible() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-

@@ -170,7 +170,9 @@ class TrainingLog:
         slots = self._slots()
         number = len(slots)
         # A name of its own for every attempt: a crash before the record leaves bytes that nobody refers to.
-        record = CheckpointRecord(slot=number, parent=number - 1 if number else None, step=step, objects=(), facts=facts)
+        record = CheckpointRecord(
+            slot=number, parent=number - 1 if number else None, step=step, objects=(), facts=facts
+        )
         folder = f"{CHECKPOINTS}/{step:09d}-{record.nonce[:8]}"
         entries = []
         for name, body in bodies.items():

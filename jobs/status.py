@@ -11,8 +11,8 @@ from typing import Any
 
 from cluster.storage.objects import names, read_bytes, read_json
 from cluster.storage.path import StoragePath
-from jobs.workspace import PROCESS
 from jobs.state import StageFolder, TrainingLog
+from jobs.workspace import PROCESS
 from schemas.errors import ManifestError
 from schemas.layouts import COMMITTED, RUNS
 
@@ -92,7 +92,7 @@ def _stage(name: str, seen: list[dict[str, Any]], alive: bool | None) -> StageSt
     path = StoragePath.parse(folders[-1])
     units = len(StageFolder(path, name, "").units())
     total = max((event["total"] for event in ours if event["event"] == "StageStarted"), default=units)
-    scalars = next((event["scalars"] for event in reversed(ours) if event["event"] == "Progress"), {})
+    scalars: dict[str, float] = next((event["scalars"] for event in reversed(ours) if event["event"] == "Progress"), {})
     if COMMITTED in names(path):
         return StageStatus(name, "committed", max(units, total), max(units, total), "", scalars)
     state = "stopped" if alive is False else "running"

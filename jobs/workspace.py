@@ -58,7 +58,9 @@ class Workspace:
         name = owner.get("name") if isinstance(owner, dict) else None
         if name != self.manifest.name:
             last = self.last_manifest()
-            changes = list(differences(last, canonical(self.manifest))) if last else [f"name: {name} -> {self.manifest.name}"]
+            changes = (
+                list(differences(last, canonical(self.manifest))) if last else [f"name: {name} -> {self.manifest.name}"]
+            )
             raise ManifestError(
                 f"root {self.root} is used by the manifest {name!r}; it differs from this one in {_listed(changes)}",
                 "choose another root",

@@ -44,7 +44,13 @@ PROMOTED = 8
 WORKER_MEMORY = 800 * 2**20
 
 STATISTICS = pa.schema(
-    [("feature", pa.int64()), ("fires", pa.int64()), ("sum", pa.float64()), ("square", pa.float64()), ("max", pa.float32())]
+    [
+        ("feature", pa.int64()),
+        ("fires", pa.int64()),
+        ("sum", pa.float64()),
+        ("square", pa.float64()),
+        ("max", pa.float32()),
+    ]
 )
 
 
@@ -134,9 +140,7 @@ def run(inputs: Mapping[str, Committed], params: CatalogParams, out: Out) -> Out
     collected = [records[unit].made for unit in sorted(records)]
     tokens = sum(unit.rows for unit in collected)
     features = _features(out.path, collected, weights["weights"].made, tokens)
-    examples = _best(
-        [_table(out.path, unit.objects[1]) for unit in collected], params.examples, features.num_rows
-    )
+    examples = _best([_table(out.path, unit.objects[1]) for unit in collected], params.examples, features.num_rows)
     written = [
         out.write(FEATURES, parquet_body(features, 65_536)),
         out.write(EXAMPLES, parquet_body(examples, 65_536)),
@@ -181,7 +185,7 @@ def collect_unit(task: CatalogTask, path: StoragePath) -> Unit:
 
 
 def _encode(dictionary: TopKDictionary, x_ND: torch.Tensor) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    parts = [dictionary.encode(x_BD.float()) for x_BD in x_ND.split(ENCODE_ROWS)]
+    parts = [dictionary.encode(x_BD.float()) for x_BD in torch.split(x_ND, ENCODE_ROWS)]
     return torch.cat([z for z, _ in parts]).numpy(), torch.cat([indices for _, indices in parts]).numpy()
 
 
@@ -312,7 +316,7 @@ def _direct_effect(settings: CatalogParams, W_dec_FD: torch.Tensor) -> tuple[lis
         return empty, empty
     unembed_VD = head.weight.float() - head.weight.float().mean(0)
     promoted, suppressed = [], []
-    for block_FD in W_dec_FD.split(1024):
+    for block_FD in torch.split(W_dec_FD, 1024):
         logits_FV = block_FD @ unembed_VD.T
         promoted += logits_FV.topk(PROMOTED, dim=1).indices.int().numpy().tolist()
         suppressed += (-logits_FV).topk(PROMOTED, dim=1).indices.int().numpy().tolist()
@@ -354,7 +358,9 @@ def _features(path: StoragePath, collected: list[Unit], weights: Unit, tokens: i
 
 def _best(tables: list[pa.Table], examples: int, features: int) -> pa.Table:
     """The best examples of all units: strongest first, the earlier row on a tie."""
-    table = pa.concat_tables(tables).sort_by([("feature", "ascending"), ("activation", "descending"), ("row", "ascending")])
+    table = pa.concat_tables(tables).sort_by(
+        [("feature", "ascending"), ("activation", "descending"), ("row", "ascending")]
+    )
     feature = table["feature"].to_numpy()
     starts = np.searchsorted(feature, np.arange(features))
     rank = np.arange(len(feature)) - starts[feature]

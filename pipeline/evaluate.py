@@ -144,7 +144,7 @@ def run(inputs: Mapping[str, Committed], params: EvaluateParams, out: Out) -> Ou
     records = out.map(judge_span, tasks, resources)
     judged = summarize(params, train, [(out.path, records[unit].made) for unit in sorted(records)])
     body = json.dumps(judged, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
-    return Outputs(objects=(out.write(METRICS, body),), facts={"metrics": judged[OURS] if OURS in judged else {}})
+    return Outputs(objects=(out.write(METRICS, body),), facts={"metrics": judged.get(OURS, {})})
 
 
 def fit_baselines(task: BaselineTask, path: StoragePath) -> Unit:
@@ -293,12 +293,11 @@ def summarize(params: EvaluateParams, train: Committed, units: list[tuple[Storag
     if not judged["tokens"]:
         return judged
     for name in (OURS, *params.baselines):
-        moments = Moments(
-            **{
-                field: tensors[f"{name}.{field}"] if field in ("x_D", "error_D") else numbers[f"{name}.{field}"]
-                for field in Moments.__dataclass_fields__
-            }
-        )
+        fields: dict[str, Any] = {
+            field: tensors[f"{name}.{field}"] if field in ("x_D", "error_D") else numbers[f"{name}.{field}"]
+            for field in Moments.__dataclass_fields__
+        }
+        moments = Moments(**fields)
         judged[name] = metrics.reconstruction(moments) | _output(name, numbers)
         if name != OURS:
             # Baselines keep no code; PCA has k components on for every token, the random dictionary k features.
@@ -308,7 +307,11 @@ def summarize(params: EvaluateParams, train: Committed, units: list[tuple[Storag
     judged[OURS]["never_fired_heldout"] = float((tensors["fires"] == 0).double().mean())
     judged["density_histogram"] = metrics.density_histogram(tensors["fires"], judged["tokens"])
     if "predictions" in numbers:
-        per = {name: numbers[f"{name}.ce"] / numbers["predictions"] for name in ("model", "zero", "mean") if f"{name}.ce" in numbers}
+        per = {
+            name: numbers[f"{name}.ce"] / numbers["predictions"]
+            for name in ("model", "zero", "mean")
+            if f"{name}.ce" in numbers
+        }
         judged["model"] = {("ce_loss" if name == "model" else f"ce_{name}"): value for name, value in per.items()}
     return judged
 

@@ -20,12 +20,11 @@ import torch
 from pydantic import Field
 
 from cluster.pool import Resources
-from cluster.storage.create import create_or_adopt
 from cluster.storage.objects import read_bytes
 from cluster.storage.path import StoragePath
 from cluster.storage.zarr_store import metadata
 from pipeline.activations.layout import StoreLayout
-from pipeline.activations.order import Geometry, choose_geometry
+from pipeline.activations.order import choose_geometry
 from pipeline.activations.write import read_back, write_unit
 from pipeline.sources import models
 from pipeline.sources.hooks import capture
@@ -35,7 +34,7 @@ from pipeline.tokenize import parquet_body
 from schemas.errors import IntegrityError, StageFailedError
 from schemas.layouts import STORE, STORE_OBJECTS, array_name, shard_key
 from schemas.manifest import Dictionary, Manifest, Model
-from schemas.records import ObjectEntry, Outputs, Unit
+from schemas.records import Outputs, Unit
 
 CANARY_SEQUENCES = 2
 

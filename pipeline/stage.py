@@ -149,9 +149,7 @@ class Out(Protocol):
     ) -> dict[str, UnitRecord]:
         """Run `fn(task, path)` for every task that is not committed yet; commit each as it ends."""
 
-    def gang(
-        self, fn: Callable[[T, StoragePath, Gang], Any], task: T, world_size: int, resources: Resources
-    ) -> Any:
+    def gang(self, fn: Callable[[T, StoragePath, Gang], Any], task: T, world_size: int, resources: Resources) -> Any:
         """Run `fn(task, path, gang)` on every rank, all or nothing; returns what rank 0 returned."""
 
     def write(self, key: str, body: bytes) -> ObjectEntry:

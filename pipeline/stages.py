@@ -12,10 +12,14 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage("train", 1, ("harvest",), train.params, train.run, train.estimate, train.check),
     Stage(
-        "evaluate", 1, ("tokenize", "harvest", "train"), evaluate.params, evaluate.run, evaluate.estimate, evaluate.check
+        "evaluate",
+        1,
+        ("tokenize", "harvest", "train"),
+        evaluate.params,
+        evaluate.run,
+        evaluate.estimate,
+        evaluate.check,
     ),
-    Stage(
-        "catalog", 1, ("harvest", "train", "evaluate"), catalog.params, catalog.run, catalog.estimate, catalog.check
-    ),
+    Stage("catalog", 1, ("harvest", "train", "evaluate"), catalog.params, catalog.run, catalog.estimate, catalog.check),
     Stage("export", 1, ("train", "catalog"), export.params, export.run, export.estimate, export.check),
 )

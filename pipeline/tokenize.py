@@ -113,9 +113,7 @@ def estimate(manifest: Manifest, _dictionary: Dictionary | None, sources: Source
 
 def run(inputs: Mapping[str, Committed], params: TokenizeParams, out: Out) -> Outputs:
     """Tokenize every file, then write the index that gives every row its number."""
-    tasks = [
-        FileTask(unit=f"{index:06d}", file=file, params=params) for index, file in enumerate(params.files)
-    ]
+    tasks = [FileTask(unit=f"{index:06d}", file=file, params=params) for index, file in enumerate(params.files)]
     records = out.map(tokenize_file, tasks, Resources(threads=out.compute.threads))
     lines: list[dict[str, Any]] = []
     totals = dict.fromkeys(SPLITS, 0)

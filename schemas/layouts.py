@@ -1,14 +1,14 @@
 """Where everything lies. Keys are relative to a stage's folder unless they say otherwise.
 
-    <root>/tokenize/<fp16>/                      fp16: first 16 digits of the stage's fingerprint
-        SPEC.json  units/  COMMITTED.json        what the folder is for, what is in it, that it is whole
-        train/ heldout/                          token sequences, Parquet
-        index.parquet                            rows of every row group, in corpus order
-    <root>/harvest/<fp16>/
-        activations.zarr/                        a plain Zarr v3 group
-    <root>/dictionaries/<name>/<stage>/<fp16>/   train, evaluate, catalog, export
-        log/  checkpoints/                       train only
-    <root>/runs/<run>/                           manifest and events of every run
+<root>/tokenize/<fp16>/                      fp16: first 16 digits of the stage's fingerprint
+SPEC.json  units/  COMMITTED.json        what the folder is for, what is in it, that it is whole
+train/ heldout/                          token sequences, Parquet
+index.parquet                            rows of every row group, in corpus order
+<root>/harvest/<fp16>/
+activations.zarr/                        a plain Zarr v3 group
+<root>/dictionaries/<name>/<stage>/<fp16>/   train, evaluate, catalog, export
+log/  checkpoints/                       train only
+<root>/runs/<run>/                           manifest and events of every run
 """
 
 from __future__ import annotations

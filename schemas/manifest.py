@@ -106,9 +106,7 @@ class Harvest(_Section):
         min_length=1, description="Module paths of the model; ':in' behind one takes the module's input."
     )
     tokens: Count | None = Field(default=None, description="Rows to harvest; all of the training split if left out.")
-    dtype: Literal["float32", "float16", "bfloat16"] = Field(
-        default="bfloat16", description="Precision of the store."
-    )
+    dtype: Literal["float32", "float16", "bfloat16"] = Field(default="bfloat16", description="Precision of the store.")
     batch_tokens: Count = Field(default=4096, description="Tokens in one forward pass.")
     unit_rows: Count | None = Field(default=None, description="Rows of a unit (one shard); chosen if left out.")
     chunk_rows: Count | None = Field(default=None, description="Rows of an inner chunk; chosen if left out.")
@@ -161,7 +159,9 @@ class Train(_Section):
         default=None, description="Dead features that predict the residual (AuxK); d/2 if left out, 0 for none."
     )
     aux_weight: float = Field(default=1 / 32, ge=0.0)
-    dead_after: Count = Field(default=10_000_000, description="A feature is dead once it did not fire in so many tokens.")
+    dead_after: Count = Field(
+        default=10_000_000, description="A feature is dead once it did not fire in so many tokens."
+    )
     seed: int = Field(default=0, ge=0)
     filter: Filter = Filter()
 

@@ -31,10 +31,7 @@ def create(path: StoragePath, body: bytes) -> bool:
     """
     if not body:
         raise ValueError(f"refusing to create the empty object {path}")
-    if path.is_local:
-        created = _create_local(path.local, body)
-    else:
-        created = _create_remote(path, body)
+    created = _create_local(path.local, body) if path.is_local else _create_remote(path, body)
     return created or read_bytes(path) == body
 
 

@@ -147,9 +147,7 @@ class RecordedStore(Store):
             raise IntegrityError(f"{path} gave {len(body)} bytes of [{start}, {end}), it was cut short", _RESTORE)
         return body
 
-    async def get(
-        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
-    ) -> Buffer | None:
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """An object or a range of it; None only for a key that no record names (Zarr probes for some)."""
         if key not in self._entries:
             if "/c/" in key:

@@ -148,18 +148,18 @@ class Stream:
         hook_point: Which rows.
         seed: Decides the order of every epoch.
         batch: Rows in a batch, over all ranks.
-        filter: Rows to pass over.
+        passing: Rows to pass over.
         expected_hash: The harvest's hash sum of this hook point.
     """
 
     def __init__(
-        self, store: ActivationStore, hook_point: str, seed: int, batch: int, filter: Filter, expected_hash: int
+        self, store: ActivationStore, hook_point: str, seed: int, batch: int, passing: Filter, expected_hash: int
     ) -> None:
         self._store, self._hook_point, self._seed, self._batch = store, hook_point, seed, batch
-        self._filter, self._expected = filter, expected_hash
+        self._filter, self._expected = passing, expected_hash
         self._norm_limit: float | None = None
-        if filter.max_norm is not None:
-            self._norm_limit = filter.max_norm * float(np.median(store.slab(hook_point, 0).norm_N))
+        if passing.max_norm is not None:
+            self._norm_limit = passing.max_norm * float(np.median(store.slab(hook_point, 0).norm_N))
 
     def sample(self) -> torch.Tensor:
         """Slab 0, filtered, in float32: a stratified random sample of the corpus. Shape (N, D)."""
@@ -210,7 +210,9 @@ class Stream:
             barren = 0
             while True:
                 x_ND, rows, hash_ = ahead.result()
-                following = Cursor(cursor.epoch, cursor.slab + 1) if cursor.slab + 1 < slabs else Cursor(cursor.epoch + 1)
+                following = (
+                    Cursor(cursor.epoch, cursor.slab + 1) if cursor.slab + 1 < slabs else Cursor(cursor.epoch + 1)
+                )
                 ahead = request(following)
                 barren = 0 if len(x_ND) else barren + 1
                 if barren > slabs:

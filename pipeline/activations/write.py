@@ -107,6 +107,4 @@ def _require_finite(kept_ND: torch.Tensor, x_ND: torch.Tensor, hook_point: str, 
         remedy = "look at the model's numbers there, for example with model.dtype: float32"
     else:
         remedy = f"the values overflow {dtype}; set harvest.dtype to bfloat16 or float32"
-    raise NonFiniteError(
-        f"harvest: {bad} NaN or infinite values in unit {unit} at hook point {hook_point!r}", remedy
-    )
+    raise NonFiniteError(f"harvest: {bad} NaN or infinite values in unit {unit} at hook point {hook_point!r}", remedy)

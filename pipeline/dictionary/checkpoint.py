@@ -44,7 +44,8 @@ def pack(
             tensors[f"adam.{name}.{field}"] = torch.as_tensor(value)
     tensors["since_fired"] = since_fired_F
     tensors["curves"] = torch.tensor(curves, dtype=torch.float64)
-    return safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+    body: bytes = safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+    return body
 
 
 def unpack(

@@ -60,9 +60,7 @@ class Trainer:
         self.dictionary, self.settings, self.steps = dictionary, settings, steps
         self._peak = peak_rate(settings, dictionary.features)
         self.optimizer = SphereAdam(dictionary, self._peak, (settings.beta1, settings.beta2))
-        self.engine = Engine(
-            dictionary, self.optimizer, settings.batch, settings.clip, rank, world_size, init_method
-        )
+        self.engine = Engine(dictionary, self.optimizer, settings.batch, settings.clip, rank, world_size, init_method)
         self.aux_k = dictionary.width // 2 if settings.aux_k is None else settings.aux_k
         self.since_fired_F = torch.zeros(dictionary.features, dtype=torch.int64, device=self.engine.device)
 
@@ -218,9 +216,7 @@ def _loop(
                     "data_wait": waited / (told - started),
                 }
                 named = {name: getattr(now, name) for name in StepScalars.__slots__}
-                gang.emit(
-                    events.Progress(stage, progress.step, progress.tokens, steps * settings.batch, named | rates)
-                )
+                gang.emit(events.Progress(stage, progress.step, progress.tokens, steps * settings.batch, named | rates))
         due = time.monotonic() - saved >= checkpoint_seconds or index == steps - 1
         if gang.rank == 0 and due:
             saved = _save(stage, trainer, progress, curves, gang)

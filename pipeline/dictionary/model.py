@@ -69,7 +69,7 @@ class TopKDictionary(nn.Module):
 
     @property
     def width(self) -> int:
-        """d."""
+        """D."""
         return self.W_enc.shape[1]
 
     @torch.no_grad()
@@ -90,7 +90,7 @@ class TopKDictionary(nn.Module):
         self.W_enc.copy_(W_FD)
         sample_ND = x_ND[: 8 * 1024]
         dot, square = 0.0, 0.0
-        for x_BD in sample_ND.split(1024):
+        for x_BD in torch.split(sample_ND, 1024):
             centred_BD = x_BD - self.b_dec
             z_BK, indices_BK = top_k(centred_BD @ W_FD.T, self.k)
             x_hat_BD = decode(z_BK, indices_BK, W_FD)
@@ -140,7 +140,10 @@ class Saved:
 
 def to_bytes(dictionary: TopKDictionary) -> bytes:
     """The tensors as safetensors."""
-    return safetensors.torch.save({name: value.detach().contiguous() for name, value in dictionary.state_dict().items()})
+    body: bytes = safetensors.torch.save(
+        {name: value.detach().contiguous() for name, value in dictionary.state_dict().items()}
+    )
+    return body
 
 
 def from_bytes(body: bytes, config_body: bytes) -> Saved:

@@ -108,7 +108,7 @@ def _decompressed(path: StoragePath, stream: BinaryIO, stack: ExitStack) -> Bina
         # max_window_size admits files made with --long; a frame per chunk (pzstd) is read through.
         plain = zstandard.ZstdDecompressor(max_window_size=2**31)
         reader = stack.enter_context(plain.stream_reader(stream, read_across_frames=True))
-        return cast(BinaryIO, io.BufferedReader(reader, 1 << 20))  # type: ignore[arg-type]
+        return cast(BinaryIO, io.BufferedReader(reader, 1 << 20))
     return stream
 
 

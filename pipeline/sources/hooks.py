@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ def find_module(model: nn.Module, hook_point: str) -> nn.Module:
         ManifestError: there is none; the message lists the nearest names.
     """
     path = hook_point.removesuffix(INPUT)
-    modules = dict(model.named_modules())
+    modules: dict[str, nn.Module] = dict(model.named_modules())
     if path and path in modules:
         return modules[path]
     names = [name for name in modules if name]
@@ -119,10 +119,8 @@ def capture(
     with ExitStack() as stack:
         for hook_point in hook_points:
             stack.enter_context(_hooked(model, hook_point, watcher(hook_point)))
-        try:
+        with suppress(_EnoughError):
             model(**inputs)
-        except _EnoughError:
-            pass
     missing = [hook_point for hook_point in hook_points if hook_point not in seen]
     if missing:
         raise ManifestError(

@@ -24,7 +24,14 @@ from pipeline.stage import ModelFacts
 from schemas.errors import ManifestError
 from schemas.manifest import Model
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab*", "merges.txt", "*.model")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 transformers.utils.logging.set_verbosity_error()

@@ -17,6 +17,7 @@ from cluster.storage.path import StoragePath
 from pipeline.stage import Committed
 from schemas.errors import IntegrityError
 from schemas.layouts import TOKEN_INDEX
+import itertools
 
 
 class Piece(BaseModel):
@@ -73,7 +74,7 @@ def read(path: StoragePath, wanted: Sequence[Piece], first: int, end: int) -> li
                 continue
             column = table.read_row_group(piece.row_group, columns=["tokens"]).column(0).combine_chunks()
             offsets, values = column.offsets.to_numpy(), column.values.to_numpy()
-            for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
+            for start, stop in itertools.pairwise(offsets):
                 row = piece.first_row + int(start - offsets[0])
                 if row < end and row + int(stop - start) > first:
                     found.append(TokenSequence(row, values[start:stop].astype(np.int32)))

@@ -73,9 +73,7 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END, eos_token=END, model_max_length=CONTEXT
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, model_max_length=CONTEXT)
 
 
 def windows(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
@@ -102,9 +100,19 @@ def train(train_rows: torch.Tensor, held: torch.Tensor, epochs: float, seed: int
     """Muon for matrices, AdamW for the rest; warm-up, then a linear decay to zero."""
     torch.manual_seed(seed)
     config = GPTNeoXConfig(
-        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=CONTEXT, rotary_pct=0.25, use_parallel_residual=False,
-        bos_token_id=0, eos_token_id=0, tie_word_embeddings=False, attention_dropout=0.0, hidden_dropout=0.0,
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=CONTEXT,
+        rotary_pct=0.25,
+        use_parallel_residual=False,
+        bos_token_id=0,
+        eos_token_id=0,
+        tie_word_embeddings=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
     )
     model = GPTNeoXForCausalLM(config)
     inner = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]

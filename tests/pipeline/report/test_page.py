@@ -215,7 +215,8 @@ def test_render_without_language_model_shows_no_loss() -> None:
     metrics = METRICS | {"dictionary": {"fvu": 0.1, "output_cosine": 0.93}, "random": {"fvu": 0.7}, "model": {}}
     del metrics["pca"]
     text = visible(page(metrics=metrics))
-    assert "Output cosine" in text and "0.930" in text
+    assert "Output cosine" in text
+    assert "0.930" in text
     for absent in ("CE recovered", "KL", "PCA", "For reference"):
         assert absent not in text
 
@@ -229,7 +230,8 @@ def test_render_with_no_metrics_at_all_still_shows_features() -> None:
 def test_render_without_baselines_does_not_speak_of_them() -> None:
     text = visible(page(metrics={"dictionary": METRICS["dictionary"]}))
     assert "No baseline was measured" in text
-    assert "Beside baselines" not in text and "in bold" not in text
+    assert "Beside baselines" not in text
+    assert "in bold" not in text
 
 
 def test_render_comparison_marks_the_better_value() -> None:
