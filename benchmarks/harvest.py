@@ -101,8 +101,7 @@ def write_tokens(path: Path, rows: int, case: Case, vocabulary: int) -> list[Pie
     while count < rows:
         length = max(8, int(random.lognormal(7.0, 1.2)))
         tokens = random.integers(0, vocabulary, length, dtype=np.int32)
-        for start in range(0, length, case.context):
-            sequences.append(tokens[start : start + case.context])
+        sequences += [tokens[start : start + case.context] for start in range(0, length, case.context)]
         count += length
     zeros = [0] * len(sequences)
     table = pa.Table.from_pydict({"document": zeros, "offset": zeros, "tokens": sequences}, TOKENS)

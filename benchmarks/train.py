@@ -90,6 +90,7 @@ class Outcome:
     """One contender's turns. `fvus` starts behind the warm-up."""
 
     tokens_per_s: list[float] = field(default_factory=list)
+    tokens_per_cpu_s: list[float] = field(default_factory=list)
     fvus: list[float] = field(default_factory=list)
     peak_rss: int = 0
 
@@ -103,7 +104,7 @@ class Worker:
     """A contender's process. A context manager."""
 
     def __init__(self, contender: Contender, case: Case, data: Path, log: Path) -> None:
-        self.name, self._batch, self._log = contender.name, case.batch, log
+        self.name, self._log = contender.name, log
         shape = {name: getattr(case, name) for name in ("width", "features", "k", "batch", "threads")}
         read_end, write_end = os.pipe()
         setting = shape | {"seed": SEED, "variant": contender.variant, "data": str(data), "answers": write_end}
@@ -128,8 +129,8 @@ class Worker:
             )
         os.close(write_end)
 
-    def turn(self, steps: int, outcome: Outcome) -> float:
-        """Run steps; returns tokens per second.
+    def turn(self, steps: int) -> dict[str, float]:
+        """Run steps; returns the fields of `peers.protocol.Turn`.
 
         Raises:
             RuntimeError: the worker died or is silent; the message ends with the end of its log.
@@ -145,10 +146,8 @@ class Worker:
         if not line:
             tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-12:])
             raise RuntimeError(f"{self.name} did not answer; its log ends with\n{tail}")
-        answer = json.loads(line)
-        outcome.fvus.append(answer["fvu"])
-        outcome.peak_rss = answer["peak_rss"]
-        return float(answer["steps"] * self._batch / answer["seconds"])
+        answer: dict[str, float] = json.loads(line)
+        return answer
 
     def __enter__(self) -> Self:
         return self
@@ -198,20 +197,23 @@ def compete(case: Case, contenders: Sequence[Contender], console: Console) -> di
         # Started one after another, so that no warm-up disturbs another's.
         for contender in contenders:
             worker = stack.enter_context(Worker(contender, case, data, folder / f"{contender.name}.log"))
-            worker.turn(case.warmup, outcomes[contender.name])
+            outcomes[contender.name].fvus.append(worker.turn(case.warmup)["fvu"])
             workers.append(worker)
         for index in range(case.rounds):
             console.print(f"F {case.features}: round {index + 1} of {case.rounds}", style="dim")
             first = index % len(workers)
             for worker in workers[first:] + workers[:first]:
-                outcome = outcomes[worker.name]
-                outcome.tokens_per_s.append(worker.turn(case.steps, outcome))
+                made, outcome = worker.turn(case.steps), outcomes[worker.name]
+                outcome.tokens_per_s.append(case.steps * case.batch / made["seconds"])
+                outcome.tokens_per_cpu_s.append(case.steps * case.batch / made["cpu_seconds"])
+                outcome.fvus.append(made["fvu"])
+                outcome.peak_rss = int(made["peak_rss"])
     return outcomes
 
 
-def speedups(outcomes: dict[str, Outcome], name: str) -> list[float]:
-    """Kilobasis' tokens per second over another's, round by round; above 1, Kilobasis is faster."""
-    ours, theirs = outcomes[REFERENCE].tokens_per_s, outcomes[name].tokens_per_s
+def speedups(outcomes: dict[str, Outcome], name: str, measure: str) -> list[float]:
+    """Kilobasis' rate over another's, round by round; above 1, Kilobasis is faster."""
+    ours, theirs = getattr(outcomes[REFERENCE], measure), getattr(outcomes[name], measure)
     return [our / their for our, their in zip(ours, theirs, strict=True)]
 
 
@@ -219,19 +221,22 @@ def table(case: Case, outcomes: dict[str, Outcome]) -> Table:
     """What a person reads."""
     shown = Table(
         title=f"d {case.width}, F {case.features}, k {case.k}, B {case.batch}, float32, {case.threads} threads: "
-        f"median of {case.rounds} rounds of {case.steps} steps"
+        f"median of {case.rounds} rounds of {case.steps} steps",
+        caption="times: how many times faster Kilobasis is, by the clock, then by CPU time",
     )
-    for heading in ("trainer", "tokens/s", "Kilobasis is faster by", "min..max", "peak RSS", "FVU, first to last"):
-        shown.add_column(heading, justify="left" if heading == "trainer" else "right", no_wrap=heading == "trainer")
+    for heading in ("trainer", "tokens/s", "times", "min..max", "CPU", "peak MiB", "FVU"):
+        shown.add_column(heading, justify="left" if heading == "trainer" else "right", no_wrap=True)
     for name, outcome in outcomes.items():
-        ratios = [] if name == REFERENCE else speedups(outcomes, name)
+        clock, cpu = (speedups(outcomes, name, measure) for measure in ("tokens_per_s", "tokens_per_cpu_s"))
+        peer = name != REFERENCE
         shown.add_row(
             name,
             f"{statistics.median(outcome.tokens_per_s):,.0f}",
-            f"{statistics.median(ratios):.2f}x" if ratios else "",
-            f"{min(ratios):.2f}..{max(ratios):.2f}" if ratios else "",
-            f"{outcome.peak_rss / 2**20:,.0f} MiB",
-            f"{outcome.fvus[0]:.3f} {outcome.fvus[-1]:.3f}" + ("" if outcome.learns else " does not fall"),
+            f"{statistics.median(clock):.2f}" if peer else "",
+            f"{min(clock):.2f}..{max(clock):.2f}" if peer else "",
+            f"{statistics.median(cpu):.2f}" if peer else "",
+            f"{outcome.peak_rss / 2**20:,.0f}",
+            f"{outcome.fvus[0]:.3f} {'>' if outcome.learns else 'NOT >'} {outcome.fvus[-1]:.3f}",
         )
     return shown
 
@@ -240,20 +245,25 @@ def facts(case: Case, outcomes: dict[str, Outcome]) -> list[dict[str, Any]]:
     """What a program reads."""
     found = []
     for name, outcome in outcomes.items():
-        config = {"contender": name, **asdict(case)}
-        label = f"train/F{case.features}/{name}"
-        rates = outcome.tokens_per_s
-        values: list[tuple[str, float, str, list[float]]] = [
-            ("tokens_per_s", statistics.median(rates), "tokens/s", rates),
-            ("peak_rss", outcome.peak_rss, "bytes", []),
-            ("fvu", outcome.fvus[-1], "fraction", outcome.fvus),
+        measured: list[tuple[str, Sequence[float], str]] = [
+            ("tokens_per_s", outcome.tokens_per_s, "tokens/s"),
+            ("tokens_per_cpu_s", outcome.tokens_per_cpu_s, "tokens/CPU-s"),
+            ("peak_rss", [outcome.peak_rss], "bytes"),
+            ("fvu", outcome.fvus[-1:], "fraction"),
         ]
         if name != REFERENCE:
-            ratios = speedups(outcomes, name)
-            values.append(("speedup", statistics.median(ratios), "kilobasis / contender", ratios))
-        for what, value, unit, rounds in values:
-            described = config | {"per_round": rounds}
-            found.append({"name": f"{label}/{what}", "value": value, "unit": unit, "config": described})
+            unit = "kilobasis / contender"
+            measured.append(("speedup", speedups(outcomes, name, "tokens_per_s"), unit))
+            measured.append(("cpu_speedup", speedups(outcomes, name, "tokens_per_cpu_s"), unit))
+        found += [
+            {
+                "name": f"train/F{case.features}/{name}/{what}",
+                "value": statistics.median(values),
+                "unit": unit,
+                "config": {"contender": name, **asdict(case), "per_round": list(values)},
+            }
+            for what, values, unit in measured
+        ]
     return found
 
 

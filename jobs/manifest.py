@@ -23,7 +23,10 @@ from schemas.manifest import Manifest
 
 MAX_BYTES = 2**20
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
-_SECRET = re.compile(r"://[^/@\s]+:[^/@\s]+@|(AKIA|ASIA)[0-9A-Z]{16}")
+_SECRET = re.compile(
+    r"://[^/@\s]+:[^/@\s]+@|(AKIA|ASIA)[0-9A-Z]{16}|[?&](sig|token|access_token|X-Amz-Signature|X-Goog-Signature)=",
+    re.I,
+)
 
 
 class _Loader(yaml.SafeLoader):
@@ -66,24 +69,29 @@ _SCHEMA = "see `kilobasis schema` for every field"
 
 def _parse(path: Path) -> Any:
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ManifestError(
-                f"{path} has {path.stat().st_size} bytes, a manifest has at most {MAX_BYTES}", "check the path"
-            )
-        text = path.read_text("utf-8")
+        with path.open("rb") as stream:
+            body = stream.read(MAX_BYTES + 1)
+        text = body[:MAX_BYTES].decode("utf-8")
     except FileNotFoundError as error:
         raise ManifestError(f"manifest {path} does not exist", "check the path") from error
-    except (IsADirectoryError, UnicodeDecodeError, PermissionError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ManifestError(
             f"manifest {path} cannot be read as text ({type(error).__name__})", "check the path"
         ) from error
+    if len(body) > MAX_BYTES:
+        raise ManifestError(f"{path} has more than {MAX_BYTES} bytes, the most of a manifest", "check the path")
+    return _yaml(text, f"manifest {path}", "fix the line")
+
+
+def _yaml(text: str, what: str, remedy: str) -> Any:
     try:
         return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+    except Exception as error:
+        # Not only YAMLError: a tag such as !!bool or !!timestamp raises whatever its constructor stumbles over.
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ManifestError(f"manifest {path}{where} is not YAML: {problem}", "fix the line") from error
+        problem = getattr(error, "problem", None) or (str(error) or type(error).__name__).splitlines()[0]
+        raise ManifestError(f"{what}{where} is not YAML: {str(problem)[:160]}", remedy) from error
 
 
 def _override(tree: Any, override: str) -> None:
@@ -93,17 +101,14 @@ def _override(tree: Any, override: str) -> None:
         raise ManifestError(
             f"--set {override!r} is not of the form a.b=value", "write for example --set compute.workers=4"
         )
-    try:
-        value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ManifestError(f"--set {override!r}: the value is not YAML", "quote it") from error
+    value = _yaml(text, f"--set {dotted}: the value", "quote it")
     at = tree
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
         if isinstance(at, list):
-            if not key.isdigit() or int(key) >= len(at):
+            if key not in map(str, range(len(at))):
                 raise ManifestError(
-                    f"--set {override!r}: {'.'.join(keys[:depth])} has items 0 to {len(at) - 1}, not {key!r}",
+                    f"--set {override!r}: {'.'.join(keys[:depth])} has {len(at)} items, numbered from 0, not {key!r}",
                     "number an item",
                 )
             index: Any = int(key)
@@ -129,13 +134,21 @@ def _expand(tree: dict[str, Any], path: Path) -> None:
         value = section.get(keys[-1])
         if not isinstance(value, str):
             continue
-        if _SECRET.search(value):
+        field = ".".join(keys)
+        expanded = _VARIABLE.sub(functools.partial(_variable, field), value)
+        if _SECRET.search(expanded):
             raise ManifestError(
-                f"{'.'.join(keys)} holds a credential, and manifests are stored with every run",
+                f"{field} holds a credential, and manifests are stored with every run",
                 "leave it out; credentials come from the provider's own chain (environment, profile, role)",
             )
-        expanded = _VARIABLE.sub(functools.partial(_variable, ".".join(keys)), value)
-        section[keys[-1]] = _placed(expanded, keys, path)
+        if "${" in expanded:
+            raise ManifestError(f"{field} {expanded!r} has no valid variable", "write ${NAME} or ${NAME:-default}")
+        try:
+            section[keys[-1]] = _placed(expanded, keys, path)
+        except (OSError, ValueError, RuntimeError) as error:
+            if isinstance(error, ManifestError):
+                raise
+            raise ManifestError(f"{field} {expanded[:200]!r} is no path ({error})", "correct the path") from error
 
 
 def _variable(field: str, match: re.Match[str]) -> str:
@@ -147,7 +160,9 @@ def _variable(field: str, match: re.Match[str]) -> str:
 
 def _placed(value: str, keys: tuple[str, ...], path: Path) -> str:
     if not value.strip():
-        return value
+        raise ValueError("it is empty")
+    if "\0" in value:
+        raise ValueError("it has a null character")
     base = Path.cwd() if keys == ("root",) else path.resolve().parent
     if keys == ("model", "source"):
         # Otherwise it is a name on the hub.
@@ -157,9 +172,12 @@ def _placed(value: str, keys: tuple[str, ...], path: Path) -> str:
 
 
 def _describe(error: ValidationError, tree: Any) -> str:
-    first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function-"))
-    rest = f" ({len(error.errors()) - 1} more)" if len(error.errors()) > 1 else ""
+    found = error.errors()
+    # A list whose item is wrong is reported as too short as well.
+    found = [each for each in found if not any(_within(other["loc"], each["loc"]) for other in found)]
+    first = found[0]
+    field = ".".join(str(part) for part in first["loc"])
+    rest = f" ({len(found) - 1} more)" if len(found) > 1 else ""
     if first["type"] == "extra_forbidden":
         known = _fields(first["loc"][:-1])
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
@@ -167,10 +185,23 @@ def _describe(error: ValidationError, tree: Any) -> str:
         return f"{field}: unknown key; {hint}{rest}"
     if first["type"] == "missing":
         return f"{field}: this field is required{rest}"
-    message = first["msg"].removeprefix("Value error, ")
-    given = first.get("input")
-    shown = "" if isinstance(given, (dict, list)) or first["type"] == "value_error" else f", found {str(given)[:60]!r}"
+    message = first["msg"].removeprefix("Value error, ").replace("tuple", "list").replace("Tuple", "List")
+    if first["type"] == "model_type":
+        message = "expected a mapping of fields"
+    shown = "" if first["type"] == "value_error" else f", found {_shown(first.get('input'))}"
     return f"{field + ': ' if field else ''}{message}{shown}{rest}"
+
+
+def _within(inner: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
+    return len(inner) > len(outer) and inner[: len(outer)] == outer
+
+
+def _shown(given: Any) -> str:
+    if isinstance(given, (dict, list)):
+        return f"a {'mapping' if isinstance(given, dict) else 'list'} of {len(given)}"
+    if isinstance(given, int) and given.bit_length() > 128:
+        return f"a number of {given.bit_length()} bits"
+    return repr(str(given)[:60])
 
 
 def _fields(location: tuple[int | str, ...]) -> list[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from itertools import islice
 
 from cluster.storage import objects
 from cluster.storage.path import StoragePath
+from jobs.workspace import reaching
 from pipeline.sources import corpus, models
 from pipeline.stage import CorpusFacts, ModelFacts, Sources
 from pipeline.tokenize import sequences
@@ -23,7 +25,9 @@ def survey(manifest: Manifest) -> Sources:
         ManifestError: a model, hook point or corpus cannot be used.
     """
     model = models.inspect(manifest.model, manifest.harvest.hook_points)
-    return Sources(model, _corpus(manifest, model))
+    source = StoragePath.parse(manifest.corpus.source)
+    with reaching(f"corpus.source {source}", source):
+        return Sources(model, _corpus(manifest, model))
 
 
 def _corpus(manifest: Manifest, model: ModelFacts) -> CorpusFacts:
@@ -35,16 +39,23 @@ def _corpus(manifest: Manifest, model: ModelFacts) -> CorpusFacts:
     characters, tokens, shares = 0, 0, []
     for path in paths[:: max(1, len(paths) // SAMPLE_FILES)][:SAMPLE_FILES]:
         read = 0
-        for text in islice(corpus.documents(path, section.text_field), SAMPLE_DOCUMENTS):
-            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            tokens += sum(len(tokens_) for _, tokens_ in sequences(ids, tokenizer, section))
-            characters += len(text)
-            read += len(text)
+        with closing(corpus.documents(path, section.text_field)) as texts:
+            for text in islice(texts, SAMPLE_DOCUMENTS):
+                ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+                tokens += sum(len(cut) for _, cut in sequences(ids, tokenizer, section))
+                characters += len(text)
+                read += len(text)
         shares.append(read)
     if not characters:
         raise ManifestError(
             f"corpus.source {section.source} has no text in the files looked at ({len(shares)} of {len(paths)})",
             "check corpus.text_field and the files",
+        )
+    if not tokens:
+        raise ManifestError(
+            f"corpus.source {section.source} gives no sequence: no document looked at has corpus.min_tokens "
+            f"{section.min_tokens} tokens",
+            "lower corpus.min_tokens, or use longer documents",
         )
     per_character = tokens / characters
     total = round(sum(_characters(path, size) for path, size in stored.items()) * per_character)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -16,7 +17,7 @@ from jobs.fingerprint import differences
 from jobs.manifest import canonical
 from jobs.state import StageFolder
 from pipeline.stage import Stage
-from schemas.errors import ManifestChangedError, ManifestError
+from schemas.errors import KilobasisError, ManifestChangedError, ManifestError
 from schemas.layouts import RUNS, SPEC
 from schemas.manifest import Dictionary, Manifest
 
@@ -24,6 +25,27 @@ OWNER = "ROOT.json"
 MANIFEST = "manifest.json"
 PROCESS = "process.json"
 FORMAT = 1
+
+
+@contextmanager
+def reaching(what: str, path: StoragePath) -> Iterator[None]:
+    """While inside, a place of the user's that cannot be used is the user's error.
+
+    Raises:
+        ManifestError: instead of what the file system, or a bucket's library with errors of its own, raised.
+    """
+    try:
+        yield
+    except KilobasisError:
+        raise
+    except Exception as error:
+        if path.is_local and not isinstance(error, OSError):
+            raise
+        reason = (str(error) or "no reason given").splitlines()[0][:160]
+        raise ManifestError(
+            f"{what} cannot be used ({type(error).__name__}: {reason})",
+            "check the path" if path.is_local else "check the URL, the credentials and the network",
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +63,9 @@ class Workspace:
             ManifestError: the root cannot be written to, belongs to another manifest, or holds other files.
         """
         workspace = cls(StoragePath.parse(manifest.root), manifest)
-        require_writable(workspace.root)
-        workspace._require_ours()
+        with reaching(f"root {workspace.root}", workspace.root):
+            require_writable(workspace.root)
+            workspace._require_ours()
         return workspace
 
     def _require_ours(self) -> None:

@@ -63,6 +63,7 @@ class CatalogParams(Params):
     examples: int
     window: int
     report_features: int
+    skip_positions: int
     model_digest: str
     model: Model = Field(exclude=True)
     model_source: str = Field(exclude=True)
@@ -92,6 +93,7 @@ def params(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) 
         dictionary=dictionary.name,
         hook_point=dictionary.hook_point,
         **dictionary.catalog.model_dump(),
+        skip_positions=dictionary.train.filter.skip_positions,
         model_digest=sources.model.digest,
         model=manifest.model,
         model_source=sources.model.source,
@@ -165,6 +167,9 @@ def collect_unit(task: CatalogTask, path: StoragePath) -> Unit:
     x_ND, tokens_N, positions_N = open_store(task.harvest).unit(settings.hook_point, task.index)
     first = open_store(task.harvest).layout.geometry.span(task.index)[0]
     z_NK, indices_NK = _encode(dictionary, x_ND)
+    # What training passed over by position is no part of what a feature does.
+    kept_N = positions_N >= settings.skip_positions
+    z_NK[~kept_N] = 0.0
     norms_N = x_ND.float().norm(dim=1)
     order_E, starts_F = by_feature(z_NK, indices_NK, dictionary.features)
     values_E = z_NK.reshape(-1)[order_E]
@@ -181,7 +186,7 @@ def collect_unit(task: CatalogTask, path: StoragePath) -> Unit:
         objects.append(ObjectEntry.of(key, body))
     counts, edges = np.histogram(norms_N.log10().clamp(-3.0, 6.0).numpy(), bins=900, range=(-3.0, 6.0))
     facts = {"norms": {"first": float(edges[0]), "step": 0.01, "counts": counts.tolist()}}
-    return Unit(objects=tuple(objects), rows=len(x_ND), facts=facts)
+    return Unit(objects=tuple(objects), rows=int(kept_N.sum()), facts=facts)
 
 
 def _encode(dictionary: TopKDictionary, x_ND: torch.Tensor) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from itertools import islice
 from typing import Any
 
@@ -146,16 +147,17 @@ def tokenize_file(task: FileTask, path: StoragePath) -> Unit:
     section = Corpus(source=task.file, **{name: getattr(settings, name) for name in _CORPUS_FIELDS})
     parts = {split: _Part(path, split, task.unit) for split in SPLITS}
     source = StoragePath.parse(task.file)
-    texts = islice(corpus.documents(source, settings.text_field), settings.max_documents)
     documents = 0
-    while block := list(islice(texts, DOCUMENTS_AT_ONCE)):
-        encoded = tokenizer(block, add_special_tokens=False, verbose=False)["input_ids"]
-        for text, ids in zip(block, encoded, strict=True):
-            document = corpus.document_id(text)
-            part = parts["heldout" if corpus.is_heldout(document, settings.heldout) else "train"]
-            for offset, tokens in sequences(ids, tokenizer, section):
-                part.add(document, offset, tokens)
-            documents += 1
+    with closing(corpus.documents(source, settings.text_field)) as every:
+        texts = islice(every, settings.max_documents)
+        while block := list(islice(texts, DOCUMENTS_AT_ONCE)):
+            encoded = tokenizer(block, add_special_tokens=False, verbose=False)["input_ids"]
+            for text, ids in zip(block, encoded, strict=True):
+                document = corpus.document_id(text)
+                part = parts["heldout" if corpus.is_heldout(document, settings.heldout) else "train"]
+                for offset, tokens in sequences(ids, tokenizer, section):
+                    part.add(document, offset, tokens)
+                documents += 1
     for part in parts.values():
         part.flush()
     return Unit(

@@ -10,6 +10,12 @@ from __future__ import annotations
 from typing import ClassVar
 
 
+def _one_line(text: str) -> str:
+    """Without line breaks, and with control characters spelled out, so that nothing in it can drive a terminal."""
+    line = " ".join(text.split())
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in line)
+
+
 class KilobasisError(Exception):
     """Root of the errors that are shown to the user without a traceback.
 
@@ -22,8 +28,8 @@ class KilobasisError(Exception):
 
     def __init__(self, what: str, remedy: str = "") -> None:
         super().__init__(what, remedy)
-        self.what = " ".join(what.split())
-        self.remedy = " ".join(remedy.split())
+        self.what = _one_line(what)
+        self.remedy = _one_line(remedy)
 
     def __str__(self) -> str:
         return f"{self.what} -> {self.remedy}" if self.remedy else self.what

@@ -12,8 +12,19 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+# Every product of a few of these is exact in Python and finite as a float.
+LARGEST = 2**53
 _SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SIZES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
@@ -25,8 +36,8 @@ def parse_bytes(value: object) -> object:
         return value
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGTkmgt]?[Ii]?[Bb]?)\s*", value)
     if match is None or match[2].upper() not in _SIZES:
-        raise ValueError(f"{value!r} is no size; expected for example 512MiB or 2GB")
-    return int(float(match[1]) * _SIZES[match[2].upper()])
+        raise ValueError(f"{value[:60]!r} is no size; expected for example 512MiB or 2GB")
+    return int(_whole(float(match[1]) * _SIZES[match[2].upper()]))
 
 
 def parse_count(value: object) -> object:
@@ -37,8 +48,14 @@ def parse_count(value: object) -> object:
         return value
     match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([KMBkmb]?)\s*", value)
     if match is None:
-        raise ValueError(f"{value!r} is no count; expected for example 2_000_000 or 2M")
-    return round(float(match[1].replace("_", "")) * _COUNTS[match[2].upper()])
+        raise ValueError(f"{value[:60]!r} is no count; expected for example 2_000_000 or 2M")
+    return round(_whole(float(match[1].replace("_", "")) * _COUNTS[match[2].upper()]))
+
+
+def _whole(value: float) -> float:
+    if value > LARGEST:
+        raise ValueError(f"{value:g} is more than {LARGEST}, the largest number that a manifest may hold")
+    return value
 
 
 def _identifier(value: str) -> str:
@@ -47,15 +64,27 @@ def _identifier(value: str) -> str:
     return value
 
 
-Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
-Count = Annotated[int, BeforeValidator(parse_count), Field(ge=1)]
-Steps = Annotated[int, BeforeValidator(parse_count), Field(ge=0)]
+Bytes = Annotated[int, BeforeValidator(parse_bytes, json_schema_input_type=int | str), Field(gt=0, le=LARGEST)]
+Count = Annotated[int, BeforeValidator(parse_count, json_schema_input_type=int | str), Field(ge=1, le=LARGEST)]
+Steps = Annotated[int, BeforeValidator(parse_count, json_schema_input_type=int | str), Field(ge=0, le=LARGEST)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Processes = Annotated[int, Field(ge=1, le=2**20)]
 Name = Annotated[str, AfterValidator(_identifier)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number_is_a_truth_value(cls, value: object, info: ValidationInfo) -> object:
+        # YAML reads yes and on as true, and pydantic would take that for 1.
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError(f"found {str(value).lower()}, expected no truth value here; quote it if it is a word")
+        return value
 
 
 class Model(_Section):
@@ -84,14 +113,17 @@ class Corpus(_Section):
 
     source: str = Field(min_length=1, description="A file, a folder or a glob; any URL that fsspec opens.")
     text_field: str = Field(default="text", description="JSONL key or Parquet column that holds the text.")
-    context: int = Field(default=256, ge=2, description="Most tokens in a sequence.")
+    context: int = Field(default=256, ge=2, le=2**31, description="Most tokens in a sequence.")
     bos: Literal["auto", "always", "never"] = Field(
         default="auto",
         description="Begin every sequence with the BOS token; auto does so if the tokenizer has one.",
     )
     eos: Literal["always", "never"] = Field(default="never", description="End every document with the EOS token.")
     min_tokens: int = Field(
-        default=8, ge=1, description="A document's last sequence is left out if it has fewer tokens than this."
+        default=8,
+        ge=1,
+        le=2**31,
+        description="A document's last sequence is left out if it has fewer tokens than this.",
     )
     max_documents: Count | None = Field(default=None, description="Read at most so many documents of each file.")
     heldout: Fraction = Field(
@@ -113,13 +145,14 @@ class Harvest(_Section):
     loader_memory: Bytes = Field(
         default=2**30, description="Two slabs of the shuffle fit in this, on every training rank."
     )
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
 
     @field_validator("hook_points")
     @classmethod
     def _distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(value)) != len(value):
-            raise ValueError("a hook point is named twice")
+        for hook_point in value:
+            if value.count(hook_point) > 1:
+                raise ValueError(f"{hook_point!r} is named {value.count(hook_point)} times, expected once")
         return value
 
     @model_validator(mode="after")
@@ -136,7 +169,9 @@ class Harvest(_Section):
 class Filter(_Section):
     """Rows that training passes over. They stay in the store."""
 
-    skip_positions: int = Field(default=0, ge=0, description="Leave out the first so many tokens of a sequence.")
+    skip_positions: int = Field(
+        default=0, ge=0, le=2**31, description="Leave out the first so many tokens of a sequence."
+    )
     max_norm: float | None = Field(
         default=None, gt=1.0, description="Leave out rows whose norm exceeds so many times the median norm."
     )
@@ -162,7 +197,7 @@ class Train(_Section):
     dead_after: Count = Field(
         default=10_000_000, description="A feature is dead once it did not fire in so many tokens."
     )
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     filter: Filter = Filter()
 
     @model_validator(mode="after")
@@ -229,15 +264,15 @@ class Compute(_Section):
     address: str | None = Field(
         default=None, description="An existing Ray cluster; a local one is started and stopped if left out."
     )
-    workers: int = Field(default=2, ge=1, description="Workers for tokenize, harvest, evaluate and catalog.")
-    threads: int = Field(default=1, ge=1, description="CPU threads of each worker.")
+    workers: Processes = Field(default=2, description="Workers for tokenize, harvest, evaluate and catalog.")
+    threads: Processes = Field(default=1, description="CPU threads of each worker.")
     gpus: float = Field(default=0.0, ge=0.0, description="GPUs of each worker and training rank.")
-    ranks: int = Field(default=1, ge=1, description="Training ranks.")
-    rank_threads: int = Field(default=2, ge=1, description="CPU threads of each training rank.")
+    ranks: Processes = Field(default=1, description="Training ranks.")
+    rank_threads: Processes = Field(default=2, description="CPU threads of each training rank.")
     memory: Bytes | None = Field(
         default=None, description="Memory that the run may take; that of the machine if left out."
     )
-    retries: int = Field(default=3, ge=0, description="Times that a stage's dead workers are replaced.")
+    retries: int = Field(default=3, ge=0, le=2**20, description="Times that a stage's dead workers are replaced.")
     checkpoint_seconds: float = Field(default=30.0, gt=0.0, description="Time between training checkpoints.")
     deterministic: bool = Field(default=True, description="Use only kernels that give the same bits every time.")
 
@@ -255,6 +290,8 @@ class Manifest(_Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
+        if self.compute.pool == "inline" and self.compute.ranks > 1:
+            raise ValueError(f"compute.ranks is {self.compute.ranks}, the inline pool has 1; use compute.pool ray")
         names = [dictionary.name for dictionary in self.dictionaries]
         for name in names:
             if names.count(name) > 1:

@@ -48,12 +48,14 @@ class Setting:
 class Turn:
     """What a worker did since its last answer.
 
+    `cpu_seconds` counts all threads of the process: on a machine with other work it is steadier than the clock.
     `fvu` is the fraction of variance unexplained of held-out rows behind these steps, measured outside
     the timed part; `peak_rss` the process's largest resident memory so far, in bytes.
     """
 
     steps: int
     seconds: float
+    cpu_seconds: float
     fvu: float
     peak_rss: int
 
@@ -86,12 +88,12 @@ class Session:
         turn = 0
         for line in sys.stdin:
             steps = int(line)
-            began = time.perf_counter()
+            began, began_cpu = time.perf_counter(), time.process_time()
             for _ in range(steps):
                 yield self._x_NBD[turn % len(self._x_NBD)].clone()
                 turn += 1
-            seconds = time.perf_counter() - began
-            done = Turn(steps, seconds, self._fvu(reconstruct), peak_rss())
+            seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - began_cpu
+            done = Turn(steps, seconds, cpu_seconds, self._fvu(reconstruct), peak_rss())
             self._answers.write(json.dumps(dataclasses.asdict(done)) + "\n")
 
     @torch.no_grad()

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import uuid
 from pathlib import Path
 
 from cluster.storage.objects import filesystem, read_bytes
 from cluster.storage.path import StoragePath
 from schemas.errors import IntegrityError
+
+# fsspec's memory store first looks whether a name is free and then takes it.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def create(path: StoragePath, body: bytes) -> bool:
@@ -68,12 +72,13 @@ def _create_local(target: Path, body: bytes) -> bool:
         return True
     finally:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+            temporary.unlink()
 
 
 def _create_remote(path: StoragePath, body: bytes) -> bool:
     try:
-        filesystem(path).pipe_file(path.key, body, mode="create")
+        with _ONE_AT_A_TIME if path.scheme == "memory" else contextlib.nullcontext():
+            filesystem(path).pipe_file(path.key, body, mode="create")
     except FileExistsError:
         return False
     except OSError:

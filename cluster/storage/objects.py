@@ -125,7 +125,8 @@ def glob(pattern: StoragePath) -> list[StoragePath]:
     else:
         found = [pattern.key] if fs.exists(pattern.key) else []
     keep = [key for key in found if not fs.isdir(key) and not key.rsplit("/", 1)[-1].startswith(".")]
-    return [StoragePath(pattern.scheme, key) for key in sorted(keep)]
+    # Some file systems answer with a slash in front that no parsed path has.
+    return [StoragePath(pattern.scheme, key if pattern.is_local else key.lstrip("/")) for key in sorted(keep)]
 
 
 def size(path: StoragePath) -> int:

@@ -10,8 +10,8 @@ import gzip
 import hashlib
 import io
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Generator
+from contextlib import ExitStack, closing
 from typing import BinaryIO, cast
 
 import pyarrow as pa
@@ -54,8 +54,8 @@ def files(source: StoragePath) -> list[StoragePath]:
     return found
 
 
-def documents(path: StoragePath, text_field: str) -> Iterator[str]:
-    """The documents of one file, in order; empty ones are left out.
+def documents(path: StoragePath, text_field: str) -> Generator[str]:
+    """The documents of one file, in order; empty ones are left out. Close it if you stop early.
 
     Args:
         path: A corpus file.
@@ -69,7 +69,8 @@ def documents(path: StoragePath, text_field: str) -> Iterator[str]:
     try:
         with ExitStack() as stack:
             stream = stack.enter_context(objects.open_read(path))
-            for text in reader(_decompressed(path, stream, stack), path, text_field):
+            texts = stack.enter_context(closing(reader(_decompressed(path, stream, stack), path, text_field)))
+            for text in texts:
                 if text.strip():
                     yield text
     except UnicodeDecodeError as error:
@@ -112,28 +113,30 @@ def _decompressed(path: StoragePath, stream: BinaryIO, stack: ExitStack) -> Bina
     return stream
 
 
-def _text(stream: BinaryIO, _path: StoragePath, _field: str) -> Iterator[str]:
+def _text(stream: BinaryIO, _path: StoragePath, _field: str) -> Generator[str]:
     yield stream.read().decode("utf-8")
 
 
-def _lines(stream: BinaryIO, path: StoragePath, field: str) -> Iterator[str]:
-    for number, line in enumerate(io.TextIOWrapper(stream, encoding="utf-8"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ManifestError(f"{path} line {number} is not JSON ({error})", "fix or remove the line") from error
-        text = record.get(field) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            has = sorted(record)[:8] if isinstance(record, dict) else type(record).__name__
-            raise ManifestError(
-                f"{path} line {number} has no text under {field!r}, it has {has}", "set corpus.text_field"
-            )
-        yield text
+def _lines(stream: BinaryIO, path: StoragePath, field: str) -> Generator[str]:
+    with io.TextIOWrapper(stream, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield _field_of(line, path, number, field)
 
 
-def _parquet(stream: BinaryIO, path: StoragePath, field: str) -> Iterator[str]:
+def _field_of(line: str, path: StoragePath, number: int, field: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ManifestError(f"{path} line {number} is not JSON ({error})", "fix or remove the line") from error
+    text = record.get(field) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        has = sorted(record)[:8] if isinstance(record, dict) else type(record).__name__
+        raise ManifestError(f"{path} line {number} has no text under {field!r}, it has {has}", "set corpus.text_field")
+    return text
+
+
+def _parquet(stream: BinaryIO, path: StoragePath, field: str) -> Generator[str]:
     table = pq.ParquetFile(stream)
     if field not in table.schema_arrow.names:
         raise ManifestError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,6 @@ from cluster.storage.path import StoragePath
 from pipeline.stage import Committed
 from schemas.errors import IntegrityError
 from schemas.layouts import TOKEN_INDEX
-import itertools
 
 
 class Piece(BaseModel):

@@ -2,8 +2,8 @@
 
     python jobs/manifests/quickstart/build.py            # about 20 minutes on one core
 
-Writes, beside this file: `corpus/*.jsonl.zst` (a document is one source file), `model/` (GPT-NeoX in
-safetensors with its byte-level BPE tokenizer) and `model/PROVENANCE.json`. The files are committed, so
+Writes, beside this file: `corpus/*.jsonl.zst` (a document is one source file), `neox-stdlib/` (GPT-NeoX in
+safetensors with its byte-level BPE tokenizer) and `neox-stdlib/PROVENANCE.json`. The files are committed, so
 nobody needs to run this; it is here so that anybody can see where the weights come from.
 
 The model never sees the held-out split: it is drawn by the same hash of the document as the pipeline's.
@@ -165,7 +165,7 @@ def main() -> None:
     print(f"{len(training)} + {len(heldout)} documents, {train_rows.numel()} + {held_rows.numel()} tokens", flush=True)
 
     model, result = train(train_rows, held_rows, arguments.epochs, arguments.seed)
-    folder = HERE / "model"
+    folder = HERE / "neox-stdlib"
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,0 +1,122 @@
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.storage.create import create
+from cluster.storage.objects import filesystem, free_bytes, names, require_writable
+from cluster.storage.path import StoragePath
+from schemas.errors import ManifestError
+from tests.support.contracts import StorageContract
+
+
+class TestLocalStorage(StorageContract):
+    @pytest.fixture
+    def base(self, tmp_path: Path) -> StoragePath:
+        return StoragePath.parse(tmp_path / "base")
+
+    def test_create_interrupted_leaves_the_name_free(self, base: StoragePath) -> None:
+        # What a crash before the link leaves: a temporary file, and nothing under the name.
+        base.local.mkdir()
+        (base.local / ".a.0123456789abcdef.tmp").write_bytes(b"half a bo")
+        assert names(base) == []
+        assert create(base / "a", b"whole body")
+        assert names(base) == ["a"]
+
+
+class TestMemoryStorage(StorageContract):
+    @pytest.fixture
+    def base(self) -> Iterator[StoragePath]:
+        base = StoragePath.parse(f"memory://{uuid.uuid4().hex}/base")
+        yield base
+        filesystem(base).store.clear()
+        filesystem(base).pseudo_dirs[:] = [""]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("/data//runs///a/", "/data/runs/a"),
+        ("/data/./runs/../other", "/data/other"),
+        ("file:///data//a", "/data/a"),
+        ("local:///data/a", "/data/a"),
+        ("s3://bucket//prefix///a/", "s3://bucket/prefix/a"),
+        ("s3://bucket/./a", "s3://bucket/a"),
+        ("S3://Bucket/A", "s3://Bucket/A"),
+        ("memory:///a//b", "memory://a/b"),
+    ],
+)
+def test_path_parse_is_normalised(text: str, expected: str) -> None:
+    assert str(StoragePath.parse(text)) == expected
+
+
+@pytest.mark.parametrize("text", ["s3://bucket/../other", "gs://bucket/a/../../b", "memory://.."])
+def test_path_url_that_climbs_is_refused(text: str) -> None:
+    with pytest.raises(ManifestError, match=r"climbs with '\.\.'"):
+        StoragePath.parse(text)
+
+
+@pytest.mark.parametrize("text", ["", "   "])
+def test_path_empty_text_is_refused(text: str) -> None:
+    with pytest.raises(ManifestError, match="empty path"):
+        StoragePath.parse(text)
+
+
+def test_path_relative_starts_at_the_base(tmp_path: Path) -> None:
+    assert StoragePath.parse("runs/a", tmp_path) == StoragePath.parse(tmp_path / "runs/a")
+    assert StoragePath.parse("../a", tmp_path / "b") == StoragePath.parse(tmp_path / "a")
+    assert StoragePath.parse("/runs/a", tmp_path) == StoragePath.parse("/runs/a")
+    assert StoragePath.parse("s3://bucket/a", tmp_path) == StoragePath("s3", "bucket/a")
+
+
+def test_path_relative_without_base_starts_at_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert StoragePath.parse("a") == StoragePath.parse(tmp_path / "a")
+
+
+@pytest.mark.parametrize("root", ["/data", "s3://bucket", "memory://a/b"])
+def test_path_join_and_relative_are_inverse(root: str) -> None:
+    base = StoragePath.parse(root)
+    joined = base / "x//y/./z/"
+    assert str(joined) == f"{root}/x/y/z"
+    assert joined.relative_to(base) == "x/y/z"
+    assert (joined.name, str(joined.parent)) == ("z", f"{root}/x/y")
+    with pytest.raises(ValueError, match="climbs out"):
+        base / "x/../../y"
+
+
+@pytest.mark.parametrize(("path", "root"), [("/data2/a", "/data"), ("s3://b/a", "/b"), ("/data", "/data")])
+def test_path_relative_to_a_stranger_is_refused(path: str, root: str) -> None:
+    with pytest.raises(ValueError, match="is not below"):
+        StoragePath.parse(path).relative_to(StoragePath.parse(root))
+
+
+def test_path_local_of_a_url_is_refused() -> None:
+    with pytest.raises(ValueError, match="not on this machine"):
+        _ = StoragePath.parse("s3://bucket/a").local
+
+
+def test_filesystem_unknown_scheme_says_what_to_install() -> None:
+    with pytest.raises(ManifestError, match="nosuch://"):
+        filesystem(StoragePath.parse("nosuch://bucket/a"))
+
+
+def test_require_writable_leaves_nothing_behind(tmp_path: Path) -> None:
+    require_writable(StoragePath.parse(tmp_path / "new/root"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_require_writable_file_in_the_way_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(ManifestError, match="taken is a file"):
+        require_writable(StoragePath.parse(tmp_path / "taken/root"))
+
+
+def test_free_bytes_is_known_of_disks_only(tmp_path: Path) -> None:
+    free = free_bytes(StoragePath.parse(tmp_path / "not/there/yet"))
+    assert free is not None
+    assert free > 0
+    assert free_bytes(StoragePath.parse("s3://bucket/a")) is None

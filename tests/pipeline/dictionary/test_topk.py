@@ -1,0 +1,109 @@
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.dictionary import loss
+from pipeline.dictionary.model import TopKDictionary
+from pipeline.dictionary.topk import by_feature, feature_sums, top_k
+
+
+def reference_loss(dictionary: TopKDictionary, x_BD: torch.Tensor, dead_F: torch.Tensor, aux_k: int) -> torch.Tensor:
+    """The same loss written densely, for autograd to differentiate."""
+    pre_BF = (x_BD - dictionary.b_dec) @ dictionary.W_enc.T + dictionary.b_enc
+
+    def code(scores_BF: torch.Tensor, k: int) -> torch.Tensor:
+        values, indices = scores_BF.topk(k, dim=1)
+        return torch.zeros_like(scores_BF).scatter(1, indices, values.relu())
+
+    x_hat_BD = code(pre_BF, dictionary.k) @ dictionary.W_dec + dictionary.b_dec
+    total = (x_hat_BD - x_BD).square().mean()
+    if dead_F.any() and aux_k:
+        count = min(aux_k, int(dead_F.sum()))
+        hidden = pre_BF.masked_fill(~dead_F, float("-inf"))
+        values, indices = hidden.topk(count, dim=1)
+        aux_BF = torch.zeros_like(pre_BF).scatter(1, indices, values.relu())
+        error_BD = (x_BD - x_hat_BD).detach()
+        total = total + 0.25 * ((aux_BF @ dictionary.W_dec - error_BD).square().mean() / error_BD.square().mean())
+    return total
+
+
+def make(width: int, features: int, k: int, seed: int) -> TopKDictionary:
+    generator = torch.Generator().manual_seed(seed)
+    dictionary = TopKDictionary(width, features, k)
+    for parameter in dictionary.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) / width**0.5
+    return dictionary
+
+
+@settings(max_examples=60, derandomize=True, deadline=None, database=None)
+@given(
+    width=st.integers(1, 24),
+    features=st.integers(1, 80),
+    k=st.integers(1, 80),
+    batch=st.integers(1, 40),
+    aux_k=st.integers(0, 12),
+    seed=st.integers(0, 10_000),
+)
+def test_gradients_of_the_sparse_step_equal_dense_autograd(
+    width: int, features: int, k: int, batch: int, aux_k: int, seed: int
+) -> None:
+    dictionary = make(width, features, min(k, features), seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    x_BD = torch.randn(batch, width, generator=generator)
+    dead_F = torch.rand(features, generator=generator) < 0.3
+    has_dead = bool(dead_F.any()) and aux_k > 0
+
+    code = dictionary(x_BD, dead_F if has_dead else None, aux_k)
+    made = loss.reconstruction(x_BD, code.x_hat_BD) + 0.25 * loss.auxiliary(x_BD, code)
+    made.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in dictionary.named_parameters()}
+    dictionary.zero_grad()
+    expected = reference_loss(dictionary, x_BD, dead_F, aux_k)
+    expected.backward()
+
+    torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-6)
+    for name, parameter in dictionary.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_auxiliary_loss_reaches_the_encoder_by_finite_differences() -> None:
+    dictionary = make(6, 20, 2, 3).double()
+    x_BD = torch.randn(9, 6, generator=torch.Generator().manual_seed(5)).double()
+    dead_F = torch.arange(20) >= 12
+    feature = 15
+
+    base = dictionary(x_BD, dead_F, 4)
+    loss.auxiliary(x_BD, base).backward()
+    # The residual is a target: it stays what it is while the encoder moves.
+    error_BD = (x_BD - base.x_hat_BD).detach()
+
+    def auxiliary_alone() -> torch.Tensor:
+        error_hat_BD = dictionary(x_BD, dead_F, 4).error_hat_BD
+        return (error_hat_BD - error_BD).square().mean() / error_BD.square().mean()
+
+    gradient = dictionary.W_enc.grad[feature].clone()
+    assert gradient.abs().max() > 0
+    for channel in range(6):
+        difference = 0.0
+        for sign in (1.0, -1.0):
+            with torch.no_grad():
+                dictionary.W_enc[feature, channel] += sign * 1e-6
+                difference += sign * float(auxiliary_alone())
+                dictionary.W_enc[feature, channel] -= sign * 1e-6
+        assert abs(difference / 2e-6 - float(gradient[channel])) < 1e-6
+
+
+def test_feature_sums_of_features_that_never_fired_are_zero() -> None:
+    indices_BK = torch.tensor([[0, 3], [3, 5]])
+    values_BK = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    x_BD = torch.tensor([[1.0, 10.0], [2.0, 20.0]])
+    sums_FD = feature_sums(by_feature(indices_BK, 7), values_BK, x_BD)
+    expected = torch.zeros(7, 2)
+    expected[0], expected[3], expected[5] = x_BD[0], 2 * x_BD[0] + 3 * x_BD[1], 4 * x_BD[1]
+    torch.testing.assert_close(sums_FD, expected)
+
+
+def test_top_k_of_negative_scores_gives_zeros() -> None:
+    values_BK, indices_BK = top_k(torch.tensor([[-1.0, -3.0, 2.0, -2.0]]), 3)
+    assert sorted(values_BK[0].tolist()) == [0.0, 0.0, 2.0]
+    assert set(indices_BK[0].tolist()) == {0, 2, 3}

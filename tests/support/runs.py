@@ -1,0 +1,93 @@
+"""Running manifests from tests: in this process, or as the command that a user types, and killing that."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+from jobs import manifest as manifests
+from jobs.runner import run
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_inline(manifest: Path, *overrides: str) -> dict[str, str]:
+    """Run in this process; digests by stage."""
+    done = run(manifests.load(manifest, list(overrides)))
+    return {label: committed.record.digest for label, committed in done.items()}
+
+
+def command(*arguments: str) -> list[str]:
+    """The command line of `kilobasis ...`, by the interpreter that runs the tests."""
+    return [sys.executable, "-c", "from jobs.cli import main; main()", *arguments]
+
+
+def start(*arguments: str, log: Path) -> subprocess.Popen[bytes]:
+    """Start a command in a session of its own, so that its whole tree can be killed."""
+    with open(log, "ab") as stream:
+        return subprocess.Popen(
+            command(*arguments), stdout=stream, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
+        )
+
+
+def kill_tree(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to a process and everything that it started."""
+    try:
+        parent = psutil.Process(process.pid)
+        tree = [parent, *parent.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        tree = []
+    for member in tree:
+        try:
+            member.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            continue
+    process.wait()
+    psutil.wait_procs(tree, timeout=20)
+
+
+def digests(root: Path) -> dict[str, str]:
+    """Digest of every committed stage below a root, computed from the records."""
+    from schemas.records import StageRecord
+
+    found = {}
+    for path in sorted(root.rglob("COMMITTED.json")):
+        record = StageRecord.model_validate_json(path.read_bytes())
+        assert record.stage not in found, f"{record.stage} was committed twice"
+        found[record.stage] = record.digest
+    return found
+
+
+def contents(root: Path) -> dict[str, str]:
+    """sha256 of every object that a record below a root names, read from disk: what is really there."""
+    import hashlib
+
+    found = {}
+    for path in sorted(root.rglob("*.json")):
+        stage = path.parent if path.name == "COMMITTED.json" else path.parent.parent
+        if path.name != "COMMITTED.json" and path.parent.name != "units":
+            continue
+        record = json.loads(path.read_bytes())
+        for entry in record.get("outputs", record.get("made"))["objects"]:
+            body = (stage / entry["key"]).read_bytes()
+            found[str((stage / entry["key"]).relative_to(root))] = hashlib.sha256(body).hexdigest()
+            assert found[str((stage / entry["key"]).relative_to(root))] == entry["sha256"]
+    return found
+
+
+def leftovers() -> list[psutil.Process]:
+    """Processes of this user that look like a Ray of ours and have lost their parent."""
+    return [
+        process
+        for process in psutil.process_iter(["cmdline", "ppid"])
+        if process.info["ppid"] == 1 and any("kb-" in part for part in process.info["cmdline"] or [])
+    ]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """This process's environment, with additions."""
+    return {**os.environ, **extra}

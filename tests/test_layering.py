@@ -1,0 +1,106 @@
+"""The rules of who may import what. Imports run down: jobs -> pipeline -> cluster -> schemas."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("schemas", "cluster", "pipeline", "jobs")
+
+# A package may import from those below it, and from itself.
+BELOW = {
+    "schemas": {"schemas"},
+    "cluster": {"schemas", "cluster"},
+    "pipeline": {"schemas", "cluster", "pipeline"},
+    "jobs": {"schemas", "cluster", "pipeline", "jobs"},
+}
+
+# Libraries that only these files may import.
+OWNERS = {
+    "ray": {"cluster/ray_pool.py", "cluster/ray_cluster.py", "jobs/submit.py"},
+    "deepspeed": {"pipeline/dictionary/parallel.py"},
+    "fsspec": {"cluster/storage/objects.py"},
+    "zarr": {"cluster/storage/zarr_store.py", "pipeline/activations/read.py"},
+    "transformers": {"pipeline/sources/models.py"},
+    "tokenizers": set(),
+    "datasets": set(),
+    "huggingface_hub": {"pipeline/sources/models.py"},
+    "boto3": set(),
+    "s3fs": set(),
+    "yaml": {"jobs/manifest.py"},
+    "typer": {"jobs/cli.py"},
+    "rich": {"jobs/cli.py", "jobs/progress.py"},
+    "tensorboardX": {"jobs/progress.py"},
+    "jinja2": {"pipeline/report/page.py"},
+}
+
+# The pipeline gets from cluster only the shape of a pool and the storage, never who runs it.
+PIPELINE_FROM_CLUSTER = ("cluster.pool", "cluster.storage")
+# Descriptions describe: they open nothing.
+SCHEMAS_LIBRARIES = {"pydantic", "pyarrow"}
+
+
+def sources() -> list[Path]:
+    return [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py")) if "manifests" not in path.parts]
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that a file names in an import, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def key(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", sources(), ids=key)
+def test_imports_of_every_file_run_downwards(path: Path) -> None:
+    own = path.relative_to(ROOT).parts[0]
+    upward = {name for name in imported(path) if name.split(".")[0] in set(PACKAGES) - BELOW[own]}
+    assert not upward
+
+
+@pytest.mark.parametrize("path", sources(), ids=key)
+def test_libraries_are_imported_by_their_owners_only(path: Path) -> None:
+    tops = {name.split(".")[0] for name in imported(path)}
+    strangers = {library for library in tops & set(OWNERS) if key(path) not in OWNERS[library]}
+    assert not strangers
+
+
+def test_every_owner_that_exists_imports_its_library() -> None:
+    """A rule about a file that no longer needs the library is a dead rule."""
+    for library, owners in OWNERS.items():
+        for owner in owners:
+            path = ROOT / owner
+            if path.exists():
+                assert library in {name.split(".")[0] for name in imported(path)}, f"{owner} no longer imports {library}"
+
+
+@pytest.mark.parametrize("path", [path for path in sources() if key(path).startswith("pipeline/")], ids=key)
+def test_pipeline_knows_no_runner(path: Path) -> None:
+    from_cluster = {name for name in imported(path) if name.startswith("cluster")}
+    assert all(name.startswith(PIPELINE_FROM_CLUSTER) for name in from_cluster)
+
+
+@pytest.mark.parametrize("path", [path for path in sources() if key(path).startswith("schemas/")], ids=key)
+def test_schemas_use_the_standard_library_and_little_else(path: Path) -> None:
+    import sys
+
+    tops = {name.split(".")[0] for name in imported(path)}
+    assert tops <= set(sys.stdlib_module_names) | SCHEMAS_LIBRARIES | {"schemas"}
+
+
+@pytest.mark.parametrize("path", sources(), ids=key)
+def test_files_stay_small(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 420
+    assert path.stem not in {"utils", "helpers", "misc", "common"}
