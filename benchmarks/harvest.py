@@ -39,7 +39,7 @@ from pipeline.tokenize import GROUP_SEQUENCES, parquet_body
 from schemas.manifest import Harvest, Model
 from schemas.tables import TOKENS
 
-QUICKSTART = Path(__file__).resolve().parent.parent / "jobs" / "manifests" / "quickstart" / "model"
+QUICKSTART = Path(__file__).resolve().parent.parent / "jobs" / "manifests" / "quickstart" / "neox-stdlib"
 TARGET = 0.85
 SEED = 0
 
@@ -215,22 +215,22 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write a list of {name, value, unit, config}")
     options = parser.parse_args()
     found: list[dict[str, Any]] = []
-    table = Table(title=f"harvest over a bare forward loop, target {TARGET:.2f}")
-    for heading in ("case", "hook points", "rows/s", "bare rows/s", "ratio", "min..max"):
-        table.add_column(heading)
     worst = 1.0
     with tempfile.TemporaryDirectory() as scratch:
         model = options.model
         if not (model / "model.safetensors").is_file():
-            model = Path(scratch) / "model"
+            model = Path(scratch) / "random"
             random_model(model)
+        table = Table(title=f"harvest over a bare forward loop of {model.name}, target {TARGET:.2f}")
+        for heading in ("case", "hook points", "rows/s", "bare rows/s", "ratio", "min..max"):
+            table.add_column(heading)
         for case in CASES:
             if options.quick:
                 case = Case(case.name, case.hook_points, QUICK_ROWS, QUICK_ROUNDS)
             folder = Path(scratch) / case.name
             folder.mkdir()
             rates = compete(setup(case, model, folder))
-            rows, plain, ratio = made = facts(case, "given" if model == options.model else "random", rates)
+            rows, plain, ratio = made = facts(case, model.name, rates)
             found += made
             spread = ratio["config"]["per_round"]
             worst = min(worst, ratio["value"])

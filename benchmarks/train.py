@@ -222,9 +222,9 @@ def table(case: Case, outcomes: dict[str, Outcome]) -> Table:
     shown = Table(
         title=f"d {case.width}, F {case.features}, k {case.k}, B {case.batch}, float32, {case.threads} threads: "
         f"median of {case.rounds} rounds of {case.steps} steps",
-        caption="times: how many times faster Kilobasis is, by the clock, then by CPU time",
+        caption="times: how many times faster Kilobasis is, by the clock, then by CPU time; RSS: peak, in MiB",
     )
-    for heading in ("trainer", "tokens/s", "times", "min..max", "CPU", "peak MiB", "FVU"):
+    for heading in ("trainer", "tokens/s", "times (range)", "CPU", "RSS", "FVU"):
         shown.add_column(heading, justify="left" if heading == "trainer" else "right", no_wrap=True)
     for name, outcome in outcomes.items():
         clock, cpu = (speedups(outcomes, name, measure) for measure in ("tokens_per_s", "tokens_per_cpu_s"))
@@ -232,11 +232,10 @@ def table(case: Case, outcomes: dict[str, Outcome]) -> Table:
         shown.add_row(
             name,
             f"{statistics.median(outcome.tokens_per_s):,.0f}",
-            f"{statistics.median(clock):.2f}" if peer else "",
-            f"{min(clock):.2f}..{max(clock):.2f}" if peer else "",
+            f"{statistics.median(clock):.2f} ({min(clock):.2f}..{max(clock):.2f})" if peer else "",
             f"{statistics.median(cpu):.2f}" if peer else "",
             f"{outcome.peak_rss / 2**20:,.0f}",
-            f"{outcome.fvus[0]:.3f} {'>' if outcome.learns else 'NOT >'} {outcome.fvus[-1]:.3f}",
+            f"{outcome.fvus[-1]:.3f}" + ("" if outcome.learns else " does not fall"),
         )
     return shown
 

@@ -53,8 +53,10 @@ def ray_session(address: str | None, cpus: int) -> Iterator[None]:
         finally:
             ray.shutdown()
         return
-    # Ray reads both when it is imported and never again: one token for the life of this process, and
-    # nothing may import ray before.
+    # Ray reads these when it is imported and never again: one token for the life of this process, and
+    # nothing may import ray before. The third is the only switch that keeps Ray on loopback: on Linux it
+    # otherwise takes 127.0.0.1 for a slip and listens on every interface.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="kilobasis",
     help="Factorize a transformer's activations into a very overcomplete sparse basis.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -96,7 +95,7 @@ def status(manifest: ManifestPath, set_: Overrides = None, json_: AsJson = False
         done = f"{stage.done:,} / {stage.total:,}" if stage.total else ""
         named = [f"{name} {stage.scalars[name]:.4g}" for name in ("fvu", "l0", "dead") if name in stage.scalars]
         table.add_row(stage.stage, stage.state, done, ", ".join([*([stage.detail] if stage.detail else []), *named]))
-    Console().print(table)
+    _console().print(table)
 
 
 @app.command()
@@ -143,6 +142,12 @@ def _quiet() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+def _console() -> Console:
+    """Wide where nobody looks on, so that a pipe or a log gets whole words."""
+    console = Console(soft_wrap=True)
+    return console if console.is_terminal else Console(soft_wrap=True, width=max(200, console.width))
+
+
 def _plan_json(made: Plan) -> list[dict[str, Any]]:
     return [
         {
@@ -168,7 +173,7 @@ def _print_plan(made: Plan, parsed: Manifest) -> None:
     table = Table(title=f"{parsed.name} -> {parsed.root}", title_justify="left")
     for column, justify in (("stage", "left"), ("", "left"), ("why", "left"), ("units", "right"), ("rows", "right"),
                             ("stored", "right"), ("objects", "right"), ("memory", "right")):  # fmt: skip
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for planned in made.stages:
         estimate = planned.estimate
         why = planned.reason + (f"; {estimate.note}" if estimate.note else "")
@@ -182,9 +187,9 @@ def _print_plan(made: Plan, parsed: Manifest) -> None:
             f"{estimate.objects:,}",
             f"{estimate.workers} x {size(estimate.memory)}",
         )
-    Console().print(table)
+    _console().print(table)
     limit = parsed.compute.memory or machine_memory()
-    Console().print(
+    _console().print(
         f"memory to use: {size(limit)}; {about}{size(sum(p.estimate.stored_bytes for p in made.stages))} in all"
     )
 
@@ -200,7 +205,7 @@ def _print_results(parsed: Manifest, done: dict[str, Committed], as_json: bool) 
     if as_json:
         print(json.dumps({"digests": {name: each.record.digest for name, each in done.items()}, **results}, indent=1))
         return
-    console = Console(soft_wrap=True)
+    console = _console()
     for name, result in results.items():
         judged = result["metrics"]
         table = Table(title=f"dictionary {name}, held out on {judged['tokens']:,} tokens", title_justify="left")

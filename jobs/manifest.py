@@ -175,6 +175,8 @@ def _describe(error: ValidationError, tree: Any) -> str:
     found = error.errors()
     # A list whose item is wrong is reported as too short as well.
     found = [each for each in found if not any(_within(other["loc"], each["loc"]) for other in found)]
+    # An unknown key comes first: it is often what a missing one was meant to be.
+    found.sort(key=lambda each: each["type"] != "extra_forbidden")
     first = found[0]
     field = ".".join(str(part) for part in first["loc"])
     rest = f" ({len(found) - 1} more)" if len(found) > 1 else ""

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -105,20 +106,40 @@ class _LazyPool:
         # Imports ray, which must not happen before the session has set its environment.
         from cluster.ray_pool import RayPool
 
+        # Ray has put in handlers of its own, which abort the process.
+        if threading.current_thread() is threading.main_thread():
+            _arm()
         return RayPool(compute.workers, compute.retries)
+
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def _stop(number: int, _frame: Any) -> None:
+    # Only the first counts: a second one must not break off the clearing up.
+    for each in _SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    raise InterruptedRunError(
+        f"stopped by {signal.Signals(number).name}; everything committed is kept", "continue with `kilobasis resume`"
+    )
+
+
+def _arm() -> None:
+    for number in _SIGNALS:
+        signal.signal(number, _stop)
 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Turn SIGTERM and SIGINT into an error that unwinds, so that workers are stopped and logs closed."""
+    """Turn SIGTERM and SIGINT into an error that unwinds, so that workers are stopped and logs closed.
 
-    def stop(number: int, _frame: Any) -> None:
-        raise InterruptedRunError(
-            f"stopped by {signal.Signals(number).name}; everything committed is kept",
-            "continue with `kilobasis resume`",
-        )
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    Only in the main thread, where Python allows it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    _arm()
     try:
         yield
     finally:

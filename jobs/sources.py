@@ -33,7 +33,12 @@ def survey(manifest: Manifest) -> Sources:
 def _corpus(manifest: Manifest, model: ModelFacts) -> CorpusFacts:
     """Files with their signatures; rows are estimated from a few documents of a few files."""
     section = manifest.corpus
-    paths = corpus.files(StoragePath.parse(section.source))
+    source, root = StoragePath.parse(section.source), StoragePath.parse(manifest.root)
+    if f"{root}/".startswith(f"{source}/"):
+        raise ManifestError(
+            f"root {root} lies inside corpus.source {source}, so a run would read what it writes", "choose another root"
+        )
+    paths = corpus.files(source)
     tokenizer = models.load_tokenizer(manifest.model, model.source, model.revision)
     stored = {path: objects.size(path) for path in paths}
     characters, tokens, shares = 0, 0, []

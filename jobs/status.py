@@ -56,7 +56,7 @@ def read(root: StoragePath, labels: list[str]) -> Status:
     seen = _events(run)
     alive = _alive(run)
     last = max((event["time"] for event in seen), default=None)
-    stages = tuple(_stage(name, seen, alive) for name in labels)
+    stages = tuple(_stage(root, name, seen, alive) for name in labels)
     return Status(run.name, alive, None if last is None else max(0.0, time.time() - last), stages)
 
 
@@ -84,12 +84,15 @@ def _alive(run: StoragePath) -> bool | None:
     return True
 
 
-def _stage(name: str, seen: list[dict[str, Any]], alive: bool | None) -> StageStatus:
+def _stage(root: StoragePath, name: str, seen: list[dict[str, Any]], alive: bool | None) -> StageStatus:
     ours = [event for event in seen if event["stage"] == name]
     folders = [event["folder"] for event in ours if "folder" in event]
     if not folders:
         return StageStatus(name, "waiting", 0, 0)
-    path = StoragePath.parse(folders[-1])
+    # Events name the folder where it was then; a root may be moved.
+    stage, _, dictionary = name.partition("/")
+    base = root / "dictionaries" / dictionary / stage if dictionary else root / stage
+    path = base / StoragePath.parse(folders[-1]).name
     units = len(StageFolder(path, name, "").units())
     total = max((event["total"] for event in ours if event["event"] == "StageStarted"), default=units)
     scalars: dict[str, float] = next((event["scalars"] for event in reversed(ours) if event["event"] == "Progress"), {})

@@ -91,7 +91,13 @@ def choose_geometry(
         raise ManifestError(
             "the corpus has no rows to harvest", "use more text, or lower corpus.heldout or corpus.min_tokens"
         )
-    needed = max(1, -(-2 * rows * row_bytes // loader_memory))
+    fits = loader_memory // (2 * row_bytes)
+    if fits < 1:
+        raise ManifestError(
+            f"harvest: two rows of {row_bytes} bytes exceed loader_memory {loader_memory}",
+            f"raise harvest.loader_memory to at least {2 * row_bytes}",
+        )
+    needed = -(-rows // fits)
     if unit_rows is None:
         slabs = max(needed, TARGET_SLABS)
         # Small corpora get smaller chunks: a store of one shard would shuffle and resume badly.
@@ -107,7 +113,7 @@ def choose_geometry(
         chunk_rows = unit_rows // slabs
     geometry = Geometry(rows, unit_rows, chunk_rows)
     if geometry.slabs < needed:
-        slab_bytes = rows * row_bytes // geometry.slabs
+        slab_bytes = -(-rows // geometry.slabs) * row_bytes
         raise ManifestError(
             f"harvest: {geometry.slabs} slabs of {slab_bytes} bytes each; two of them exceed "
             f"loader_memory {loader_memory}",

@@ -10,9 +10,10 @@ import gzip
 import hashlib
 import io
 import json
+import zlib
 from collections.abc import Generator
 from contextlib import ExitStack, closing
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -78,7 +79,10 @@ def documents(path: StoragePath, text_field: str) -> Generator[str]:
             f"corpus file {path} is not UTF-8 text (byte {error.start}: {error.reason})",
             "convert it to UTF-8 or leave it out of corpus.source",
         ) from error
-    except (EOFError, gzip.BadGzipFile, zstandard.ZstdError, pa.ArrowInvalid) as error:
+    except (EOFError, OSError, zlib.error, zstandard.ZstdError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            # The disk's or the network's trouble. Without a number it is what gzip and Arrow say of damaged data.
+            raise
         raise ManifestError(
             f"corpus file {path} is damaged or not what its suffix says ({error})", "restore or remove the file"
         ) from error
@@ -106,11 +110,38 @@ def _decompressed(path: StoragePath, stream: BinaryIO, stack: ExitStack) -> Bina
     if path.name.endswith(".gz"):
         return cast(BinaryIO, stack.enter_context(gzip.open(stream, "rb")))
     if path.name.endswith(".zst"):
-        # max_window_size admits files made with --long; a frame per chunk (pzstd) is read through.
-        plain = zstandard.ZstdDecompressor(max_window_size=2**31)
-        reader = stack.enter_context(plain.stream_reader(stream, read_across_frames=True))
-        return cast(BinaryIO, io.BufferedReader(reader, 1 << 20))
+        return cast(BinaryIO, io.BufferedReader(_Frames(stream), 1 << 20))
     return stream
+
+
+class _Frames(io.RawIOBase):
+    """What consecutive zstd frames hold. zstandard's own reader takes a file that ends inside a frame for whole."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._left, self._ready = b"", b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any) -> int:
+        while not self._ready:
+            block = self._left or self._stream.read(1 << 14)
+            if not block:
+                if self._frame is not None:
+                    raise EOFError("it ends inside a zstd frame")
+                return 0
+            if self._frame is None:
+                # max_window_size admits files made with --long.
+                self._frame = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+            self._ready = self._frame.decompress(block)
+            self._left = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        count = min(len(target), len(self._ready))
+        target[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
 
 
 def _text(stream: BinaryIO, _path: StoragePath, _field: str) -> Generator[str]:
@@ -118,21 +149,30 @@ def _text(stream: BinaryIO, _path: StoragePath, _field: str) -> Generator[str]:
 
 
 def _lines(stream: BinaryIO, path: StoragePath, field: str) -> Generator[str]:
-    with io.TextIOWrapper(stream, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield _field_of(line, path, number, field)
+    for number, line in enumerate(stream, start=1):
+        if line.strip():
+            yield _field_of(line, path, number, field)
 
 
-def _field_of(line: str, path: StoragePath, number: int, field: str) -> str:
+def _field_of(line: bytes, path: StoragePath, number: int, field: str) -> str:
     try:
-        record = json.loads(line)
-    except ValueError as error:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ManifestError(
+            f"{path} line {number} is not UTF-8 text (byte {error.start}: {error.reason})", "convert it to UTF-8"
+        ) from error
+    except (ValueError, RecursionError) as error:
         raise ManifestError(f"{path} line {number} is not JSON ({error})", "fix or remove the line") from error
     text = record.get(field) if isinstance(record, dict) else None
     if not isinstance(text, str):
         has = sorted(record)[:8] if isinstance(record, dict) else type(record).__name__
         raise ManifestError(f"{path} line {number} has no text under {field!r}, it has {has}", "set corpus.text_field")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ManifestError(
+            f"{path} line {number} holds half a surrogate pair (character {error.start})", "fix or remove the line"
+        ) from error
     return text
 
 

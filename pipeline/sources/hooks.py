@@ -58,6 +58,8 @@ def _hooked(model: nn.Module, hook_point: str, see: Callable[[torch.Tensor], tor
     module = find_module(model, hook_point)
 
     def rebuilt(value: Any, new: torch.Tensor) -> Any:
+        if hasattr(value, "_fields"):  # a named tuple takes its items one by one
+            return type(value)(new, *value[1:])
         return type(value)((new, *value[1:])) if isinstance(value, (tuple, list)) else new
 
     def after(_module: nn.Module, _inputs: Any, output: Any) -> Any:

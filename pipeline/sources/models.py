@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import safetensors
 import torch
 import transformers
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -24,6 +25,7 @@ from pipeline.stage import ModelFacts
 from schemas.errors import ManifestError
 from schemas.manifest import Model
 
+_MODEL_FILES = ("config.json", "*.safetensors*")
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -63,14 +65,17 @@ def inspect(section: Model, hook_points: Sequence[str]) -> ModelFacts:
     config = _config(folder, section)
     is_causal_lm = _is_causal_lm(config)
     model = _skeleton(config, is_causal_lm, section)
+    if revision is None:
+        _require_weights(folder, section, model)
     for hook_point in hook_points:
         find_module(model, hook_point)
     seen = _probe(model, hook_points, section)
     local = revision is None
+    code = ("*.py",) if section.trust_remote_code else ()
     return ModelFacts(
         source=str(folder) if local else section.source,
         revision=revision,
-        digest=_digest(folder, ("config.json", "*.safetensors*")) if local else f"hub:{section.source}@{revision}",
+        digest=_digest(folder, _MODEL_FILES + code) if local else f"hub:{section.source}@{revision}",
         tokenizer_digest=_digest(folder, _TOKENIZER_FILES),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         vocabulary=int(config.get_text_config().vocab_size),
@@ -94,8 +99,9 @@ def load(section: Model, facts_source: str, revision: str | None) -> Loaded:
     is_causal_lm = _is_causal_lm(config)
     factory = transformers.AutoModelForCausalLM if is_causal_lm else transformers.AutoModel
     try:
-        model = factory.from_pretrained(
+        model, found = factory.from_pretrained(
             str(folder),
+            output_loading_info=True,
             dtype=_DTYPES[section.dtype],
             use_safetensors=True,
             local_files_only=True,
@@ -105,6 +111,14 @@ def load(section: Model, facts_source: str, revision: str | None) -> Loaded:
         raise ManifestError(
             f"the weights of {section.source} cannot be loaded: {error}", "check model.safetensors beside config.json"
         ) from error
+    # A pooler comes behind every hook point, and checkpoints of language models have none.
+    absent = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))
+    if absent:
+        raise ManifestError(
+            f"the weights of {section.source} lack {len(absent)} tensors that its config.json asks for, "
+            f"{', '.join(absent[:3])} among them",
+            "restore the model from a copy; what is absent would be random numbers",
+        )
     model.eval().requires_grad_(False)
     return Loaded(model, is_causal_lm, getattr(config.get_text_config(), "max_position_embeddings", None))
 
@@ -117,11 +131,16 @@ def load_tokenizer(section: Model, facts_source: str, revision: str | None) -> A
         ManifestError: there is none.
     """
     folder, _ = _locate(section.model_copy(update={"source": facts_source, "revision": revision}))
+    if not any(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)):
+        # transformers would make one that knows no token.
+        raise ManifestError(
+            f"model.source {section.source}: {folder} holds no tokenizer", "put tokenizer.json beside config.json"
+        )
     try:
         return transformers.AutoTokenizer.from_pretrained(
             str(folder), use_fast=True, local_files_only=True, trust_remote_code=section.trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever the tokenizer's own code thinks of its files
         raise ManifestError(
             f"the tokenizer of {section.source} cannot be loaded: {error}", "put tokenizer.json beside config.json"
         ) from error
@@ -149,10 +168,36 @@ def _locate(section: Model, weights: bool = False) -> tuple[Path, str | None]:
     return Path(found), Path(found).name
 
 
+def _require_weights(folder: Path, section: Model, model: nn.Module) -> None:
+    """Refuse a folder whose weights are absent, cut short or of another shape; reads headers only."""
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = sorted(folder.glob("*.safetensors"))
+    if not found:
+        raise ManifestError(
+            f"model.source {section.source}: {folder} has no *.safetensors, the only kind of weights that is read",
+            "save the model again with save_pretrained",
+        )
+    for path in found:
+        try:
+            with safetensors.safe_open(path, "pt") as weights:
+                shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+        except safetensors.SafetensorError as error:
+            raise ManifestError(
+                f"model.source {section.source}: {path.name} is damaged ({error})", "restore the file from a copy"
+            ) from error
+        for name, shape in shapes.items():
+            if shape != expected.get(name, shape):
+                raise ManifestError(
+                    f"model.source {section.source}: {path.name} has {name} of shape {shape}, config.json makes it "
+                    f"{expected[name]}",
+                    "put config.json and weights of one model together",
+                )
+
+
 def _config(folder: Path, section: Model) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=section.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever the configuration's own class thinks of the file
         raise ManifestError(
             f"model.source {section.source}: config.json cannot be used: {error}", "check the model folder"
         ) from error
@@ -160,7 +205,7 @@ def _config(folder: Path, section: Model) -> Any:
 
 def _is_causal_lm(config: Any) -> bool:
     names = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    return bool(config.architectures) and config.architectures[0] in names
+    return isinstance(config.architectures, list) and any(name in names for name in config.architectures[:1])
 
 
 def _skeleton(config: Any, is_causal_lm: bool, section: Model) -> nn.Module:
@@ -169,7 +214,7 @@ def _skeleton(config: Any, is_causal_lm: bool, section: Model) -> nn.Module:
     try:
         with torch.device("meta"):
             model: nn.Module = factory.from_config(config, trust_remote_code=section.trust_remote_code)
-    except (ValueError, ImportError) as error:
+    except Exception as error:  # whatever the model's own code thinks of the configuration
         raise ManifestError(
             f"model.source {section.source}: transformers cannot build it: {error}", "use a supported architecture"
         ) from error
@@ -178,12 +223,21 @@ def _skeleton(config: Any, is_causal_lm: bool, section: Model) -> nn.Module:
 
 def _probe(model: nn.Module, hook_points: Sequence[str], section: Model) -> dict[str, torch.Tensor]:
     """Shapes at the hook points, from a forward pass on the meta device or, where that fails, a real one."""
+    ids_BS = torch.zeros((2, 4), dtype=torch.int64)
     try:
-        return capture(model, hook_points, {"input_ids": torch.zeros((1, 4), dtype=torch.int64, device="meta")})
+        seen = capture(model, hook_points, {"input_ids": ids_BS.to("meta")})
     except (NotImplementedError, RuntimeError):
         # Some models look at values on their way; those are loaded for the probe.
         loaded = load(section, section.source, section.revision)
-        return capture(loaded.model, hook_points, {"input_ids": torch.zeros((1, 4), dtype=torch.int64)})
+        seen = capture(loaded.model, hook_points, {"input_ids": ids_BS})
+    for hook_point, x_BSD in seen.items():
+        if x_BSD.shape[:2] != ids_BS.shape:
+            raise ManifestError(
+                f"hook point {hook_point!r}: shape {tuple(x_BSD.shape)} for a batch of 2 and 4 positions, "
+                "expected (batch, position, width)",
+                "choose another module of the model",
+            )
+    return seen
 
 
 def _digest(folder: Path, patterns: Sequence[str]) -> str:

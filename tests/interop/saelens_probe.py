@@ -11,21 +11,29 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import sae_lens  # type: ignore[import-not-found]
 import torch
 
-folder, out = Path(sys.argv[1]), Path(sys.argv[2])
-autoencoder = sae_lens.SAE.load_from_disk(str(folder), device="cpu")
-with torch.no_grad():
-    features_BF = autoencoder.encode(torch.from_numpy(np.load(out / "x.npy")))
-    reconstruction_BD = autoencoder.decode(features_BF)
-np.save(out / "features.npy", features_BF.numpy())
-np.save(out / "reconstruction.npy", reconstruction_BD.numpy())
-facts = {
-    "version": sae_lens.__version__,
-    "class": type(autoencoder).__name__,
-    "k": autoencoder.cfg.k,
-    "dtype": str(autoencoder.W_enc.dtype),
-    "metadata": autoencoder.cfg.metadata.to_dict(),
-}
-(out / "facts.json").write_text(json.dumps(facts))
+
+def probe(folder: Path, out: Path) -> None:
+    """Load, encode, decode, and write down what came out."""
+    # Here, so that whoever collects doctests can import this file without SAELens.
+    import sae_lens  # type: ignore[import-not-found]
+
+    autoencoder = sae_lens.SAE.load_from_disk(str(folder), device="cpu")
+    with torch.no_grad():
+        features_BF = autoencoder.encode(torch.from_numpy(np.load(out / "x.npy")))
+        reconstruction_BD = autoencoder.decode(features_BF)
+    np.save(out / "features.npy", features_BF.numpy())
+    np.save(out / "reconstruction.npy", reconstruction_BD.numpy())
+    facts = {
+        "version": sae_lens.__version__,
+        "class": type(autoencoder).__name__,
+        "k": autoencoder.cfg.k,
+        "dtype": str(autoencoder.W_enc.dtype),
+        "metadata": autoencoder.cfg.metadata.to_dict(),
+    }
+    (out / "facts.json").write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    probe(Path(sys.argv[1]), Path(sys.argv[2]))

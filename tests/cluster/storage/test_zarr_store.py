@@ -151,9 +151,7 @@ def test_recorded_store_absent_shard_names_the_key(written: tuple[StoragePath, l
 
 
 @pytest.mark.parametrize("kept", [0, 10, INDEX_BYTES, INDEX_BYTES + 200, -1])
-def test_recorded_store_short_shard_names_the_key(
-    written: tuple[StoragePath, list[ObjectEntry]], kept: int
-) -> None:
+def test_recorded_store_short_shard_names_the_key(written: tuple[StoragePath, list[ObjectEntry]], kept: int) -> None:
     base, entries = written
     shard = (base / shard_name("x", 1)).local
     shard.write_bytes(shard.read_bytes()[:kept])
@@ -196,7 +194,7 @@ def test_recorded_store_flipped_bit_is_never_silently_another_value(
     shard = (base / shard_name("x", 1)).local
     body = shard.read_bytes()
     rng = np.random.default_rng(2)
-    places = [*range(0, INDEX_BYTES), *rng.choice(np.arange(INDEX_BYTES, len(body)), 150, replace=False).tolist()]
+    places = [*range(INDEX_BYTES), *rng.choice(np.arange(INDEX_BYTES, len(body)), 150, replace=False).tolist()]
     detected = 0
     for place in places:
         damaged = bytearray(body)

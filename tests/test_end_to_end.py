@@ -1,0 +1,150 @@
+"""Whole runs on a real Ray: two workers, gangs of one and two ranks, killed and resumed."""
+
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from jobs import manifest as manifests
+from jobs import plan as planning
+from jobs.sources import survey
+from jobs.workspace import Workspace
+from schemas.records import StageRecord
+from tests.support import runs
+from tests.support.fixtures import make_corpus, manifest_tree, write_manifest
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def tree(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A manifest long enough to be killed in the middle of every stage."""
+    corpus = make_corpus(tmp_path_factory.mktemp("long") / "corpus", count=1500, files=6)
+    made = manifest_tree(tiny_model, corpus, Path("unset"))
+    made["harvest"] |= {"unit_rows": 4096, "chunk_rows": 512}
+    made["dictionaries"][0]["features"] = 256
+    made["dictionaries"][0]["train"] |= {"tokens": 200_000, "batch": 512}
+    made["compute"] = {"pool": "ray", "workers": 2, "threads": 1, "rank_threads": 1, "checkpoint_seconds": 0.5}
+    return made
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Root of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    manifest = write_manifest(folder / "m.yaml", {**tree, "root": str(folder / "root")})
+    process = runs.start("run", str(manifest), log=folder / "log")
+    assert process.wait(timeout=240) == 0, (folder / "log").read_text()
+    return folder / "root"
+
+
+def train_weights(root: Path) -> dict[str, torch.Tensor]:
+    (path,) = (root / "dictionaries" / "tiny" / "train").glob("*/dictionary.safetensors")
+    return safetensors.torch.load_file(path)
+
+
+def test_run_on_ray_makes_the_same_bits_as_inline(tree: dict[str, Any], undisturbed: Path, tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path / "m.yaml", {**tree, "root": str(tmp_path / "root")})
+    assert runs.run_inline(manifest, "compute.pool=inline") == runs.digests(undisturbed)
+
+
+def test_two_ranks_train_what_one_rank_trains(tree: dict[str, Any], undisturbed: Path, tmp_path: Path) -> None:
+    """Summation order differs, so the bits do; the weights agree to rounding."""
+    manifest = write_manifest(tmp_path / "m.yaml", {**tree, "root": str(tmp_path / "root")})
+    process = runs.start("run", str(manifest), "--set", "compute.ranks=2", log=tmp_path / "log")
+    assert process.wait(timeout=240) == 0, (tmp_path / "log").read_text()
+    one, two = train_weights(undisturbed), train_weights(tmp_path / "root")
+    fvu = []
+    for root in (undisturbed, tmp_path / "root"):
+        (path,) = (root / "dictionaries" / "tiny" / "evaluate").glob("*/metrics.json")
+        fvu.append(json.loads(path.read_text())["dictionary"]["fvu"])
+    assert fvu[0] == pytest.approx(fvu[1], rel=0.02)
+    difference = float((one["b_dec"] - two["b_dec"]).abs().max())
+    assert 0 < difference < 0.05 * float(one["b_dec"].abs().max())
+
+
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.chaos), pytest.param(3, marks=pytest.mark.chaos)])
+def test_run_killed_at_random_moments_resumes_to_the_same_digests(
+    seed: int, tree: dict[str, Any], undisturbed: Path, tmp_path: Path
+) -> None:
+    """SIGKILL to the driver, Ray and every worker, three times; then `resume` to the end."""
+    rng = random.Random(seed)
+    manifest = write_manifest(tmp_path / "m.yaml", {**tree, "root": str(tmp_path / "root")})
+    for _ in range(3):
+        verb = "resume" if (tmp_path / "root" / "runs").exists() else "run"
+        process = runs.start(verb, str(manifest), log=tmp_path / "log")
+        deadline = time.monotonic() + rng.uniform(6.0, 20.0)
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        runs.kill_tree(process)
+    verb = "resume" if (tmp_path / "root" / "runs").exists() else "run"
+    process = runs.start(verb, str(manifest), log=tmp_path / "log")
+    assert process.wait(timeout=240) == 0, (tmp_path / "log").read_text()
+    assert runs.digests(tmp_path / "root") == runs.digests(undisturbed)
+    assert sorted(runs.contents(tmp_path / "root")) == sorted(runs.contents(undisturbed))
+    assert runs.contents(tmp_path / "root") == runs.contents(undisturbed)
+
+
+def test_harvest_killed_between_units_redoes_at_most_one_unit_per_worker(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
+    manifest = write_manifest(tmp_path / "m.yaml", {**tree, "root": str(tmp_path / "root")})
+    process = runs.start("run", str(manifest), log=tmp_path / "log")
+    units: list[Path] = []
+    deadline = time.monotonic() + 120
+    while len(units) < 4 and time.monotonic() < deadline:
+        units = list((tmp_path / "root" / "harvest").glob("*/units/*.json"))
+        time.sleep(0.02)
+    runs.kill_tree(process)
+    before = {path.name: path.stat().st_ino for path in (tmp_path / "root" / "harvest").glob("*/units/*.json")}
+    assert len(before) >= 4
+    shards = {path: path.stat().st_ino for path in (tmp_path / "root" / "harvest").glob("*/activations.zarr/**/c/**/*")}
+    process = runs.start("resume", str(manifest), log=tmp_path / "log")
+    assert process.wait(timeout=240) == 0, (tmp_path / "log").read_text()
+    after = {path.name: path.stat().st_ino for path in (tmp_path / "root" / "harvest").glob("*/units/*.json")}
+    # A committed unit's record and every shard that was there are the very same files.
+    assert all(after[name] == inode for name, inode in before.items())
+    assert all(path.stat().st_ino == inode for path, inode in shards.items())
+    seen = [
+        json.loads(line)
+        for path in sorted((tmp_path / "root" / "runs").glob("*/events/*.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
+    resumed = [event for event in seen if event["event"] == "StageStarted" and event["stage"] == "harvest"][-1]
+    assert resumed["done"] >= len(before)
+
+
+def test_sigterm_ends_the_run_with_75_and_leaves_no_process(tree: dict[str, Any], tmp_path: Path) -> None:
+    import psutil
+
+    manifest = write_manifest(tmp_path / "m.yaml", {**tree, "root": str(tmp_path / "root")})
+    process = runs.start("run", str(manifest), log=tmp_path / "log")
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "root").glob("harvest/*/units/*.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    assert process.wait(timeout=60) == 75
+    last = (tmp_path / "log").read_text().strip().splitlines()[-1]
+    assert last == "kilobasis: stopped by SIGTERM; everything committed is kept -> continue with `kilobasis resume`"
+    gone, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
+    assert gone
+
+
+def test_memory_stays_below_what_the_plan_printed(undisturbed: Path, tree: dict[str, Any]) -> None:
+    parsed = manifests.load(
+        write_manifest(undisturbed.parent / "again.yaml", {**tree, "root": str(undisturbed)})
+    )
+    planned = planning.make(parsed, Workspace.of(parsed), survey(parsed))
+    figures = {each.label: each.estimate.memory for each in planned.stages}
+    for path in undisturbed.rglob("COMMITTED.json"):
+        record = StageRecord.model_validate_json(path.read_bytes())
+        assert record.peak_memory <= figures[record.stage], record.stage
+        if not record.stage.startswith("export"):
+            assert record.peak_memory > 100 * 2**20, f"{record.stage} measured nothing"
