@@ -76,6 +76,8 @@ class RayPool:
 
     def __init__(self, workers: int, retries: int) -> None:
         self._workers, self._retries = workers, retries
+        self._actors: list[ActorHandle[Any]] = []
+        self._staffed: tuple[str, Resources] | None = None
 
     def map(
         self,
@@ -88,11 +90,9 @@ class RayPool:
         """See `Pool.map`."""
         waiting = list(range(len(tasks)))[::-1]
         flying: dict[Any, tuple[int, ActorHandle[Any]]] = {}
-        actors = [_actor(_Worker, resources) for _ in range(min(self._workers, len(tasks)))]
         lost = 0
         try:
-            _await_first(actors, resources)
-            for actor in actors:
+            for actor in self._staff(stage, min(self._workers, len(tasks)), resources):
                 _send(flying, actor, fn, tasks, waiting)
             while flying:
                 done, _ = ray.wait(list(flying), num_returns=1, timeout=POLL_SECONDS)
@@ -109,16 +109,26 @@ class RayPool:
                                 f"{stage}: {lost} workers died, the last one at task {index} ({reason})",
                                 "look for lack of memory, then resume; or raise compute.retries",
                             ) from error
-                        actors.remove(actor)
-                        actors.append(_actor(_Worker, resources))
+                        self._actors.remove(actor)
+                        self._actors.append(_actor(_Worker, resources))
                         waiting.append(index)
-                        _send(flying, actors[-1], fn, tasks, waiting)
+                        _send(flying, self._actors[-1], fn, tasks, waiting)
                         continue
                     _send(flying, actor, fn, tasks, waiting)
                     yield index, result
-        finally:
-            for actor in actors:
-                ray.kill(actor)
+        except BaseException:
+            self.close()
+            raise
+
+    def _staff(self, stage: str, count: int, resources: Resources) -> list[ActorHandle[Any]]:
+        """Workers for a stage. Those of an earlier call in the same stage have loaded what they need, and stay."""
+        if self._staffed != (stage, resources):
+            self.close()
+        self._staffed = (stage, resources)
+        while len(self._actors) < count:
+            self._actors.append(_actor(_Worker, resources))
+        _await_first(self._actors, resources)
+        return self._actors[:count]
 
     def gang(
         self,
@@ -129,6 +139,7 @@ class RayPool:
         stage: str,
     ) -> Any:
         """See `Pool.gang`."""
+        self.close()
         lost = 0
         while True:
             try:
@@ -170,7 +181,9 @@ class RayPool:
                 ray.kill(actor)
 
     def close(self) -> None:
-        """Actors live only inside calls."""
+        """Dismiss the workers."""
+        while self._actors:
+            ray.kill(self._actors.pop())
 
 
 def _actor(kind: type, resources: Resources) -> ActorHandle[Any]:

@@ -171,27 +171,28 @@ def _print_plan(made: Plan, parsed: Manifest) -> None:
 
     about = "" if made.sources.corpus.exact else "~"
     table = Table(title=f"{parsed.name} -> {parsed.root}", title_justify="left")
-    for column, justify in (("stage", "left"), ("", "left"), ("why", "left"), ("units", "right"), ("rows", "right"),
-                            ("stored", "right"), ("objects", "right"), ("memory", "right")):  # fmt: skip
-        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    table.add_column("stage", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for column in ("units", "rows", "stored", "objects", "memory"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("why")
     for planned in made.stages:
         estimate = planned.estimate
-        why = planned.reason + (f"; {estimate.note}" if estimate.note else "")
         table.add_row(
             planned.label,
             planned.action,
-            why,
             f"{estimate.units:,}",
             f"{about}{estimate.rows:,}",
             about + size(estimate.stored_bytes),
             f"{estimate.objects:,}",
             f"{estimate.workers} x {size(estimate.memory)}",
+            planned.reason + (f"; {estimate.note}" if estimate.note else ""),
         )
-    _console().print(table)
+    console = _console()
+    console.print(table)
     limit = parsed.compute.memory or machine_memory()
-    _console().print(
-        f"memory to use: {size(limit)}; {about}{size(sum(p.estimate.stored_bytes for p in made.stages))} in all"
-    )
+    stored = sum(planned.estimate.stored_bytes for planned in made.stages)
+    console.print(f"in all {about}{size(stored)} to store; memory to use: {size(limit)}", highlight=False)
 
 
 def _print_results(parsed: Manifest, done: dict[str, Committed], as_json: bool) -> None:

@@ -167,7 +167,7 @@ def _placed(value: str, keys: tuple[str, ...], path: Path) -> str:
     if keys == ("model", "source"):
         # Otherwise it is a name on the hub.
         local = base / Path(value).expanduser()
-        return str(local.resolve()) if value.startswith((".", "/", "~")) or local.is_dir() else value
+        return os.path.normpath(local.absolute()) if value.startswith((".", "/", "~")) or local.is_dir() else value
     return str(StoragePath.parse(value, base))
 
 

@@ -34,13 +34,19 @@ class ExportParams(Params):
 
     formats: tuple[str, ...]
     context: int
-    bos: str
+    has_bos: bool
+    model_class: str
 
 
-def params(manifest: Manifest, dictionary: Dictionary | None, _sources: Sources) -> ExportParams:
+def params(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -> ExportParams:
     """See `Stage.params`."""
     assert dictionary is not None
-    return ExportParams(formats=dictionary.export, context=manifest.corpus.context, bos=manifest.corpus.bos)
+    return ExportParams(
+        formats=dictionary.export,
+        context=manifest.corpus.context,
+        has_bos=sources.model.has_bos and manifest.corpus.bos != "never",
+        model_class="AutoModelForCausalLM" if sources.model.is_causal_lm else "AutoModel",
+    )
 
 
 def check(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -> None:
@@ -98,12 +104,12 @@ def saelens_files(
             "sae_lens_version": SAELENS_VERSION,
             "sae_lens_training_version": None,
             "model_name": config.model,
-            "model_class_name": "AutoModelForCausalLM",
+            "model_class_name": settings.model_class,
             "hook_name": config.hook_point,
             "hf_hook_name": config.hook_point,
             "hook_head_index": None,
             "context_size": settings.context,
-            "prepend_bos": settings.bos != "never",
+            "prepend_bos": settings.has_bos,
             "neuronpedia_id": None,
         },
     }

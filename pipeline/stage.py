@@ -81,6 +81,7 @@ class ModelFacts:
     widths: Mapping[str, int]
     last_hook_point: str
     is_causal_lm: bool
+    has_bos: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,7 +68,9 @@ def test_two_ranks_train_what_one_rank_trains(tree: dict[str, Any], undisturbed:
     assert 0 < difference < 0.05 * float(one["b_dec"].abs().max())
 
 
-@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.chaos), pytest.param(3, marks=pytest.mark.chaos)])
+@pytest.mark.parametrize(
+    "seed", [1, pytest.param(2, marks=pytest.mark.chaos), pytest.param(3, marks=pytest.mark.chaos)]
+)
 def test_run_killed_at_random_moments_resumes_to_the_same_digests(
     seed: int, tree: dict[str, Any], undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -90,9 +92,7 @@ def test_run_killed_at_random_moments_resumes_to_the_same_digests(
     assert runs.contents(tmp_path / "root") == runs.contents(undisturbed)
 
 
-def test_harvest_killed_between_units_redoes_at_most_one_unit_per_worker(
-    tree: dict[str, Any], tmp_path: Path
-) -> None:
+def test_harvest_killed_between_units_redoes_at_most_one_unit_per_worker(tree: dict[str, Any], tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path / "m.yaml", {**tree, "root": str(tmp_path / "root")})
     process = runs.start("run", str(manifest), log=tmp_path / "log")
     units: list[Path] = []
@@ -138,9 +138,7 @@ def test_sigterm_ends_the_run_with_75_and_leaves_no_process(tree: dict[str, Any]
 
 
 def test_memory_stays_below_what_the_plan_printed(undisturbed: Path, tree: dict[str, Any]) -> None:
-    parsed = manifests.load(
-        write_manifest(undisturbed.parent / "again.yaml", {**tree, "root": str(undisturbed)})
-    )
+    parsed = manifests.load(write_manifest(undisturbed.parent / "again.yaml", {**tree, "root": str(undisturbed)}))
     planned = planning.make(parsed, Workspace.of(parsed), survey(parsed))
     figures = {each.label: each.estimate.memory for each in planned.stages}
     for path in undisturbed.rglob("COMMITTED.json"):

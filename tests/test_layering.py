@@ -42,7 +42,9 @@ SCHEMAS_LIBRARIES = {"pydantic", "pyarrow"}
 
 
 def sources() -> list[Path]:
-    return [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py")) if "manifests" not in path.parts]
+    return [
+        path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py")) if "manifests" not in path.parts
+    ]
 
 
 def imported(path: Path) -> set[str]:
@@ -83,7 +85,9 @@ def test_every_owner_that_exists_imports_its_library() -> None:
         for owner in owners:
             path = ROOT / owner
             if path.exists():
-                assert library in {name.split(".")[0] for name in imported(path)}, f"{owner} no longer imports {library}"
+                assert library in {name.split(".")[0] for name in imported(path)}, (
+                    f"{owner} no longer imports {library}"
+                )
 
 
 @pytest.mark.parametrize("path", [path for path in sources() if key(path).startswith("pipeline/")], ids=key)

@@ -70,6 +70,7 @@ def inspect(section: Model, hook_points: Sequence[str]) -> ModelFacts:
     for hook_point in hook_points:
         find_module(model, hook_point)
     seen = _probe(model, hook_points, section)
+    tokenizer = load_tokenizer(section, section.source, revision)
     local = revision is None
     code = ("*.py",) if section.trust_remote_code else ()
     return ModelFacts(
@@ -83,6 +84,7 @@ def inspect(section: Model, hook_points: Sequence[str]) -> ModelFacts:
         widths={hook_point: int(seen[hook_point].shape[-1]) for hook_point in hook_points},
         last_hook_point=list(seen)[-1],
         is_causal_lm=is_causal_lm,
+        has_bos=tokenizer.bos_token_id is not None or tokenizer.cls_token_id is not None,
     )
 
 
@@ -150,7 +152,7 @@ def _locate(section: Model, weights: bool = False) -> tuple[Path, str | None]:
     """The folder with the model's files, and the commit if they come from the hub."""
     folder = Path(section.source).expanduser()
     if folder.is_dir():
-        return folder.resolve(), None
+        return folder.absolute(), None
     if section.source.startswith(("/", ".", "~")) or section.source.count("/") > 1:
         raise ManifestError(
             f"model.source {section.source}: no folder is there",

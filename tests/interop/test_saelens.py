@@ -86,7 +86,7 @@ def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         width=width, features=features, k=8, hook_point="layers.2.mlp:in", model="tiny", model_digest="0"
     )
     density_F = np.linspace(0.0, 0.5, features)
-    settings = ExportParams(formats=("saelens",), context=64, bos="always")
+    settings = ExportParams(formats=("saelens",), context=64, has_bos=True, model_class="AutoModelForCausalLM")
     folder, out = tmp_path_factory.mktemp("export"), tmp_path_factory.mktemp("out")
     for name, body in saelens_files(dictionary, config, density_F, settings).items():
         (folder / name).write_bytes(body)

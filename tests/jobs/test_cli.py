@@ -1,9 +1,12 @@
 """The commands, on one finished tiny run and on copies of it."""
 
+import functools
+import http.server
 import json
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -174,6 +177,21 @@ def test_plan_table_is_not_cut_where_nobody_looks(finished: SimpleNamespace) -> 
 
 def test_plan_changed_compute_reruns_nothing(finished: SimpleNamespace) -> None:
     assert actions(finished.manifest, "compute.workers=5", "compute.threads=2") == ["SKIP"] * 6
+
+
+@pytest.mark.xfail(strict=True, reason="StoragePath.key drops the scheme, which fsspec's http file system needs")
+def test_plan_corpus_over_http_is_read(tiny_tree: Tree, tiny_corpus: Path, tmp_path: Path) -> None:
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tiny_corpus))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            tiny_tree["corpus"]["source"] = f"http://127.0.0.1:{server.server_port}/part-0.jsonl"
+            result = invoke("plan", write_manifest(tmp_path / "m.yaml", tiny_tree))
+        finally:
+            server.shutdown()
+            thread.join()
+    assert result.code == 0, result.err
 
 
 # run and resume

@@ -69,7 +69,8 @@ def test_training_interrupted_at_a_step_resumes_to_the_same_bits(
 def test_checkpoint_interval_does_not_change_the_result(tiny_tree: dict[str, Any], tmp_path: Path) -> None:
     often = run_inline(write_manifest(tmp_path / "a.yaml", tiny_tree), "compute.checkpoint_seconds=1e-9")
     seldom = run_inline(
-        write_manifest(tmp_path / "b.yaml", {**tiny_tree, "root": str(tmp_path / "b")}), "compute.checkpoint_seconds=1e9"
+        write_manifest(tmp_path / "b.yaml", {**tiny_tree, "root": str(tmp_path / "b")}),
+        "compute.checkpoint_seconds=1e9",
     )
     assert often == seldom
 

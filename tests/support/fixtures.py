@@ -11,7 +11,7 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-WORDS = "the cat sat on a mat and saw that dog run past old trees while rain fell over quiet hills".split()
+WORDS = tuple("the cat sat on a mat and saw that dog run past old trees while rain fell over hills".split(" "))  # noqa: SIM905
 WIDTH, CONTEXT, VOCABULARY = 16, 32, 384
 HOOK_POINT = "gpt_neox.layers.1"
 

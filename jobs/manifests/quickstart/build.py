@@ -82,8 +82,7 @@ def windows(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tenso
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         step = CONTEXT - 1
-        for start in range(0, len(ids) - step + 1, step):
-            rows.append([tokenizer.bos_token_id, *ids[start : start + step]])
+        rows += [[tokenizer.bos_token_id, *ids[at : at + step]] for at in range(0, len(ids) - step + 1, step)]
     return torch.tensor(rows)
 
 

