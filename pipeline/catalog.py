@@ -53,6 +53,9 @@ STATISTICS = pa.schema(
     ]
 )
 
+# A sequence across a border has examples in two units; its first row's id tells that it is one.
+UNIT_EXAMPLES = EXAMPLES_SCHEMA.append(pa.field("sequence", pa.int64()))
+
 
 class CatalogParams(Params):
     """Identity of a catalog."""
@@ -239,37 +242,46 @@ def _examples(
 ) -> pa.Table:
     """The strongest activations of every feature, at most one a sequence, with the tokens around them."""
     sequence_N = np.cumsum(positions_N == 0)
-    columns: dict[str, list[Any]] = {field.name: [] for field in EXAMPLES_SCHEMA}
-    for feature in np.flatnonzero(np.diff(starts_F)):
-        span = slice(starts_F[feature], starts_F[feature + 1])
-        rows, values = rows_E[span], values_E[span]
-        # Strongest first, the earlier row on a tie; one example a sequence shows more than ten of one.
-        strongest = np.lexsort((rows, -values))
-        _, firsts = np.unique(sequence_N[rows[strongest]], return_index=True)
-        for rank, place in enumerate(strongest[np.sort(firsts)[: settings.examples]]):
-            row = int(rows[place])
-            start, stop = _window(row, positions_N, sequence_N, settings.window)
-            around = np.zeros(stop - start, np.float32)
-            near = slice(np.searchsorted(rows, start), np.searchsorted(rows, stop))
-            around[rows[near] - start] = values[near]
-            columns["feature"].append(int(feature))
-            columns["rank"].append(rank)
-            columns["row"].append(first + row)
-            columns["activation"].append(float(values[place]))
-            columns["peak"].append(row - start)
-            columns["tokens"].append(tokens_N[start:stop])
-            columns["activations"].append(around)
-    return pa.Table.from_pydict(columns, EXAMPLES_SCHEMA)
+    feature_E = np.repeat(np.arange(len(starts_F) - 1), np.diff(starts_F))
+    # Strongest first, the earlier row on a tie; one example a sequence shows more than ten of one.
+    strongest_E = np.lexsort((rows_E, -values_E, feature_E))
+    pair_E = feature_E * (sequence_N[-1] + 1) + sequence_N[rows_E]
+    _, firsts = np.unique(pair_E[strongest_E], return_index=True)
+    best_X = strongest_E[np.sort(firsts)]
+    rank_X = np.arange(len(best_X)) - np.searchsorted(feature_E[best_X], feature_E[best_X])
+    best_X, rank_X = best_X[rank_X < settings.examples], rank_X[rank_X < settings.examples]
+    feature_X, row_X = feature_E[best_X], rows_E[best_X]
+    start_X, stop_X = _windows(row_X, positions_N, sequence_N, settings.window)
+    # All windows one after the other: which row each of their tokens is, and what the feature does there.
+    offsets = np.concatenate([[0], np.cumsum(stop_X - start_X)])
+    row_W = np.arange(offsets[-1]) + np.repeat(start_X - offsets[:-1], stop_X - start_X)
+    wanted_W = np.repeat(feature_X, stop_X - start_X) * len(positions_N) + row_W
+    entry_E = feature_E * len(positions_N) + rows_E
+    at_W = np.minimum(np.searchsorted(entry_E, wanted_W), len(entry_E) - 1)
+    activations_W = np.where(entry_E[at_W] == wanted_W, values_E[at_W], np.float32(0.0))
+    columns = {
+        "feature": feature_X,
+        "rank": rank_X,
+        "row": first + row_X,
+        "activation": values_E[best_X],
+        "peak": row_X - start_X,
+        "tokens": pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), tokens_N[row_W]),
+        "activations": pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), activations_W),
+        "sequence": first + row_X - positions_N[row_X],
+    }
+    return pa.Table.from_pydict(columns, UNIT_EXAMPLES)
 
 
-def _window(
-    row: int, positions_N: npt.NDArray[np.int32], sequence_N: npt.NDArray[np.int64], window: int
-) -> tuple[int, int]:
-    """Rows around a row that are in the same sequence and the same unit."""
-    start = max(0, row - min(window, int(positions_N[row])))
-    stop = min(len(positions_N), row + window + 1)
-    beyond = np.flatnonzero(sequence_N[row:stop] != sequence_N[row])
-    return start, row + int(beyond[0]) if len(beyond) else stop
+def _windows(
+    row_X: npt.NDArray[np.int64],
+    positions_N: npt.NDArray[np.int32],
+    sequence_N: npt.NDArray[np.int64],
+    window: int,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Rows [start, stop) around rows that are in the same sequence and the same unit."""
+    ends = np.append(np.flatnonzero(np.diff(sequence_N)) + 1, len(sequence_N))
+    start_X = np.maximum(row_X - np.minimum(window, positions_N[row_X]), 0)
+    return start_X, np.minimum(ends[np.searchsorted(ends, row_X, side="right")], row_X + window + 1)
 
 
 def describe_weights(task: WeightsTask, path: StoragePath) -> Unit:
@@ -362,10 +374,15 @@ def _features(path: StoragePath, collected: list[Unit], weights: Unit, tokens: i
 
 
 def _best(tables: list[pa.Table], examples: int, features: int) -> pa.Table:
-    """The best examples of all units: strongest first, the earlier row on a tie."""
+    """The best examples of all units: strongest first, the earlier row on a tie, one a sequence."""
     table = pa.concat_tables(tables).sort_by(
         [("feature", "ascending"), ("activation", "descending"), ("row", "ascending")]
     )
+    sequence = table["sequence"].to_numpy()
+    pairs = table["feature"].to_numpy() * (sequence.max(initial=0) + 1) + sequence
+    first = np.zeros(len(pairs), bool)
+    first[np.unique(pairs, return_index=True)[1]] = True
+    table = table.filter(pa.array(first)).drop_columns("sequence")
     feature = table["feature"].to_numpy()
     starts = np.searchsorted(feature, np.arange(features))
     rank = np.arange(len(feature)) - starts[feature]

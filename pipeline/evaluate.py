@@ -19,7 +19,7 @@ from torch.nn.functional import cosine_similarity, log_softmax
 
 from cluster.pool import Resources
 from cluster.storage.create import create_or_adopt
-from cluster.storage.objects import read_bytes, read_recorded
+from cluster.storage.objects import read_recorded
 from cluster.storage.path import StoragePath
 from pipeline import metrics
 from pipeline.activations.source import open_store
@@ -74,6 +74,7 @@ class SpanTask(Task):
     pieces: tuple[Piece, ...]
     tokens: Committed
     train: Committed
+    baselines: ObjectEntry | None
     params: EvaluateParams
 
 
@@ -125,8 +126,10 @@ def run(inputs: Mapping[str, Committed], params: EvaluateParams, out: Out) -> Ou
     tokens, train = inputs["tokenize"], inputs["train"]
     rows = min(tokens.facts["heldout_rows"], params.tokens)
     resources = Resources(threads=out.compute.threads, gpus=out.compute.gpus)
+    fitted = None
     if params.baselines:
-        out.map(fit_baselines, [BaselineTask(unit="baselines", harvest=inputs["harvest"], params=params)], resources)
+        fitting = BaselineTask(unit="baselines", harvest=inputs["harvest"], params=params)
+        (fitted,) = out.map(fit_baselines, [fitting], resources)["baselines"].made.objects
     every = pieces(tokens, "heldout")
     spans = [(first, min(first + UNIT_ROWS, rows)) for first in range(0, rows, UNIT_ROWS)]
     tasks = [
@@ -137,6 +140,7 @@ def run(inputs: Mapping[str, Committed], params: EvaluateParams, out: Out) -> Ou
             pieces=overlapping(every, first, end),
             tokens=tokens,
             train=train,
+            baselines=fitted,
             params=params,
         )
         for index, (first, end) in enumerate(spans)
@@ -172,8 +176,8 @@ def judge_span(task: SpanTask, path: StoragePath) -> Unit:
         return dictionary.decode(z_NK, indices_NK)
 
     contenders: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {OURS: ours}
-    if settings.baselines:
-        fitted = safetensors.torch.load(read_bytes(path / BASELINES))
+    if task.baselines is not None:
+        fitted = safetensors.torch.load(read_recorded(path, task.baselines))
         contenders |= {name: baselines.reconstructor(name, fitted, settings.k) for name in settings.baselines}
         mean_D = fitted["mean"]
         contenders["mean"] = lambda x_ND: mean_D.expand_as(x_ND)
@@ -182,8 +186,10 @@ def judge_span(task: SpanTask, path: StoragePath) -> Unit:
     sequences = read(task.tokens.path, task.pieces, task.first, task.end)
     # A sequence belongs to the span that holds its first row, so that no token is judged twice.
     own = [sequence for sequence in sequences if task.first <= sequence.first_row < task.end]
+    # One without a judged token says nothing of a contender; it must not count where it shares a batch.
+    judged = [sequence for sequence in own if len(sequence) > settings.skip_positions]
     with torch.inference_mode():
-        for batch in batches(own, settings.batch_tokens):
+        for batch in batches(judged, settings.batch_tokens):
             judge.batch(batch)
     tensors, numbers = judge.sums()
     tensors["fires"] = fires_F
@@ -218,8 +224,6 @@ class _Judge:
         real_BS = position_S < length_B[:, None]
         judged_BS = real_BS & (position_S >= self._settings.skip_positions)
         hook_point = self._settings.hook_point
-        if not judged_BS.any():
-            return
         x_ND = capture(self._model, [hook_point], inputs, stop_at=hook_point)[hook_point][judged_BS].float()
         untouched = self._read_out(self._model(**inputs), inputs, real_BS)
         for name, contender in self._contenders.items():

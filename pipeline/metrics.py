@@ -7,7 +7,7 @@ Peers use several formulas under one name, so the names here are explicit:
 - `fve_centered`: 1 - Var(x - x_hat) / Var(x), which forgives a constant error (dictionary_learning).
 - `nmse`: sum ||x - x_hat||^2 / sum ||x||^2, not centred (openai/sparse_autoencoder).
 - `ev_legacy`: mean over tokens of 1 - ||x - x_hat||^2 / ||x - mu_batch||^2 (SAEBench, Neuronpedia, older
-  SAELens); the batch is an evaluation unit.
+  SAELens); the batch is a forward pass of at most `batch_tokens`, so this one metric depends on that size.
 - `ce_recovered`: (CE_zero - CE) / (CE_zero - CE_model): next-token loss with the reconstruction spliced in,
   between zero ablation (0) and the untouched model (1). `ce_recovered_mean` takes mean ablation as 0.
 - `kl_recovered`: (KL_zero - KL) / KL_zero.

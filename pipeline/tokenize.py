@@ -121,8 +121,9 @@ def run(inputs: Mapping[str, Committed], params: TokenizeParams, out: Out) -> Ou
     sequences = dict.fromkeys(SPLITS, 0)
     for split in SPLITS:
         for unit in sorted(records):
+            entries = {entry.key: entry.model_dump() for entry in records[unit].made.objects}
             for group in records[unit].made.facts["groups"][split]:
-                lines.append({"split": split, **group, "first_row": totals[split]})
+                lines.append({"split": split, **entries[group["key"]], **group, "first_row": totals[split]})
                 totals[split] += group["rows"]
                 sequences[split] += group["sequences"]
     if not totals["train"]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from pydantic import Field
 
 from cluster.pool import Resources
 from cluster.storage.create import create_or_adopt
@@ -34,9 +35,9 @@ class TrainParams(Params):
     hook_point: str
     features: int
     k: int
-    model: str
     model_digest: str
     settings: Train
+    model: str = Field(exclude=True)
 
 
 class TrainTask(Task):
@@ -56,7 +57,7 @@ def params(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) 
         hook_point=dictionary.hook_point,
         features=dictionary.size(sources.model.widths[dictionary.hook_point]),
         k=dictionary.k,
-        # The folder's own name, for people; where it lies is no part of the identity.
+        # For people. The digest says which model it is, whatever its folder is called.
         model=sources.model.source.rstrip("/").rsplit("/", 1)[-1],
         model_digest=sources.model.digest,
         settings=dictionary.train,

@@ -17,6 +17,8 @@ TOKEN_INDEX = pa.schema(
     [
         pa.field("split", pa.string(), nullable=False),
         pa.field("key", pa.string(), nullable=False),
+        pa.field("size", pa.int64(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),
         pa.field("row_group", pa.int32(), nullable=False),
         pa.field("sequences", pa.int64(), nullable=False),
         pa.field("rows", pa.int64(), nullable=False),

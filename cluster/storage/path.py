@@ -13,6 +13,7 @@ from pathlib import Path
 
 from schemas.errors import ManifestError
 
+_WEB = frozenset({"http", "https"})
 _SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+)://(.*)$", re.DOTALL)
 
 
@@ -44,7 +45,9 @@ class StoragePath:
         segments = [part for part in match[2].split("/") if part not in ("", ".")]
         if ".." in segments:
             raise ManifestError(f"the URL {text!r} climbs with '..'", "name the target directly")
-        return cls(match[1].lower(), "/".join(segments))
+        scheme, key = match[1].lower(), "/".join(segments)
+        # What fsspec calls a path on the web is the whole URL.
+        return cls(scheme, f"{scheme}://{key}" if scheme in _WEB else key)
 
     def __truediv__(self, part: str) -> StoragePath:
         parts = [piece for piece in part.split("/") if piece not in ("", ".")]
@@ -86,4 +89,4 @@ class StoragePath:
         return self.key[len(prefix) :]
 
     def __str__(self) -> str:
-        return self.key if self.is_local else f"{self.scheme}://{self.key}"
+        return self.key if self.is_local or self.scheme in _WEB else f"{self.scheme}://{self.key}"

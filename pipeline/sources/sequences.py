@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from cluster.storage.objects import read_bytes, read_recorded
+from cluster.storage.objects import read_recorded
 from cluster.storage.path import StoragePath
 from pipeline.stage import Committed
-from schemas.errors import IntegrityError
 from schemas.layouts import TOKEN_INDEX
+from schemas.records import ObjectEntry
 
 
 class Piece(BaseModel):
@@ -25,7 +25,7 @@ class Piece(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    key: str
+    file: ObjectEntry
     row_group: int
     first_row: int
     rows: int
@@ -51,7 +51,12 @@ def pieces(tokens: Committed, split: str) -> list[Piece]:
     body = read_recorded(tokens.path, tokens.entry(TOKEN_INDEX))
     table = pq.read_table(io.BytesIO(body), filters=[("split", "==", split)])
     return [
-        Piece(key=row["key"], row_group=row["row_group"], first_row=row["first_row"], rows=row["rows"])
+        Piece(
+            file=ObjectEntry(key=row["key"], size=row["size"], sha256=row["sha256"]),
+            row_group=row["row_group"],
+            first_row=row["first_row"],
+            rows=row["rows"],
+        )
         for row in table.to_pylist()
     ]
 
@@ -62,15 +67,16 @@ def overlapping(all_pieces: Sequence[Piece], first: int, end: int) -> tuple[Piec
 
 
 def read(path: StoragePath, wanted: Sequence[Piece], first: int, end: int) -> list[TokenSequence]:
-    """Sequences that have rows in [first, end), whole, in corpus order."""
+    """Sequences that have rows in [first, end), whole, in corpus order.
+
+    Raises:
+        IntegrityError: a token file is absent or not what was committed.
+    """
     found = []
-    for key in dict.fromkeys(piece.key for piece in wanted):
-        try:
-            table = pq.ParquetFile(io.BytesIO(read_bytes(path / key)))
-        except FileNotFoundError as error:
-            raise IntegrityError(f"{path / key} is committed, but absent", "delete the tokenize folder") from error
+    for file in dict.fromkeys(piece.file for piece in wanted):
+        table = pq.ParquetFile(io.BytesIO(read_recorded(path, file)))
         for piece in wanted:
-            if piece.key != key:
+            if piece.file != file:
                 continue
             column = table.read_row_group(piece.row_group, columns=["tokens"]).column(0).combine_chunks()
             offsets, values = column.offsets.to_numpy(), column.values.to_numpy()

@@ -179,7 +179,6 @@ def test_plan_changed_compute_reruns_nothing(finished: SimpleNamespace) -> None:
     assert actions(finished.manifest, "compute.workers=5", "compute.threads=2") == ["SKIP"] * 6
 
 
-@pytest.mark.xfail(strict=True, reason="StoragePath.key drops the scheme, which fsspec's http file system needs")
 def test_plan_corpus_over_http_is_read(tiny_tree: Tree, tiny_corpus: Path, tmp_path: Path) -> None:
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tiny_corpus))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:

@@ -170,7 +170,6 @@ def test_fingerprint_of_a_renamed_corpus_folder_stays(tiny_tree: Tree, tmp_path:
     assert fingerprints(write_manifest(tmp_path / "m.yaml", tiny_tree)) == before
 
 
-@pytest.mark.xfail(strict=True, reason="train keeps the model folder's name in its params and in dictionary.json")
 def test_fingerprint_of_a_renamed_model_folder_stays(tiny_tree: Tree, tmp_path: Path) -> None:
     before = fingerprints(write_manifest(tmp_path / "m.yaml", tiny_tree))
     tiny_tree["model"]["source"] = str(shutil.copytree(tiny_tree["model"]["source"], tmp_path / "renamed"))

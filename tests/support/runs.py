@@ -97,6 +97,6 @@ def unfinished_units(root: Path) -> set[str]:
     """Harvest units of which something was written, but no record: what a resume has to do again."""
     found = set()
     for stage in (root / "harvest").glob("*"):
-        written = {f"{int(path.name):06d}" for path in (stage / "activations.zarr" / "row" / "c").glob("*")}
+        written = {f"{int(path.name):06d}" for path in (stage / "activations.zarr" / "row" / "c").glob("[0-9]*")}
         found |= written - {path.stem for path in (stage / "units").glob("*.json")}
     return found
