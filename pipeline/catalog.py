@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +23,10 @@ from cluster.storage.create import create_or_adopt
 from cluster.storage.objects import read_recorded
 from cluster.storage.path import StoragePath
 from pipeline.activations.source import open_store
+from pipeline.dictionary.firings import by_feature, statistics
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.stored import open_dictionary
+from pipeline.dictionary.weights import direct_effect, nearest
 from pipeline.report.page import render
 from pipeline.sources import models
 from pipeline.stage import Committed, Estimate, Out, Params, Sources, Task
@@ -42,19 +43,6 @@ PROMOTED = 8
 
 # Measured: a worker that has imported torch, transformers, zarr and pyarrow.
 WORKER_MEMORY = 800 * 2**20
-
-STATISTICS = pa.schema(
-    [
-        ("feature", pa.int64()),
-        ("fires", pa.int64()),
-        ("sum", pa.float64()),
-        ("square", pa.float64()),
-        ("max", pa.float32()),
-    ]
-)
-
-# A sequence across a border has examples in two units; its first row's id tells that it is one.
-UNIT_EXAMPLES = EXAMPLES_SCHEMA.append(pa.field("sequence", pa.int64()))
 
 
 class CatalogParams(Params):
@@ -197,40 +185,6 @@ def _encode(dictionary: TopKDictionary, x_ND: torch.Tensor) -> tuple[npt.NDArray
     return torch.cat([z for z, _ in parts]).numpy(), torch.cat([indices for _, indices in parts]).numpy()
 
 
-def by_feature(
-    z_NK: npt.NDArray[np.float32], indices_NK: npt.NDArray[np.int64], features: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The code's entries that fired, sorted by feature and in corpus order below that.
-
-    Returns:
-        Flat positions of the entries in the code, and where each feature's begin. Shapes (E,), (F + 1,).
-    """
-    flat = indices_NK.reshape(-1)
-    fired = np.flatnonzero(z_NK.reshape(-1) > 0)
-    order_E = fired[np.argsort(flat[fired], kind="stable")]
-    starts_F = np.zeros(features + 1, np.int64)
-    np.cumsum(np.bincount(flat[fired], minlength=features), out=starts_F[1:])
-    return order_E, starts_F
-
-
-def statistics(values_E: npt.NDArray[np.float32], starts_F: npt.NDArray[np.int64]) -> pa.Table:
-    """Sums per feature; only features that fired."""
-    counts_F = np.diff(starts_F)
-    fired = np.flatnonzero(counts_F)
-    at = starts_F[fired]
-    values = values_E.astype(np.float64)
-    return pa.Table.from_pydict(
-        {
-            "feature": fired,
-            "fires": counts_F[fired],
-            "sum": np.add.reduceat(values, at) if len(at) else np.zeros(0),
-            "square": np.add.reduceat(values**2, at) if len(at) else np.zeros(0),
-            "max": np.maximum.reduceat(values_E, at) if len(at) else np.zeros(0, np.float32),
-        },
-        STATISTICS,
-    )
-
-
 def _examples(
     rows_E: npt.NDArray[np.int64],
     values_E: npt.NDArray[np.float32],
@@ -243,11 +197,17 @@ def _examples(
     """The strongest activations of every feature, at most one a sequence, with the tokens around them."""
     sequence_N = np.cumsum(positions_N == 0)
     feature_E = np.repeat(np.arange(len(starts_F) - 1), np.diff(starts_F))
-    # Strongest first, the earlier row on a tie; one example a sequence shows more than ten of one.
-    strongest_E = np.lexsort((rows_E, -values_E, feature_E))
+    # Entries of one feature in one sequence (G) stand together. The strongest of them, the earliest on a tie,
+    # is the one that may be shown: one example a sequence shows more than ten of one.
     pair_E = feature_E * (sequence_N[-1] + 1) + sequence_N[rows_E]
-    _, firsts = np.unique(pair_E[strongest_E], return_index=True)
-    best_X = strongest_E[np.sort(firsts)]
+    starts_G = np.flatnonzero(np.diff(pair_E, prepend=-1))
+    group_E = np.repeat(np.arange(len(starts_G)), np.diff(starts_G, append=len(pair_E)))
+    largest_G = np.maximum.reduceat(values_E, starts_G) if len(starts_G) else values_E
+    peak_E = np.flatnonzero(values_E == largest_G[group_E])
+    best_G = peak_E[np.flatnonzero(np.diff(group_E[peak_E], prepend=-1))]
+    # Bits of positive floats sort as the floats do, so that one key sorts by feature and falling activation.
+    key_G = feature_E[best_G].astype(np.uint64) << 32 | (~values_E[best_G].view(np.uint32)).astype(np.uint64)
+    best_X = best_G[np.argsort(key_G, kind="stable")]
     rank_X = np.arange(len(best_X)) - np.searchsorted(feature_E[best_X], feature_E[best_X])
     best_X, rank_X = best_X[rank_X < settings.examples], rank_X[rank_X < settings.examples]
     feature_X, row_X = feature_E[best_X], rows_E[best_X]
@@ -289,15 +249,15 @@ def describe_weights(task: WeightsTask, path: StoragePath) -> Unit:
     dictionary = open_dictionary(task.train).dictionary
     W_enc_FD, W_dec_FD = dictionary.W_enc, dictionary.W_dec
     unit_FD = torch.nn.functional.normalize(W_dec_FD, dim=1)
-    nearest, cosine = _nearest(unit_FD)
+    neighbour_F, cosine_F = nearest(unit_FD)
     promoted, suppressed = _direct_effect(task.params, W_dec_FD)
     table = pa.Table.from_pydict(
         {
             "decoder_norm": W_dec_FD.norm(dim=1).numpy(),
             "encoder_norm": W_enc_FD.norm(dim=1).numpy(),
             "encoder_decoder_cosine": torch.nn.functional.cosine_similarity(W_enc_FD, W_dec_FD).numpy(),
-            "nearest_feature": nearest.numpy(),
-            "nearest_cosine": cosine.numpy(),
+            "nearest_feature": neighbour_F.numpy(),
+            "nearest_cosine": cosine_F.numpy(),
             "top_tokens": promoted,
             "bottom_tokens": suppressed,
         }
@@ -307,37 +267,13 @@ def describe_weights(task: WeightsTask, path: StoragePath) -> Unit:
     return Unit(objects=(ObjectEntry.of("weights.parquet", body),))
 
 
-def _nearest(unit_FD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For every row the other row with the largest cosine, exactly, block by block."""
-    if len(unit_FD) == 1:
-        return torch.tensor([-1]), torch.zeros(1)
-    best, where = [], []
-    for start in range(0, len(unit_FD), 1024):
-        cosine_bF = unit_FD[start : start + 1024] @ unit_FD.T
-        cosine_bF[torch.arange(len(cosine_bF)), start + torch.arange(len(cosine_bF))] = -2.0
-        value, index = cosine_bF.max(dim=1)
-        best.append(value)
-        where.append(index)
-    return torch.cat(where), torch.cat(best)
-
-
-def _direct_effect(settings: CatalogParams, W_dec_FD: torch.Tensor) -> tuple[list[Any], list[Any]]:
-    """Tokens whose logits a feature raises and lowers most, read through the unembedding alone.
-
-    Empty where the model has none, or where the hook point is not of its width.
-    """
-    empty: list[Any] = [[]] * len(W_dec_FD)
+def _direct_effect(settings: CatalogParams, W_dec_FD: torch.Tensor) -> tuple[list[list[int]], list[list[int]]]:
+    """Empty where the model has no unembedding, or where the hook point is not of its width."""
     loaded = models.load(settings.model, settings.model_source, settings.model_revision)
     head = loaded.model.get_output_embeddings() if loaded.is_causal_lm else None  # type: ignore[operator]
     if head is None or head.weight.shape[1] != W_dec_FD.shape[1]:
-        return empty, empty
-    unembed_VD = head.weight.float() - head.weight.float().mean(0)
-    promoted, suppressed = [], []
-    for block_FD in torch.split(W_dec_FD, 1024):
-        logits_FV = block_FD @ unembed_VD.T
-        promoted += logits_FV.topk(PROMOTED, dim=1).indices.int().numpy().tolist()
-        suppressed += (-logits_FV).topk(PROMOTED, dim=1).indices.int().numpy().tolist()
-    return promoted, suppressed
+        return [[] for _ in W_dec_FD], [[] for _ in W_dec_FD]
+    return direct_effect(W_dec_FD, head.weight.float(), PROMOTED)
 
 
 def _table(path: StoragePath, entry: ObjectEntry) -> pa.Table:

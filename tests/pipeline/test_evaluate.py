@@ -21,7 +21,7 @@ from pipeline import evaluate, metrics
 from pipeline.activations.source import open_store
 from pipeline.dictionary import baselines
 from pipeline.metrics import Moments
-from pipeline.sources.sequences import TokenSequence, pieces, read
+from pipeline.sources.sequences import TokenSequence, batches, pieces, read
 from pipeline.stage import Committed
 from schemas.layouts import DICTIONARY, DICTIONARY_CONFIG, METRICS
 from schemas.records import ObjectEntry
@@ -30,6 +30,9 @@ from tests.support.stages import Run, by_name, manifest_of, run_stage
 
 Reconstruct = Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]
 SKIP = 2
+
+# Between two features that are closer than this, float32 may decide otherwise than float64.
+CLOSE_CALL = 5e-8
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +130,21 @@ def plain(judged: Run) -> PlainJudge:
 
 
 @pytest.fixture(scope="module")
+def tolerance(judged: Run, plain: PlainJudge) -> float:
+    """1e-6, unless this machine trained a dictionary with a close call: then a few tokens have another code."""
+    trained = safetensors.torch.load((judged.stages["train"].path / DICTIONARY).local.read_bytes())
+    fitted = safetensors.torch.load((judged.stages["evaluate"].path / evaluate.BASELINES).local.read_bytes())
+    random = {name.removeprefix("random."): value for name, value in fitted.items()}
+    x_ND, k = np.concatenate(list(plain.rows())), judged.manifest.dictionaries[0].k
+    closest = np.inf
+    for weights in (trained, random):
+        W_enc, b_enc, b_dec = (weights[name].double().numpy() for name in ("W_enc", "b_enc", "b_dec"))
+        pre_NF = np.sort((x_ND - b_dec) @ W_enc.T + b_enc, 1)[:, ::-1]
+        closest = min(closest, (pre_NF[:, k - 1] - pre_NF[:, k]).min())
+    return 1e-6 if closest > CLOSE_CALL else 2e-3
+
+
+@pytest.fixture(scope="module")
 def contenders(judged: Run) -> dict[str, Reconstruct]:
     """Every reconstruction, in numpy."""
     k = judged.manifest.dictionaries[0].k
@@ -159,7 +177,7 @@ def test_evaluate_judges_more_than_one_batch_and_all_heldout_rows(judged: Run) -
 
 @pytest.mark.parametrize("name", ["dictionary", "pca", "random"])
 def test_evaluate_reconstruction_equals_brute_force(
-    judged: Run, plain: PlainJudge, contenders: dict[str, Reconstruct], name: str
+    judged: Run, plain: PlainJudge, contenders: dict[str, Reconstruct], tolerance: float, name: str
 ) -> None:
     x = np.concatenate(list(plain.rows()))
     x_hat = contenders[name](x)
@@ -177,19 +195,33 @@ def test_evaluate_reconstruction_equals_brute_force(
     }
     ours = found(judged.stages["evaluate"])[name]
     for metric, value in expected.items():
-        assert ours[metric] == pytest.approx(value, abs=1e-6, rel=1e-6), metric
+        assert ours[metric] == pytest.approx(value, abs=tolerance, rel=tolerance), metric
 
 
-def test_evaluate_code_statistics_equal_brute_force(judged: Run, plain: PlainJudge) -> None:
+def test_evaluate_legacy_explained_variance_is_that_of_its_batches(
+    judged: Run, plain: PlainJudge, contenders: dict[str, Reconstruct], tolerance: float
+) -> None:
+    rows = {sequence.first_row: x_SD for sequence, x_SD in zip(plain.sequences, plain.rows(), strict=True)}
+    for name in ("dictionary", "pca", "random"):
+        explained: list[float] = []
+        for batch in batches(plain.sequences, judged.manifest.harvest.batch_tokens):
+            x_ND = np.concatenate([rows[sequence.first_row] for sequence in batch])
+            error_N = np.square(x_ND - contenders[name](x_ND)).sum(1)
+            explained += (1.0 - error_N / np.square(x_ND - x_ND.mean(0)).sum(1)).tolist()
+        ours = found(judged.stages["evaluate"])[name]["ev_legacy"]
+        assert ours == pytest.approx(np.mean(explained), abs=tolerance, rel=tolerance)
+
+
+def test_evaluate_code_statistics_equal_brute_force(judged: Run, plain: PlainJudge, tolerance: float) -> None:
     dictionary = judged.manifest.dictionaries[0]
     reconstruct, codes = dictionary_of(judged.stages["train"], dictionary.k)
     reconstruct(np.concatenate(list(plain.rows())))
     (code_NF,) = codes
     ours = found(judged.stages["evaluate"])
     fires_F = (code_NF > 0).sum(0)
-    assert ours["dictionary"]["l0"] == pytest.approx((code_NF > 0).sum(1).mean(), abs=1e-6)
-    assert ours["dictionary"]["l1"] == pytest.approx(code_NF.sum(1).mean(), rel=1e-6)
-    assert ours["dictionary"]["never_fired_heldout"] == (fires_F == 0).mean()
+    assert ours["dictionary"]["l0"] == pytest.approx((code_NF > 0).sum(1).mean(), abs=tolerance)
+    assert ours["dictionary"]["l1"] == pytest.approx(code_NF.sum(1).mean(), rel=tolerance)
+    assert ours["dictionary"]["never_fired_heldout"] == pytest.approx((fires_F == 0).mean(), abs=tolerance)
     assert ours["dictionary"]["dead"] == judged.stages["train"].facts["dead"]
     assert ours["random"]["l0"] == ours["pca"]["l0"] == dictionary.k
     density = ours["density_histogram"]
@@ -197,11 +229,13 @@ def test_evaluate_code_statistics_equal_brute_force(judged: Run, plain: PlainJud
     # Features that fired less often than the axis reaches are in its first bin.
     logs = np.maximum(np.log10(fires_F[fires_F > 0] / len(code_NF)), -3.0)
     counts, edges = np.histogram(logs, bins=40, range=(-3.0, 0.0))
-    assert density["counts"] == counts.tolist()
+    assert np.abs(density["counts"] - counts).sum() <= (0 if tolerance == 1e-6 else 4)
     assert density["edges"] == pytest.approx(edges.tolist(), abs=1e-5)
 
 
-def test_evaluate_output_equals_brute_force(judged: Run, plain: PlainJudge, contenders: dict[str, Reconstruct]) -> None:
+def test_evaluate_output_equals_brute_force(
+    judged: Run, plain: PlainJudge, contenders: dict[str, Reconstruct], tolerance: float
+) -> None:
     expected = {name: plain.output(change) for name, change in contenders.items()}
     model = plain.output(None)
     ours = found(judged.stages["evaluate"])
@@ -214,13 +248,13 @@ def test_evaluate_output_equals_brute_force(judged: Run, plain: PlainJudge, cont
     for name in ("dictionary", "pca", "random"):
         loss, kl = expected[name]["ce"], expected[name]["kl"]
         zero, mean = expected["zero"], expected["mean"]
-        assert ours[name]["ce_loss"] == pytest.approx(loss, abs=2e-6)
-        assert ours[name]["kl"] == pytest.approx(kl, abs=2e-6)
-        assert ours[name]["kl_recovered"] == pytest.approx(1.0 - kl / zero["kl"], abs=1e-5)
+        assert ours[name]["ce_loss"] == pytest.approx(loss, abs=max(2e-6, tolerance))
+        assert ours[name]["kl"] == pytest.approx(kl, abs=max(2e-6, tolerance))
+        assert ours[name]["kl_recovered"] == pytest.approx(1.0 - kl / zero["kl"], abs=max(1e-5, 10 * tolerance))
         recovered = (zero["ce"] - loss) / (zero["ce"] - model["ce"])
-        assert ours[name]["ce_recovered"] == pytest.approx(recovered, abs=5e-5)
+        assert ours[name]["ce_recovered"] == pytest.approx(recovered, abs=max(5e-5, 10 * tolerance))
         recovered_mean = (mean["ce"] - loss) / (mean["ce"] - model["ce"])
-        assert ours[name]["ce_recovered_mean"] == pytest.approx(recovered_mean, abs=5e-4)
+        assert ours[name]["ce_recovered_mean"] == pytest.approx(recovered_mean, abs=max(5e-4, 10 * tolerance))
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> None:
