@@ -44,6 +44,9 @@ PROMOTED = 8
 # Measured: a worker that has imported torch, transformers, zarr and pyarrow.
 WORKER_MEMORY = 800 * 2**20
 
+# A sequence across a border has examples in two units; its first row's id tells that it is one.
+UNIT_EXAMPLES = EXAMPLES_SCHEMA.append(pa.field("sequence", pa.int64()))
+
 
 class CatalogParams(Params):
     """Identity of a catalog."""

@@ -16,9 +16,6 @@ STATISTICS = pa.schema(
     ]
 )
 
-# A sequence across a border has examples in two units; its first row's id tells that it is one.
-UNIT_EXAMPLES = EXAMPLES_SCHEMA.append(pa.field("sequence", pa.int64()))
-
 
 def by_feature(
     z_NK: npt.NDArray[np.float32], indices_NK: npt.NDArray[np.int64], features: int
