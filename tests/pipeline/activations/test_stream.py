@@ -232,13 +232,6 @@ def test_stream_halves_of_two_ranks_make_the_batch_of_one(written: dict[str, Wri
         batches.close()  # type: ignore[attr-defined]
 
 
-def test_stream_batch_across_slabs_holds_no_view_of_the_older_slab(written: dict[str, Written]) -> None:
-    made = written["thousands"]
-    slab = made.layout.geometry.slab_count(0)
-    (_, _), (x_BD, _) = take(made.stream(slab - 3), 2)
-    assert x_BD.untyped_storage().nbytes() == x_BD.nbytes
-
-
 @pytest.mark.parametrize("skip", [1, 4, CONTEXT - 1])
 @pytest.mark.parametrize("name", ["partial-last-unit", "one-unit", "thousands"])
 def test_filter_skip_positions_leaves_out_exactly_those_rows(written: dict[str, Written], name: str, skip: int) -> None:
