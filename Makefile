@@ -21,7 +21,7 @@ test: $(VENV)/ready $(PEERS)/ready browser ## all tests but the long ones
 	KILOBASIS_REQUIRE_PEERS=1 $(BIN)/python -m pytest
 
 chaos: $(VENV)/ready ## kill and break things at length
-	$(BIN)/python -m pytest -m chaos --timeout=7200
+	$(BIN)/python -m pytest -m chaos -s --timeout=7200 -o faulthandler_timeout=0
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -13,10 +13,15 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from schemas.errors import BusyError
 
 OBJECT_STORE_BYTES = 128 * 2**20
+
+# Short, because a socket's path may have 107 characters.
+_TEMPORARY = Path("/tmp")  # noqa: S108
+_PREFIX = "kb-ray-"
 
 
 def _quiet() -> None:
@@ -24,6 +29,14 @@ def _quiet() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+
+
+def _sweep() -> None:
+    """Remove the folders of runs that were killed before they could."""
+    for folder in _TEMPORARY.glob(f"{_PREFIX}*-*"):
+        owner = folder.name.removeprefix(_PREFIX).partition("-")[0]
+        if owner.isdigit() and not Path(f"/proc/{owner}").exists() and Path("/proc/self").exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -61,7 +74,8 @@ def ray_session(address: str | None, cpus: int) -> Iterator[None]:
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
 
-    folder = tempfile.mkdtemp(prefix="kb-", dir="/tmp")
+    _sweep()
+    folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_TEMPORARY)
     try:
         ray.init(
             address="local",

@@ -55,7 +55,7 @@ class Moments:
         error = x - x_hat
         x_norm_N, x_hat_norm_N = x.norm(dim=1), x_hat.norm(dim=1)
         product_N = (x * x_hat).sum(1)
-        spread_N = (x - x.mean(0)).square().sum(1).clamp_min(1e-30)
+        spread_N = (x - x.mean(0)).square().sum(1)
         return cls(
             tokens=len(x),
             x_D=x.sum(0),
@@ -66,7 +66,8 @@ class Moments:
             x_hat_square=float(x_hat.square().sum()),
             cosine=float((product_N / (x_norm_N * x_hat_norm_N).clamp_min(1e-30)).sum()),
             norm_ratio=float((x_hat_norm_N / x_norm_N.clamp_min(1e-30)).sum()),
-            ev_legacy=float((1.0 - error.square().sum(1) / spread_N).sum()),
+            # A token that is its batch's mean has no spread to explain.
+            ev_legacy=float(torch.where(spread_N > 0, 1.0 - error.square().sum(1) / spread_N, 0.0).sum()),
             l0=0.0 if code_NK is None else float((code_NK > 0).sum()),
             l1=0.0 if code_NK is None else float(code_NK.double().sum()),
         )

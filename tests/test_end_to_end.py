@@ -138,6 +138,22 @@ def test_sigterm_ends_the_run_with_75_and_leaves_no_process(tree: dict[str, Any]
     assert gone
 
 
+def test_driver_killed_alone_leaves_no_process_behind(tree: dict[str, Any], tmp_path: Path) -> None:
+    import psutil
+
+    manifest = write_manifest(tmp_path / "m.yaml", {**tree, "root": str(tmp_path / "root")})
+    process = runs.start("run", str(manifest), log=tmp_path / "log")
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "root").glob("harvest/*/units/*.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 4
+    process.kill()
+    process.wait(timeout=30)
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not [member.cmdline() for member in alive]
+
+
 def test_memory_stays_below_what_the_plan_printed(undisturbed: Path, tree: dict[str, Any]) -> None:
     parsed = manifests.load(write_manifest(undisturbed.parent / "again.yaml", {**tree, "root": str(undisturbed)}))
     planned = planning.make(parsed, Workspace.of(parsed), survey(parsed))

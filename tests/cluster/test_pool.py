@@ -158,6 +158,25 @@ class TestRayPool(PoolContract):
             pool.gang(rank_refuses, 2, Resources(), lambda event: None, "s")
         assert time.monotonic() - began < 25
 
+    def test_session_sweeps_what_a_killed_one_left(self, session: None) -> None:
+        import subprocess
+        import sys
+
+        from cluster import ray_cluster
+
+        child = subprocess.Popen([sys.executable, "-c", "pass"])
+        child.wait()
+        dead = Path("/tmp") / f"kb-ray-{child.pid}-test"
+        living = Path("/tmp") / f"kb-ray-{os.getpid()}-test"
+        for folder in (dead, living):
+            folder.mkdir()
+        try:
+            ray_cluster._sweep()
+            assert not dead.exists()
+            assert living.exists()
+        finally:
+            living.rmdir()
+
     def test_session_of_ours_listens_on_loopback_only(self, session: None) -> None:
         import psutil
         import ray
