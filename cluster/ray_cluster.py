@@ -10,14 +10,16 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from schemas.errors import BusyError
+from schemas.errors import BusyError, ManifestError
 
 OBJECT_STORE_BYTES = 128 * 2**20
+CONNECT_SECONDS = 10.0
 
 # Short, because a socket's path may have 107 characters.
 _TEMPORARY = Path("/tmp")  # noqa: S108
@@ -39,6 +41,29 @@ def _sweep() -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def _require_answer(address: str) -> None:
+    """Knock before Ray does: it would wait for many minutes on a door that nobody opens."""
+    host, colon, port = address.rpartition(":")
+    if address.startswith("ray://"):
+        raise ManifestError(
+            f"compute.address {address} is a Ray Client address; the run needs the cluster itself",
+            "give the address of its GCS (host:6379), from a machine of the cluster",
+        )
+    if not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise _no_answer(address, str(error)) from error
+
+
+def _no_answer(address: str, why: str) -> BusyError:
+    return BusyError(
+        f"compute.address {address}: no Ray cluster answers ({why})",
+        "check the address and that the cluster runs, or leave compute.address out for a local Ray",
+    )
+
+
 @contextmanager
 def ray_session(address: str | None, cpus: int) -> Iterator[None]:
     """Ray, for as long as the context is open.
@@ -49,18 +74,17 @@ def ray_session(address: str | None, cpus: int) -> Iterator[None]:
 
     Raises:
         BusyError: the cluster does not answer.
+        ManifestError: the address is of a kind that cannot be used.
     """
     _quiet()
     if address is not None:
+        _require_answer(address)
         import ray
 
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise BusyError(
-                f"compute.address {address}: no Ray cluster answers ({str(error).splitlines()[0][:200]})",
-                "check the address and that the cluster runs, or leave compute.address out for a local Ray",
-            ) from error
+            raise _no_answer(address, str(error).splitlines()[0][:200]) from error
         try:
             yield
         finally:

@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from cluster.ray_cluster import ray_session
 from jobs import manifest as manifests
 from jobs import plan as planning
 from jobs.sources import survey
@@ -152,6 +153,30 @@ def test_driver_killed_alone_leaves_no_process_behind(tree: dict[str, Any], tmp_
     process.wait(timeout=30)
     _, alive = psutil.wait_procs(children, timeout=30)
     assert not [member.cmdline() for member in alive]
+
+
+def test_run_on_an_existing_cluster_joins_it_and_leaves_it_running(
+    tree: dict[str, Any], undisturbed: Path, tmp_path: Path
+) -> None:
+    manifest = write_manifest(tmp_path / "m.yaml", {**tree, "root": str(tmp_path / "root")})
+    with ray_session(None, 2):
+        import ray
+
+        address = ray.get_runtime_context().gcs_address
+        process = runs.start("run", str(manifest), "--set", f"compute.address={address}", log=tmp_path / "log")
+        assert process.wait(timeout=240) == 0, (tmp_path / "log").read_text()
+        assert runs.digests(tmp_path / "root") == runs.digests(undisturbed)
+        assert ray.cluster_resources()["CPU"] == 2
+    assert "compute.address" not in (tmp_path / "log").read_text()
+
+
+def test_cluster_that_does_not_answer_ends_with_75_and_one_line(tree: dict[str, Any], tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path / "m.yaml", {**tree, "root": str(tmp_path / "root")})
+    process = runs.start("run", str(manifest), "--set", "compute.address=127.0.0.1:9", log=tmp_path / "log")
+    assert process.wait(timeout=240) == 75, (tmp_path / "log").read_text()
+    last = (tmp_path / "log").read_text().strip().splitlines()[-1]
+    assert last.startswith("kilobasis: compute.address 127.0.0.1:9: no Ray cluster answers")
+    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 def test_memory_stays_below_what_the_plan_printed(undisturbed: Path, tree: dict[str, Any]) -> None:

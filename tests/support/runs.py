@@ -1,7 +1,6 @@
 """Running manifests from tests: in this process, or as the command that a user types, and killing that."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -77,20 +76,6 @@ def contents(root: Path) -> dict[str, str]:
             found[str((stage / entry["key"]).relative_to(root))] = hashlib.sha256(body).hexdigest()
             assert found[str((stage / entry["key"]).relative_to(root))] == entry["sha256"]
     return found
-
-
-def leftovers() -> list[psutil.Process]:
-    """Processes of this user that look like a Ray of ours and have lost their parent."""
-    return [
-        process
-        for process in psutil.process_iter(["cmdline", "ppid"])
-        if process.info["ppid"] == 1 and any("kb-" in part for part in process.info["cmdline"] or [])
-    ]
-
-
-def environment(**extra: str) -> dict[str, str]:
-    """This process's environment, with additions."""
-    return {**os.environ, **extra}
 
 
 def unfinished_units(root: Path) -> set[str]:
