@@ -37,6 +37,7 @@ from pipeline.sources import models
 from pipeline.sources.sequences import Piece, TokenSequence, batches, overlapping, padded, read
 from pipeline.tokenize import GROUP_SEQUENCES, parquet_body
 from schemas.manifest import Harvest, Model
+from schemas.records import ObjectEntry
 from schemas.tables import TOKENS
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "jobs" / "manifests" / "quickstart" / "neox-stdlib"
@@ -105,11 +106,13 @@ def write_tokens(path: Path, rows: int, case: Case, vocabulary: int) -> list[Pie
         count += length
     zeros = [0] * len(sequences)
     table = pa.Table.from_pydict({"document": zeros, "offset": zeros, "tokens": sequences}, TOKENS)
-    path.write_bytes(parquet_body(table, GROUP_SEQUENCES))
+    body = parquet_body(table, GROUP_SEQUENCES)
+    path.write_bytes(body)
+    file = ObjectEntry.of(path.name, body)
     found, first = [], 0
     for group, start in enumerate(range(0, len(sequences), GROUP_SEQUENCES)):
         held = sum(len(tokens) for tokens in sequences[start : start + GROUP_SEQUENCES])
-        found.append(Piece(key=path.name, row_group=group, first_row=first, rows=held))
+        found.append(Piece(file=file, row_group=group, first_row=first, rows=held))
         first += held
     return found
 
