@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from schemas.errors import BusyError, ManifestError
+from schemas.errors import BusyError
 
 OBJECT_STORE_BYTES = 128 * 2**20
 CONNECT_SECONDS = 10.0
@@ -44,11 +44,6 @@ def _sweep() -> None:
 def _require_answer(address: str) -> None:
     """Knock before Ray does: it would wait for many minutes on a door that nobody opens."""
     host, colon, port = address.rpartition(":")
-    if address.startswith("ray://"):
-        raise ManifestError(
-            f"compute.address {address} is a Ray Client address; the run needs the cluster itself",
-            "give the address of its GCS (host:6379), from a machine of the cluster",
-        )
     if not colon or not port.isdigit():
         return
     try:
@@ -74,7 +69,6 @@ def ray_session(address: str | None, cpus: int) -> Iterator[None]:
 
     Raises:
         BusyError: the cluster does not answer.
-        ManifestError: the address is of a kind that cannot be used.
     """
     _quiet()
     if address is not None:

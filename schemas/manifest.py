@@ -276,6 +276,15 @@ class Compute(_Section):
     checkpoint_seconds: float = Field(default=30.0, gt=0.0, description="Time between training checkpoints.")
     deterministic: bool = Field(default=True, description="Use only kernels that give the same bits every time.")
 
+    @field_validator("address")
+    @classmethod
+    def _the_cluster_itself(cls, value: str | None) -> str | None:
+        if value is not None and value.startswith("ray://"):
+            raise ValueError(
+                f"{value} is a Ray Client address; give that of the cluster itself (host:6379), from a machine of it"
+            )
+        return value
+
 
 class Manifest(_Section):
     """One model and corpus, one harvest, and any number of dictionaries trained from it."""

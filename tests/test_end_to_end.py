@@ -179,6 +179,14 @@ def test_cluster_that_does_not_answer_ends_with_75_and_one_line(tree: dict[str, 
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
+def test_ray_client_address_is_refused_as_a_mistake(tree: dict[str, Any], tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path / "m.yaml", {**tree, "root": str(tmp_path / "root")})
+    process = runs.start("run", str(manifest), "--set", "compute.address=ray://127.0.0.1:10001", log=tmp_path / "log")
+    assert process.wait(timeout=120) == 2
+    assert "Ray Client" in (tmp_path / "log").read_text().strip().splitlines()[-1]
+    assert not (tmp_path / "root").exists()
+
+
 def test_memory_stays_below_what_the_plan_printed(undisturbed: Path, tree: dict[str, Any]) -> None:
     parsed = manifests.load(write_manifest(undisturbed.parent / "again.yaml", {**tree, "root": str(undisturbed)}))
     planned = planning.make(parsed, Workspace.of(parsed), survey(parsed))
