@@ -67,7 +67,6 @@ class StageOut:
 
     def gang(self, fn: Callable[[T, StoragePath, Gang], Any], task: T, world_size: int, resources: Resources) -> Any:
         """Run a gang that keeps its checkpoints in the stage's folder."""
-        self.emit(StageStarted(self.stage, 0, 1, str(self.path)))
         work = functools.partial(_run_rank, fn, task, self.path)
         result, self.peak_memory = self._pool.gang(work, world_size, resources, self.emit, self.stage)
         return result

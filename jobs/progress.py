@@ -113,7 +113,9 @@ class Lines:
             self._done[event.stage] = (event.done, event.total)
             if event.stage not in self._began:
                 self._began[event.stage], self._rows[event.stage] = time.monotonic(), 0
-                self._print(event.stage, f"{event.done}/{event.total} units are committed" if event.done else "started")
+                self._print(event.stage, "started")
+            elif event.done and not self._rows[event.stage]:
+                self._print(event.stage, f"{event.done}/{event.total} units were committed earlier")
         elif isinstance(event, events.UnitCommitted):
             done, total = self._done[event.stage]
             self._done[event.stage] = (done + 1, total)
@@ -181,7 +183,8 @@ class Bars:
             if event.skipped:
                 bar.console.print(f"{event.stage}: {_closing(event)}", markup=False, highlight=False)
             else:
-                bar.update(self._tasks[event.stage], detail=_closing(event))
+                task = self._tasks[event.stage]
+                bar.update(task, completed=bar.tasks[task].total, detail=_closing(event))
         elif isinstance(event, (events.WorkerLost, events.Note)):
             text = event.text if isinstance(event, events.Note) else f"lost a worker ({event.reason}), replacing it"
             bar.console.print(f"{event.stage}: {text}", markup=False, highlight=False)

@@ -22,7 +22,7 @@ from jobs.sources import survey
 from jobs.workspace import PROCESS, Workspace, label
 from pipeline.stage import Committed, Sources
 from schemas.errors import InterruptedRunError
-from schemas.events import Event, StageCommitted
+from schemas.events import Event, StageCommitted, StageStarted
 from schemas.manifest import Compute, Manifest
 
 
@@ -70,6 +70,7 @@ def _run_stages(
         else:
             folder.claim(specification)
             began = time.monotonic()
+            emit(StageStarted(name, 0, 1, str(folder.path)))
             out = StageOut(folder, pool.open(), manifest.compute, emit)
             outputs = stage.run(inputs, params, out)
             committed = folder.commit(outputs, out.records, digests, time.monotonic() - began, max(out.peak_memory, 0))
