@@ -21,6 +21,8 @@ from tests.support.fixtures import make_corpus, manifest_tree, write_manifest
 
 pytestmark = pytest.mark.ray
 
+TWO_RANKS = ("--set", "compute.ranks=2")
+
 
 @pytest.fixture(scope="module")
 def tree(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
@@ -29,7 +31,7 @@ def tree(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     made = manifest_tree(tiny_model, corpus, Path("unset"))
     made["harvest"] |= {"unit_rows": 4096, "chunk_rows": 512}
     made["dictionaries"][0]["features"] = 256
-    made["dictionaries"][0]["train"] |= {"tokens": 200_000, "batch": 512}
+    made["dictionaries"][0]["train"] |= {"tokens": 150_000, "batch": 512}
     made["compute"] = {"pool": "ray", "workers": 2, "threads": 1, "rank_threads": 1, "checkpoint_seconds": 0.5}
     return made
 
@@ -54,19 +56,43 @@ def test_run_on_ray_makes_the_same_bits_as_inline(tree: dict[str, Any], undistur
     assert runs.run_inline(manifest, "compute.pool=inline") == runs.digests(undisturbed)
 
 
-def test_two_ranks_train_what_one_rank_trains(tree: dict[str, Any], undisturbed: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def two_ranks(tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Root of an undisturbed run whose trainer is a gang of two."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    manifest = write_manifest(folder / "m.yaml", {**tree, "root": str(folder / "root")})
+    process = runs.start("run", str(manifest), *TWO_RANKS, log=folder / "log")
+    assert process.wait(timeout=280) == 0, (folder / "log").read_text()
+    return folder / "root"
+
+
+def test_two_ranks_train_what_one_rank_trains(undisturbed: Path, two_ranks: Path) -> None:
     """Summation order differs, so the bits do; the weights agree to rounding."""
-    manifest = write_manifest(tmp_path / "m.yaml", {**tree, "root": str(tmp_path / "root")})
-    process = runs.start("run", str(manifest), "--set", "compute.ranks=2", log=tmp_path / "log")
-    assert process.wait(timeout=240) == 0, (tmp_path / "log").read_text()
-    one, two = train_weights(undisturbed), train_weights(tmp_path / "root")
+    one, two = train_weights(undisturbed), train_weights(two_ranks)
     fvu = []
-    for root in (undisturbed, tmp_path / "root"):
+    for root in (undisturbed, two_ranks):
         (path,) = (root / "dictionaries" / "tiny" / "evaluate").glob("*/metrics.json")
         fvu.append(json.loads(path.read_text())["dictionary"]["fvu"])
     assert fvu[0] == pytest.approx(fvu[1], rel=0.02)
     difference = float((one["b_dec"] - two["b_dec"]).abs().max())
     assert 0 < difference < 0.05 * float(one["b_dec"].abs().max())
+
+
+def test_gang_of_two_killed_in_training_resumes_to_the_same_bits(
+    tree: dict[str, Any], two_ranks: Path, tmp_path: Path
+) -> None:
+    manifest = write_manifest(tmp_path / "m.yaml", {**tree, "root": str(tmp_path / "root")})
+    process = runs.start("run", str(manifest), *TWO_RANKS, log=tmp_path / "log")
+    deadline = time.monotonic() + 200
+    while len(list((tmp_path / "root").glob("dictionaries/tiny/train/*/log/*.json"))) < 2:
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    runs.kill_tree(process)
+    assert not list((tmp_path / "root").glob("dictionaries/tiny/train/*/COMMITTED.json"))
+    process = runs.start("resume", str(manifest), *TWO_RANKS, log=tmp_path / "log")
+    assert process.wait(timeout=240) == 0, (tmp_path / "log").read_text()
+    assert runs.contents(tmp_path / "root") == runs.contents(two_ranks)
 
 
 @pytest.mark.parametrize(
