@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -222,8 +222,3 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     raise AssertionError
-
-
-def memory_figures(stages: Sequence[Planned]) -> dict[str, int]:
-    """Planned peak of one worker, by stage."""
-    return {planned.label: planned.estimate.memory for planned in stages}

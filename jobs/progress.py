@@ -7,7 +7,6 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -32,8 +31,6 @@ from schemas.events import Event
 
 FLUSH_SECONDS = 5.0
 LINE_SECONDS = 5.0
-
-Reader = Callable[[Event], None]
 
 
 class EventLog:
@@ -104,6 +101,7 @@ class Lines:
         self._console = console
         self._done: dict[str, tuple[int, int]] = {}
         self._rows: dict[str, int] = {}
+        self._fresh: dict[str, int] = {}
         self._began: dict[str, float] = {}
         self._told: dict[str, float] = {}
 
@@ -120,9 +118,13 @@ class Lines:
             done, total = self._done[event.stage]
             self._done[event.stage] = (done + 1, total)
             self._rows[event.stage] += event.rows
+            self._fresh[event.stage] = self._fresh.get(event.stage, 0) + 1
             if done + 1 == total or self._due(event.stage):
-                pace = self._rows[event.stage] / max(time.monotonic() - self._began[event.stage], 1e-9)
-                self._print(event.stage, f"{done + 1}/{total} units, {pace:,.0f} rows/s")
+                elapsed = max(time.monotonic() - self._began[event.stage], 1e-9)
+                left = (total - done - 1) * elapsed / self._fresh[event.stage]
+                eta = f", {left:.0f} s left" if done + 1 < total else ""
+                pace = self._rows[event.stage] / elapsed
+                self._print(event.stage, f"{done + 1}/{total} units, {pace:,.0f} rows/s{eta}")
         elif isinstance(event, events.Progress) and (event.done >= event.total or self._due(event.stage)):
             self._print(event.stage, _dense(event))
         elif isinstance(event, events.WorkerLost):

@@ -22,6 +22,7 @@ from cluster.pool import Resources
 from cluster.storage.create import create_or_adopt
 from cluster.storage.objects import read_recorded
 from cluster.storage.path import StoragePath
+from pipeline import harvest
 from pipeline.activations.source import open_store
 from pipeline.dictionary.firings import by_feature, statistics
 from pipeline.dictionary.model import TopKDictionary
@@ -101,8 +102,6 @@ def check(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -
 
 def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -> Estimate:
     """See `Stage.estimate`. A worker holds one unit, its codes, and its best examples of every feature."""
-    from pipeline import harvest
-
     assert dictionary is not None
     width = sources.model.widths[dictionary.hook_point]
     features = dictionary.size(width)
@@ -125,12 +124,13 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
 
 def run(inputs: Mapping[str, Committed], params: CatalogParams, out: Out) -> Outputs:
     """Collect every unit, merge, write the tables and the report."""
-    harvest, train = inputs["harvest"], inputs["train"]
+    harvested, train = inputs["harvest"], inputs["train"]
     resources = Resources(threads=out.compute.threads)
     weights = out.map(describe_weights, [WeightsTask(unit="weights", train=train, params=params)], resources)
-    units = _spread(open_store(harvest).layout.geometry.units, open_store(harvest).layout.unit_rows, params.tokens)
+    cut = open_store(harvested).layout.geometry
+    units = _spread(cut.units, cut.unit_rows, params.tokens)
     tasks = [
-        CatalogTask(unit=f"{index:06d}", index=index, harvest=harvest, train=train, params=params) for index in units
+        CatalogTask(unit=f"{index:06d}", index=index, harvest=harvested, train=train, params=params) for index in units
     ]
     records = out.map(collect_unit, tasks, resources)
     collected = [records[unit].made for unit in sorted(records)]
@@ -158,8 +158,9 @@ def collect_unit(task: CatalogTask, path: StoragePath) -> Unit:
     """Statistics and best examples of one unit of the harvest."""
     settings = task.params
     dictionary = open_dictionary(task.train).dictionary
-    x_ND, tokens_N, positions_N = open_store(task.harvest).unit(settings.hook_point, task.index)
-    first = open_store(task.harvest).layout.geometry.span(task.index)[0]
+    store = open_store(task.harvest)
+    x_ND, tokens_N, positions_N = store.unit(settings.hook_point, task.index)
+    first, _ = store.layout.geometry.span(task.index)
     z_NK, indices_NK = _encode(dictionary, x_ND)
     # What training passed over by position is no part of what a feature does.
     kept_N = positions_N >= settings.skip_positions

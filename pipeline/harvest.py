@@ -32,6 +32,7 @@ from pipeline.sources.sequences import Piece, TokenSequence, batches, overlappin
 from pipeline.stage import Committed, Estimate, Out, Params, Sources, Task
 from pipeline.tokenize import parquet_body
 from schemas.errors import IntegrityError, StageFailedError
+from schemas.events import Note
 from schemas.layouts import STORE, STORE_OBJECTS, array_name, shard_key
 from schemas.manifest import Dictionary, Manifest, Model
 from schemas.records import Outputs, Unit
@@ -162,6 +163,8 @@ def run(inputs: Mapping[str, Committed], params: HarvestParams, out: Out) -> Out
     ]
     resources = Resources(threads=out.compute.threads, gpus=out.compute.gpus)
     records = out.map(harvest_unit, tasks[:1], resources)
+    for hook_point, worst in records[tasks[0].unit].made.facts["canary"].items():
+        out.emit(Note(out.stage, f"{hook_point}: stored rows agree with a plain forward pass to {worst:.2%}"))
     records |= out.map(harvest_unit, tasks, resources)
     rows = sum(record.made.rows for record in records.values())
     if rows != layout.rows:

@@ -44,7 +44,7 @@ class Engine:
         world_size: int,
         init_method: str,
     ) -> None:
-        self.rank, self.world_size, self._clip = rank, world_size, clip
+        self.rank, self.world_size = rank, world_size
         _start(rank, world_size, init_method)
         import deepspeed
 
