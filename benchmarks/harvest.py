@@ -127,9 +127,7 @@ def setup(case: Case, model: Path, folder: Path) -> Setup:
         last_hook_point=facts.last_hook_point,
         model_digest=facts.digest,
         model_dtype="float32",
-        model=Model(source=str(model)),
-        model_source=facts.source,
-        model_revision=facts.revision,
+        model=facts.place,
     )
     # Unit 0 carries the canary, which belongs to no other; it is left out.
     units = range(1, case.rounds + 2)
@@ -170,7 +168,7 @@ def compete(prepared: Setup) -> list[tuple[float, float]]:
     """(rows/s of the harvest, rows/s of the bare loop) of each round."""
     limit_threads(prepared.case.threads)
     params = prepared.params
-    loaded = models.load(params.model, params.model_source, params.model_revision).model
+    loaded = models.load(params.model).model
     base: torch.nn.Module = loaded.base_model  # type: ignore[assignment]
     rates = []
     for index, task in enumerate(prepared.tasks):

@@ -39,7 +39,7 @@ def _corpus(manifest: Manifest, model: ModelFacts) -> CorpusFacts:
             f"root {root} lies inside corpus.source {source}, so a run would read what it writes", "choose another root"
         )
     paths = corpus.files(source)
-    tokenizer = models.load_tokenizer(manifest.model, model.source, model.revision)
+    tokenizer = models.load_tokenizer(model.place)
     stored = {path: objects.size(path) for path in paths}
     characters, tokens, shares = 0, 0, []
     for path in paths[:: max(1, len(paths) // SAMPLE_FILES)][:SAMPLE_FILES]:

@@ -61,8 +61,6 @@ class CatalogParams(Params):
     skip_positions: int
     model_digest: str
     model: Model = Field(exclude=True)
-    model_source: str = Field(exclude=True)
-    model_revision: str | None = Field(exclude=True)
 
 
 class CatalogTask(Task):
@@ -90,9 +88,7 @@ def params(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) 
         **dictionary.catalog.model_dump(),
         skip_positions=dictionary.train.filter.skip_positions,
         model_digest=sources.model.digest,
-        model=manifest.model,
-        model_source=sources.model.source,
-        model_revision=sources.model.revision,
+        model=sources.model.place,
     )
 
 
@@ -273,7 +269,7 @@ def describe_weights(task: WeightsTask, path: StoragePath) -> Unit:
 
 def _direct_effect(settings: CatalogParams, W_dec_FD: torch.Tensor) -> tuple[list[list[int]], list[list[int]]]:
     """Empty where the model has no unembedding, or where the hook point is not of its width."""
-    loaded = models.load(settings.model, settings.model_source, settings.model_revision)
+    loaded = models.load(settings.model)
     head = loaded.model.get_output_embeddings() if loaded.is_causal_lm else None  # type: ignore[operator]
     if head is None or head.weight.shape[1] != W_dec_FD.shape[1]:
         return [[] for _ in W_dec_FD], [[] for _ in W_dec_FD]
@@ -390,7 +386,7 @@ def _norms(collected: list[Unit]) -> dict[str, list[float]]:
 
 def token_texts(settings: CatalogParams) -> Callable[[int], str]:
     """Printable text of a token id."""
-    tokenizer = models.load_tokenizer(settings.model, settings.model_source, settings.model_revision)
+    tokenizer = models.load_tokenizer(settings.model)
 
     def text(token: int) -> str:
         return str(tokenizer.decode([token]))

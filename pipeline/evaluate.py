@@ -55,8 +55,6 @@ class EvaluateParams(Params):
     seed: int
     model_dtype: str
     model: Model = Field(exclude=True)
-    model_source: str = Field(exclude=True)
-    model_revision: str | None = Field(exclude=True)
 
 
 class BaselineTask(Task):
@@ -91,9 +89,7 @@ def params(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) 
         skip_positions=dictionary.train.filter.skip_positions,
         seed=dictionary.train.seed,
         model_dtype=manifest.model.dtype,
-        model=manifest.model,
-        model_source=sources.model.source,
-        model_revision=sources.model.revision,
+        model=sources.model.place,
     )
 
 
@@ -164,7 +160,7 @@ def fit_baselines(task: BaselineTask, path: StoragePath) -> Unit:
 def judge_span(task: SpanTask, path: StoragePath) -> Unit:
     """All sums of one span. Sums are kept as an object, because some of them are as wide as the dictionary."""
     settings = task.params
-    loaded = models.load(settings.model, settings.model_source, settings.model_revision)
+    loaded = models.load(settings.model)
     dictionary = open_dictionary(task.train).dictionary
     fires_F = torch.zeros(dictionary.features, dtype=torch.int64)
     codes: dict[str, torch.Tensor] = {}

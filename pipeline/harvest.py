@@ -62,8 +62,6 @@ class HarvestParams(Params):
     loader_memory: int
     seed: int
     model: Model = Field(exclude=True)
-    model_source: str = Field(exclude=True)
-    model_revision: str | None = Field(exclude=True)
 
 
 class UnitTask(Task):
@@ -85,9 +83,7 @@ def params(manifest: Manifest, _dictionary: Dictionary | None, sources: Sources)
         last_hook_point=sources.model.last_hook_point,
         model_digest=sources.model.digest,
         model_dtype=manifest.model.dtype,
-        model=manifest.model,
-        model_source=sources.model.source,
-        model_revision=sources.model.revision,
+        model=sources.model.place,
     )
 
 
@@ -193,7 +189,7 @@ def harvest_unit(task: UnitTask, path: StoragePath) -> Unit:
         StageFailedError: the canary found a difference.
     """
     settings, layout = task.params, task.layout
-    loaded = models.load(settings.model, settings.model_source, settings.model_revision)
+    loaded = models.load(settings.model)
     first, end = layout.geometry.span(task.index)
     sequences = read(task.tokens, task.pieces, first, end)
     activations, tokens_N, positions_N = forward_rows(loaded.model, sequences, layout, settings, first, end)

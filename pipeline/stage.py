@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from cluster.pool import Resources
 from cluster.storage.path import StoragePath
 from schemas.events import Event
-from schemas.manifest import Compute, Dictionary, Manifest
+from schemas.manifest import Compute, Dictionary, Manifest, Model
 from schemas.records import CheckpointRecord, ObjectEntry, Outputs, StageRecord, Unit, UnitRecord
 
 
@@ -69,10 +69,13 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What planning finds out about the model without loading its weights."""
+    """What planning finds out about the model without loading its weights.
 
-    source: str
-    revision: str | None
+    `place` is the manifest's `model`, with the folder made absolute or the hub's commit pinned: what a
+    worker needs to load the very same model. `digest` says which model it is, wherever it lies.
+    """
+
+    place: Model
     digest: str
     tokenizer_digest: str
     parameters: int

@@ -56,8 +56,6 @@ class TokenizeParams(Params):
     contents: tuple[str, ...]
     files: tuple[str, ...] = Field(exclude=True)
     model: Model = Field(exclude=True)
-    model_source: str = Field(exclude=True)
-    model_revision: str | None = Field(exclude=True)
 
 
 class FileTask(Task):
@@ -75,9 +73,7 @@ def params(manifest: Manifest, _dictionary: Dictionary | None, sources: Sources)
         tokenizer_digest=sources.model.tokenizer_digest,
         contents=tuple(signature for _, signature in sources.corpus.files),
         files=tuple(path for path, _ in sources.corpus.files),
-        model=manifest.model,
-        model_source=sources.model.source,
-        model_revision=sources.model.revision,
+        model=sources.model.place,
     )
 
 
@@ -89,7 +85,7 @@ def check(manifest: Manifest, _dictionary: Dictionary | None, sources: Sources) 
             f"corpus.context is {manifest.corpus.context}, the model takes at most {longest}",
             f"set corpus.context to {longest} or less",
         )
-    tokenizer = models.load_tokenizer(manifest.model, sources.model.source, sources.model.revision)
+    tokenizer = models.load_tokenizer(sources.model.place)
     bos_id(tokenizer, manifest.corpus.bos)
     eos_id(tokenizer, manifest.corpus.eos)
     if len(tokenizer) > sources.model.vocabulary:
@@ -144,7 +140,7 @@ def run(inputs: Mapping[str, Committed], params: TokenizeParams, out: Out) -> Ou
 def tokenize_file(task: FileTask, path: StoragePath) -> Unit:
     """Tokenize one file; writes `train/` and `heldout/` parts of at most `PART_SEQUENCES` sequences."""
     settings = task.params
-    tokenizer = models.load_tokenizer(settings.model, settings.model_source, settings.model_revision)
+    tokenizer = models.load_tokenizer(settings.model)
     section = Corpus(source=task.file, **{name: getattr(settings, name) for name in _CORPUS_FIELDS})
     parts = {split: _Part(path, split, task.unit) for split in SPLITS}
     source = StoragePath.parse(task.file)

@@ -58,7 +58,7 @@ def params(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) 
         features=dictionary.size(sources.model.widths[dictionary.hook_point]),
         k=dictionary.k,
         # For people. The digest says which model it is, whatever its folder is called.
-        model=sources.model.source.rstrip("/").rsplit("/", 1)[-1],
+        model=sources.model.place.source.rstrip("/").rsplit("/", 1)[-1],
         model_digest=sources.model.digest,
         settings=dictionary.train,
     )

@@ -69,13 +69,13 @@ def inspect(section: Model, hook_points: Sequence[str]) -> ModelFacts:
         _require_weights(folder, section, model)
     for hook_point in hook_points:
         find_module(model, hook_point)
-    seen = _probe(model, hook_points, section)
-    tokenizer = load_tokenizer(section, section.source, revision)
     local = revision is None
+    place = section.model_copy(update={"source": str(folder)} if local else {"revision": revision})
+    seen = _probe(model, hook_points, place)
+    tokenizer = load_tokenizer(place)
     code = ("*.py",) if section.trust_remote_code else ()
     return ModelFacts(
-        source=str(folder) if local else section.source,
-        revision=revision,
+        place=place,
         digest=_digest(folder, _MODEL_FILES + code) if local else f"hub:{section.source}@{revision}",
         tokenizer_digest=_digest(folder, _TOKENIZER_FILES),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -89,35 +89,34 @@ def inspect(section: Model, hook_points: Sequence[str]) -> ModelFacts:
 
 
 @functools.lru_cache(maxsize=1)
-def load(section: Model, facts_source: str, revision: str | None) -> Loaded:
+def load(place: Model) -> Loaded:
     """The model with its weights, kept for the next call in this process.
 
     Raises:
         ManifestError: the weights are not there or do not fit the configuration.
     """
-    pinned = section.model_copy(update={"source": facts_source, "revision": revision})
-    folder, _ = _locate(pinned, weights=True)
-    config = _config(folder, section)
+    folder, _ = _locate(place, weights=True)
+    config = _config(folder, place)
     is_causal_lm = _is_causal_lm(config)
     factory = transformers.AutoModelForCausalLM if is_causal_lm else transformers.AutoModel
     try:
         model, found = factory.from_pretrained(
             str(folder),
             output_loading_info=True,
-            dtype=_DTYPES[section.dtype],
+            dtype=_DTYPES[place.dtype],
             use_safetensors=True,
             local_files_only=True,
-            trust_remote_code=section.trust_remote_code,
+            trust_remote_code=place.trust_remote_code,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ManifestError(
-            f"the weights of {section.source} cannot be loaded: {error}", "check model.safetensors beside config.json"
+            f"the weights of {place.source} cannot be loaded: {error}", "check model.safetensors beside config.json"
         ) from error
     # A pooler comes behind every hook point, and checkpoints of language models have none.
     absent = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))
     if absent:
         raise ManifestError(
-            f"the weights of {section.source} lack {len(absent)} tensors that its config.json asks for, "
+            f"the weights of {place.source} lack {len(absent)} tensors that its config.json asks for, "
             f"{', '.join(absent[:3])} among them",
             "restore the model from a copy; what is absent would be random numbers",
         )
@@ -128,25 +127,25 @@ def load(section: Model, facts_source: str, revision: str | None) -> Loaded:
 
 
 @functools.lru_cache(maxsize=2)
-def load_tokenizer(section: Model, facts_source: str, revision: str | None) -> Any:
+def load_tokenizer(place: Model) -> Any:
     """The model's fast tokenizer.
 
     Raises:
         ManifestError: there is none.
     """
-    folder, _ = _locate(section.model_copy(update={"source": facts_source, "revision": revision}))
+    folder, _ = _locate(place)
     if not any(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)):
         # transformers would make one that knows no token.
         raise ManifestError(
-            f"model.source {section.source}: {folder} holds no tokenizer", "put tokenizer.json beside config.json"
+            f"model.source {place.source}: {folder} holds no tokenizer", "put tokenizer.json beside config.json"
         )
     try:
         return transformers.AutoTokenizer.from_pretrained(
-            str(folder), use_fast=True, local_files_only=True, trust_remote_code=section.trust_remote_code
+            str(folder), use_fast=True, local_files_only=True, trust_remote_code=place.trust_remote_code
         )
     except Exception as error:  # whatever the tokenizer's own code thinks of its files
         raise ManifestError(
-            f"the tokenizer of {section.source} cannot be loaded: {error}", "put tokenizer.json beside config.json"
+            f"the tokenizer of {place.source} cannot be loaded: {error}", "put tokenizer.json beside config.json"
         ) from error
 
 
@@ -225,14 +224,14 @@ def _skeleton(config: Any, is_causal_lm: bool, section: Model) -> nn.Module:
     return model.eval()
 
 
-def _probe(model: nn.Module, hook_points: Sequence[str], section: Model) -> dict[str, torch.Tensor]:
+def _probe(model: nn.Module, hook_points: Sequence[str], place: Model) -> dict[str, torch.Tensor]:
     """Shapes at the hook points, from a forward pass on the meta device or, where that fails, a real one."""
     ids_BS = torch.zeros((2, 4), dtype=torch.int64)
     try:
         seen = capture(model, hook_points, {"input_ids": ids_BS.to("meta")})
     except (NotImplementedError, RuntimeError):
         # Some models look at values on their way; those are loaded for the probe.
-        loaded = load(section, section.source, section.revision)
+        loaded = load(place)
         seen = capture(loaded.model, hook_points, {"input_ids": ids_BS})
     for hook_point, x_BSD in seen.items():
         if x_BSD.shape[:2] != ids_BS.shape:

@@ -32,7 +32,7 @@ def test_encoder_is_judged_by_the_cosine_of_its_pooled_output(
 
     (weights,) = base.glob("train/*/dictionary.safetensors")
     dictionary = from_bytes(weights.read_bytes(), (weights.parent / "dictionary.json").read_bytes()).dictionary
-    model = models.load(Model(source=str(folder)), str(folder), None).model
+    model = models.load(Model(source=str(folder))).model
     cosines = []
     sequences = heldout_sequences(tmp_path / "root")
     for tokens in sequences:

@@ -28,7 +28,7 @@ def test_inspect_tells_width_and_place_of_every_hook_point_without_weights(tiny_
     assert facts.is_causal_lm
     assert facts.has_bos
     assert facts.vocabulary == VOCABULARY
-    loaded = models.load(Model(source=str(tiny_model)), facts.source, facts.revision)
+    loaded = models.load(facts.place)
     assert facts.parameters == sum(parameter.numel() for parameter in loaded.model.parameters())
 
 
@@ -50,9 +50,9 @@ def test_hub_model_is_pinned_to_the_commit_that_was_found(tmp_path: Path, monkey
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     section = Model(source="someone/tiny")
     facts = models.inspect(section, ["gpt_neox.layers.1"])
-    assert facts.revision == commit
+    assert facts.place.revision == commit
     assert facts.digest == f"hub:someone/tiny@{commit}"
-    loaded = models.load(section, facts.source, facts.revision)
+    loaded = models.load(facts.place)
     assert loaded.is_causal_lm
 
 
@@ -70,7 +70,7 @@ def test_encoder_loads_as_a_model_without_a_head(tmp_path: Path, tiny_model: Pat
     folder = make_encoder(tmp_path / "bert", tiny_model)
     facts = models.inspect(Model(source=str(folder)), ["encoder.layer.0"])
     assert not facts.is_causal_lm
-    loaded = models.load(Model(source=str(folder)), facts.source, None)
+    loaded = models.load(facts.place)
     assert isinstance(loaded.model, BertModel)
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
 
