@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import os
 import socket
+import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+from cluster.failures import ATTEMPTS, Tries
 from schemas.events import Event
+
+# What a rank is doing: joining the gang, waiting for data, in a step with all the others, writing to the store.
+Phase = Literal["starting", "data", "step", "saving"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +31,17 @@ class Resources:
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """A gang member's place: `init_method` is where torch.distributed meets."""
+    """A gang member's place: `init_method` is where torch.distributed meets.
+
+    `beat(step, phase)` says what the rank does from now on. It costs nothing, and is how a hanging rank is
+    told from a patient one: call it whenever the answer changes.
+    """
 
     rank: int
     world_size: int
     init_method: str
     emit: Callable[[Event], None]
+    beat: Callable[[int, Phase], None]
 
 
 class Pool(Protocol):
@@ -43,12 +54,19 @@ class Pool(Protocol):
         resources: Resources,
         emit: Callable[[Event], None],
         stage: str,
+        name: Callable[[Any], str] = str,
     ) -> Iterator[tuple[int, Any]]:
-        """Yield (index, fn(task)) in order of completion. A worker that dies is replaced and its task rerun.
+        """Yield (index, fn(task)) in order of completion, each once. `name` is what people call a task.
+
+        A worker that is lost is replaced without end, ever more slowly, and its task run again. A task that
+        raises is tried again a few times, one whose worker crashes five times in a row is not; then it is
+        quarantined and the others go on.
 
         Raises:
-            StageFailedError: workers died more often than the pool may replace them.
-            Exception: whatever `fn` raised.
+            StageFailedError: every other task is done, and these are quarantined.
+            KilobasisError: a task raised it. That is certain, so it comes at once: a task in flight may take
+                minutes, and running it again costs no more than any other stop does.
+            BusyError: no worker started in time.
         """
 
     def gang(
@@ -59,10 +77,18 @@ class Pool(Protocol):
         emit: Callable[[Event], None],
         stage: str,
     ) -> Any:
-        """Run `fn` on `world_size` workers at once; when one dies all are stopped and started again.
+        """Run `fn` on `world_size` workers at once, all or nothing.
+
+        When a rank dies, falls silent, hangs or raises, all are killed and started again, without end as long
+        as a checkpoint (`CheckpointCommitted`) was committed in between.
 
         Returns:
             What rank 0 returned.
+
+        Raises:
+            StageFailedError: the gang failed five times in a row without a new checkpoint.
+            KilobasisError: a rank raised it.
+            BusyError: the ranks did not start in time.
         """
 
     def close(self) -> None:
@@ -85,7 +111,14 @@ def limit_threads(threads: int) -> None:
 
 
 class InlinePool:
-    """Runs everything here, one after another: for tests and for a debugger. Gangs have one rank."""
+    """Runs everything here, one after another: for tests and for a debugger. Gangs have one rank.
+
+    Args:
+        attempts: How often a task that raises is tried.
+    """
+
+    def __init__(self, attempts: int = ATTEMPTS) -> None:
+        self._attempts = attempts
 
     def map(
         self,
@@ -94,11 +127,23 @@ class InlinePool:
         resources: Resources,
         emit: Callable[[Event], None],
         stage: str,
+        name: Callable[[Any], str] = str,
     ) -> Iterator[tuple[int, Any]]:
         """See `Pool.map`."""
         limit_threads(resources.threads)
-        for index, task in enumerate(tasks):
-            yield index, fn(task)
+        tries = Tries(stage, len(tasks), self._attempts, emit)
+        waiting = deque(enumerate(tasks))
+        while waiting:
+            index, task = waiting.popleft()
+            try:
+                result = fn(task)
+            except Exception as error:  # noqa: BLE001 - counted, told, and in the end raised
+                if tries.raised(name(task), error, traceback.format_exc()):
+                    waiting.append((index, task))
+                continue
+            tries.done()
+            yield index, result
+        tries.settle()
 
     def gang(
         self,
@@ -108,7 +153,7 @@ class InlinePool:
         emit: Callable[[Event], None],
         stage: str,
     ) -> Any:
-        """See `Pool.gang`.
+        """See `Pool.gang`. What the rank raises is raised as it is: a debugger wants to see it.
 
         Raises:
             ValueError: more than one rank was asked for.
@@ -116,7 +161,7 @@ class InlinePool:
         if world_size != 1:
             raise ValueError(f"the inline pool has 1 rank, {world_size} were asked for")
         limit_threads(resources.threads)
-        return fn(Rank(0, 1, f"tcp://127.0.0.1:{free_port()}", emit))
+        return fn(Rank(0, 1, f"tcp://127.0.0.1:{free_port()}", emit, lambda step, phase: None))
 
     def close(self) -> None:
         """Nothing to give back."""

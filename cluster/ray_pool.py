@@ -1,69 +1,63 @@
 """A pool on Ray: long-lived worker actors, one task in flight each, nothing bulky in the object store.
 
-Ray's own retries are off. An actor that dies is noticed here, counted, and its task given to a new one;
-that is safe because a task commits its unit itself, outside Ray, and a committed unit is not run again.
+A worker that is lost is replaced here, and its task given to another one; that is safe because a task
+commits its unit itself, outside Ray, and a committed unit is not run again.
 """
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
 
-from cluster.pool import Rank, Resources, free_port, limit_threads
-from schemas.errors import BusyError, StageFailedError
-from schemas.events import Event, WorkerLost
+from cluster import ray_gang
+from cluster.failures import ATTEMPTS, Backoff, Reminder, Tries
+from cluster.pool import Rank, Resources
+from cluster.ray_worker import (
+    POLL_SECONDS,
+    START_SECONDS,
+    TELL_SECONDS,
+    Gone,
+    Lobby,
+    Place,
+    Raised,
+    Returned,
+    dismiss,
+    fetch,
+    hire,
+    let_finish,
+    started,
+)
+from cluster.watch import SILENT_SECONDS
+from schemas.events import Event, Note, WorkerLost
 
-START_SECONDS = 180.0
-POLL_SECONDS = 0.5
-# Once one rank has failed the others fail too; so long to see whether any of them died.
-SETTLE_SECONDS = 5.0
-
-_SYSTEM_FAILURES = (RayActorError, WorkerCrashedError)
-
-
-class _Worker:
-    """Runs tasks in a process of its own, which keeps what it has loaded."""
-
-    def __init__(self, threads: int) -> None:
-        limit_threads(threads)
-
-    def ready(self) -> bool:
-        return True
-
-    def meeting_point(self) -> str:
-        """Where a gang led by this worker meets."""
-        return f"tcp://{ray.util.get_node_ip_address()}:{free_port()}"
-
-    def run(self, fn: Callable[[Any], Any], task: Any) -> Any:
-        return fn(task)
+# So long a unit may take before its worker is asked whether it is still there, and so often.
+ASK_SECONDS = 60.0
+_NAMED_AT_MOST = 16
 
 
-class _Mailbox:
-    """Carries the events of a gang to the driver."""
+@dataclass(frozen=True, slots=True)
+class _Hand:
+    """A worker that has started."""
 
-    def __init__(self) -> None:
-        self._events: list[Event] = []
-
-    def push(self, event: Event) -> None:
-        self._events.append(event)
-
-    def drain(self) -> list[Event]:
-        drained, self._events = self._events, []
-        return drained
+    actor: ActorHandle[Any]
+    place: Place
 
 
-class _Post:
-    """A rank's end of the mailbox."""
+@dataclass(slots=True)
+class _Flight:
+    """A task that a worker has."""
 
-    def __init__(self, mailbox: ActorHandle[Any]) -> None:
-        self._mailbox = mailbox
-
-    def __call__(self, event: Event) -> None:
-        self._mailbox.push.remote(event)
+    index: int
+    unit: str
+    hand: _Hand
+    since: float
+    asked: float
 
 
 class RayPool:
@@ -71,13 +65,12 @@ class RayPool:
 
     Args:
         workers: Workers of `map`.
-        retries: Dead workers that are replaced before a stage is given up.
+        attempts: How often a unit that raises is tried.
     """
 
-    def __init__(self, workers: int, retries: int) -> None:
-        self._workers, self._retries = workers, retries
-        self._actors: list[ActorHandle[Any]] = []
-        self._staffed: tuple[str, Resources] | None = None
+    def __init__(self, workers: int, attempts: int = ATTEMPTS) -> None:
+        self._workers, self._attempts = workers, attempts
+        self._crew: _Crew | None = None
 
     def map(
         self,
@@ -86,49 +79,40 @@ class RayPool:
         resources: Resources,
         emit: Callable[[Event], None],
         stage: str,
+        name: Callable[[Any], str] = str,
     ) -> Iterator[tuple[int, Any]]:
         """See `Pool.map`."""
-        waiting = list(range(len(tasks)))[::-1]
-        flying: dict[Any, tuple[int, ActorHandle[Any]]] = {}
-        lost = 0
+        tries = Tries(stage, len(tasks), self._attempts, emit)
+        waiting = deque(range(len(tasks)))
         try:
-            for actor in self._staff(stage, min(self._workers, len(tasks)), resources):
-                _send(flying, actor, fn, tasks, waiting)
-            while flying:
-                done, _ = ray.wait(list(flying), num_returns=1, timeout=POLL_SECONDS)
-                for reference in done:
-                    index, actor = flying.pop(reference)
-                    try:
-                        result = _get(reference)
-                    except _SYSTEM_FAILURES as error:
-                        lost += 1
-                        reason = _first_line(error)
-                        emit(WorkerLost(stage, reason, lost))
-                        if lost > self._retries:
-                            raise StageFailedError(
-                                f"{stage}: {lost} workers died, the last one at task {index} ({reason})",
-                                "look for lack of memory, then resume; or raise compute.retries",
-                            ) from error
-                        self._actors.remove(actor)
-                        self._actors.append(_actor(_Worker, resources))
-                        waiting.append(index)
-                        _send(flying, self._actors[-1], fn, tasks, waiting)
-                        continue
-                    _send(flying, actor, fn, tasks, waiting)
-                    yield index, result
+            crew = self._staff(stage, resources, emit)
+            while waiting or crew.flying:
+                crew.hire(min(self._workers, len(waiting) + len(crew.flying)))
+                while waiting and crew.idle:
+                    index = waiting.popleft()
+                    crew.send(fn, tasks[index], index, name(tasks[index]))
+                for flight, outcome in crew.land():
+                    if isinstance(outcome, Returned):
+                        tries.done()
+                        yield flight.index, outcome.value
+                    elif (
+                        tries.raised(flight.unit, outcome.error, outcome.traceback)
+                        if isinstance(outcome, Raised)
+                        else not outcome.crashed or tries.crashed(flight.unit, outcome.reason, outcome.error)
+                    ):
+                        waiting.append(flight.index)
+            tries.settle()
         except BaseException:
             self.close()
             raise
 
-    def _staff(self, stage: str, count: int, resources: Resources) -> list[ActorHandle[Any]]:
+    def _staff(self, stage: str, resources: Resources, emit: Callable[[Event], None]) -> _Crew:
         """Workers for a stage. Those of an earlier call in the same stage have loaded what they need, and stay."""
-        if self._staffed != (stage, resources):
+        if self._crew is None or not self._crew.serves(stage, resources):
             self.close()
-        self._staffed = (stage, resources)
-        while len(self._actors) < count:
-            self._actors.append(_actor(_Worker, resources))
-        _await_first(self._actors, resources)
-        return self._actors[:count]
+            self._crew = _Crew(stage, resources, emit)
+        self._crew.begin(emit)
+        return self._crew
 
     def gang(
         self,
@@ -140,116 +124,137 @@ class RayPool:
     ) -> Any:
         """See `Pool.gang`."""
         self.close()
-        lost = 0
-        while True:
-            try:
-                return self._gang_once(fn, world_size, resources, emit)
-            except _SYSTEM_FAILURES as error:
-                lost += 1
-                reason = _first_line(error)
-                emit(WorkerLost(stage, reason, lost))
-                if lost > self._retries:
-                    raise StageFailedError(
-                        f"{stage}: ranks died {lost} times, the last time: {reason}",
-                        "look for lack of memory, then resume; or raise compute.retries",
-                    ) from error
-
-    def _gang_once(
-        self,
-        fn: Callable[[Rank], Any],
-        world_size: int,
-        resources: Resources,
-        emit: Callable[[Event], None],
-    ) -> Any:
-        mailbox = ray.remote(_Mailbox).options(num_cpus=0).remote()
-        actors = [_actor(_Worker, resources) for _ in range(world_size)]
-        try:
-            _await_all(actors, resources)
-            meeting = ray.get(actors[0].meeting_point.remote(), timeout=START_SECONDS)
-            post = _Post(mailbox)
-            running = [actor.run.remote(fn, Rank(rank, world_size, meeting, post)) for rank, actor in enumerate(actors)]
-            pending = list(running)
-            while pending:
-                done, pending = ray.wait(pending, num_returns=1, timeout=POLL_SECONDS)
-                for event in ray.get(mailbox.drain.remote()):
-                    emit(event)
-                for reference in done:
-                    _raise_failure(reference, pending)
-            return _get(running[0])
-        finally:
-            for actor in [*actors, mailbox]:
-                ray.kill(actor)
+        return ray_gang.run(fn, world_size, resources, emit, stage)
 
     def close(self) -> None:
-        """Dismiss the workers."""
-        while self._actors:
-            ray.kill(self._actors.pop())
+        """Dismiss the workers. One that is in the middle of a unit may finish the object that it is writing."""
+        if self._crew is not None:
+            crew, self._crew = self._crew, None
+            crew.dismiss()
 
 
-def _actor(kind: type, resources: Resources) -> ActorHandle[Any]:
-    options = {"num_cpus": resources.threads, "num_gpus": resources.gpus, "max_restarts": 0, "max_task_retries": 0}
-    actor: ActorHandle[Any] = ray.remote(kind).options(**options).remote(resources.threads)
-    return actor
+class _Crew:
+    """The workers of one stage: those that start, those that wait for work and those that have some."""
 
+    def __init__(self, stage: str, resources: Resources, emit: Callable[[Event], None]) -> None:
+        self._stage, self._resources, self._emit = stage, resources, emit
+        self.idle: list[_Hand] = []
+        self.flying: dict[Any, _Flight] = {}
+        self._starting: dict[Any, ActorHandle[Any]] = {}
+        self._lobby = Lobby(resources, emit, stage)
+        self._backoff, self._not_before = Backoff(), 0.0
+        self._lost, self._reason = 0, ""
+        self.begin(emit)
 
-def _send(
-    flying: dict[Any, tuple[int, ActorHandle[Any]]],
-    actor: ActorHandle[Any],
-    fn: Callable[[Any], Any],
-    tasks: Sequence[Any],
-    waiting: list[int],
-) -> None:
-    if waiting:
-        index = waiting.pop()
-        flying[actor.run.remote(fn, tasks[index])] = (index, actor)
+    def serves(self, stage: str, resources: Resources) -> bool:
+        """Whether these are the workers for this."""
+        return (self._stage, self._resources) == (stage, resources)
 
+    def begin(self, emit: Callable[[Event], None]) -> None:
+        """A call of `map` begins; what it waits for counts from now."""
+        self._emit = emit
+        self._short_since = self._alone_since = self._progress = time.monotonic()
+        self._reminder = Reminder(TELL_SECONDS, TELL_SECONDS)
 
-def _get(reference: Any) -> Any:
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        # The user's errors are ours to show, without Ray's remote traceback around them.
-        raise error.cause from None
+    def hire(self, wanted: int) -> None:
+        """Ask for workers that are missing, though not right after one was lost.
 
+        Raises:
+            BusyError: nobody has started for too long.
+        """
+        now = time.monotonic()
+        working = len(self.idle) + len(self.flying)
+        missing = wanted - working
+        while now >= self._not_before and missing > len(self._starting):
+            actor = hire(self._resources)
+            self._starting[actor.place.remote()] = actor
+        if working:
+            self._alone_since = now
+        if missing <= 0:
+            self._short_since = now
+        else:
+            left = None if working else START_SECONDS - (now - self._alone_since)
+            self._lobby.wait(missing, now - self._short_since, left, self._reason)
 
-def _raise_failure(reference: Any, pending: list[Any]) -> None:
-    """Raise what a rank raised; a death anywhere counts more than its echo in a surviving rank."""
-    try:
-        _get(reference)
-    except _SYSTEM_FAILURES:
-        raise
-    except RuntimeError:
-        settled, _ = ray.wait(pending, num_returns=len(pending), timeout=SETTLE_SECONDS) if pending else ([], [])
-        for other in settled:
-            try:
-                _get(other)
-            except _SYSTEM_FAILURES:
-                raise
-            except Exception:  # noqa: BLE001, S112 - the first rank's own error is raised below
-                continue
-        raise
+    def send(self, fn: Callable[[Any], Any], task: Any, index: int, unit: str) -> None:
+        """Give a task to a worker that waits for one."""
+        hand, now = self.idle.pop(), time.monotonic()
+        self.flying[hand.actor.run.remote(fn, task)] = _Flight(index, unit, hand, now, now)
 
+    def land(self) -> list[tuple[_Flight, Returned | Raised | Gone]]:
+        """Wait a moment for something to happen; what came of tasks that have ended since."""
+        awaited = [*self._starting, *self.flying]
+        if not awaited:
+            time.sleep(min(POLL_SECONDS, max(0.0, self._not_before - time.monotonic())))
+            return []
+        done, _ = ray.wait(awaited, num_returns=1, timeout=POLL_SECONDS)
+        landed = []
+        for reference in done:
+            if reference in self._starting:
+                self._welcome(reference)
+            else:
+                landed.append(self._settle(reference, fetch(reference)))
+        now = time.monotonic()
+        if landed:
+            self._progress = now
+        return landed or self._silent(now)
 
-def _await_first(actors: list[ActorHandle[Any]], resources: Resources) -> None:
-    if actors and not ray.wait([actor.ready.remote() for actor in actors], timeout=START_SECONDS)[0]:
-        raise _no_room(resources, 1)
+    def _welcome(self, reference: Any) -> None:
+        actor = self._starting.pop(reference)
+        place = started(reference)
+        if isinstance(place, Place):
+            self.idle.append(_Hand(actor, place))
+        else:
+            self._lose(place, "")
 
+    def _settle(self, reference: Any, outcome: Returned | Raised | Gone) -> tuple[_Flight, Returned | Raised | Gone]:
+        flight = self.flying.pop(reference)
+        if isinstance(outcome, Gone):
+            outcome = Gone(outcome.error, f"{flight.hand.place}: {outcome.reason}", outcome.crashed)
+            dismiss([flight.hand.actor], [])
+            self._lose(outcome, f"unit {flight.unit}")
+        else:
+            self.idle.append(flight.hand)
+        if isinstance(outcome, Returned):
+            self._backoff.reset()
+        return flight, outcome
 
-def _await_all(actors: list[ActorHandle[Any]], resources: Resources) -> None:
-    ready = [actor.ready.remote() for actor in actors]
-    if len(ray.wait(ready, num_returns=len(ready), timeout=START_SECONDS)[0]) < len(ready):
-        raise _no_room(resources, len(actors))
+    def _lose(self, outcome: Gone, doing: str) -> None:
+        self._lost += 1
+        self._reason = outcome.reason
+        now = time.monotonic()
+        # Workers that are lost together count as one loss: their node took them along.
+        if now >= self._not_before:
+            self._not_before = now + self._backoff.wait()
+        self._emit(WorkerLost(self._stage, outcome.reason, self._lost, doing))
 
+    def _silent(self, now: float) -> list[tuple[_Flight, Returned | Raised | Gone]]:
+        """Tell what is in flight when nothing lands; ask those that take long whether they are there.
 
-def _no_room(resources: Resources, wanted: int) -> BusyError:
-    total = ray.cluster_resources()
-    return BusyError(
-        f"Ray started fewer than {wanted} workers of {resources.threads} CPUs and {resources.gpus:g} GPUs within "
-        f"{START_SECONDS:.0f} s; the cluster has {total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs",
-        "lower compute.threads, compute.rank_threads, compute.ranks or compute.gpus, or resume when it is free",
-    )
+        A stopped process keeps its connections, so nobody else would ever notice.
+        """
+        if self._reminder.due(now - self._progress):
+            named = [
+                f"{flight.unit} for {now - flight.since:.0f} s ({flight.hand.place})"
+                for flight in list(self.flying.values())[:_NAMED_AT_MOST]
+            ]
+            more = f" and {len(self.flying) - len(named)} more" if len(self.flying) > len(named) else ""
+            text = f"no unit ended for {now - self._progress:.0f} s; in flight: {', '.join(named) or 'none'}{more}"
+            self._emit(Note(self._stage, text))
+        due = {reference: flight for reference, flight in self.flying.items() if now - flight.asked >= ASK_SECONDS}
+        if not due:
+            return []
+        asked = {flight.hand.actor.alive.remote(): reference for reference, flight in due.items()}
+        for flight in due.values():
+            flight.asked = now
+        _, mute = ray.wait(list(asked), num_returns=len(asked), timeout=SILENT_SECONDS)
+        error = TimeoutError(f"did not answer for {SILENT_SECONDS:.0f} s")
+        return [self._settle(asked[question], Gone(error, str(error), crashed=True)) for question in mute]
 
-
-def _first_line(error: BaseException) -> str:
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {text}"[:200]
+    def dismiss(self) -> None:
+        """Kill them all."""
+        if self.flying:
+            let_finish([flight.hand.actor for flight in self.flying.values()])
+        hands = [*self.idle, *(flight.hand for flight in self.flying.values())]
+        dismiss([*self._starting.values(), *(hand.actor for hand in hands)], [hand.place for hand in hands])
+        self.idle, self.flying, self._starting = [], {}, {}

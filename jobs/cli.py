@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,11 +18,12 @@ from rich.table import Table
 from typer._click.exceptions import UsageError
 
 from jobs import manifest as manifests
-from schemas.errors import KilobasisError, ManifestError
+from schemas.errors import IntegrityError, KilobasisError, ManifestError
 from schemas.layouts import METRICS, REPORT
-from schemas.manifest import Manifest
+from schemas.manifest import Compute, Manifest
 
 if TYPE_CHECKING:
+    from cluster.storage.path import StoragePath
     from jobs.plan import Plan
     from pipeline.stage import Committed
 
@@ -36,6 +38,19 @@ app = typer.Typer(
 ManifestPath = Annotated[Path, typer.Argument(metavar="MANIFEST", help="The YAML file.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a field; may be given several times.")
+]
+Target = Annotated[str, typer.Argument(metavar="MANIFEST|ROOT", help="The YAML file, or a root's folder or URL.")]
+
+
+class Busy(StrEnum):
+    """What to do where another run leads a stage."""
+
+    FAIL = "fail"
+    WAIT = "wait"
+
+
+OnBusy = Annotated[
+    Busy, typer.Option("--on-busy", help="Where another run of this root is alive: fail (exit code 75), or wait.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -59,15 +74,15 @@ def plan(manifest: ManifestPath, set_: Overrides = None, json_: AsJson = False) 
 
 
 @app.command()
-def run(manifest: ManifestPath, set_: Overrides = None) -> None:
+def run(manifest: ManifestPath, set_: Overrides = None, on_busy: OnBusy = Busy.FAIL) -> None:
     """Run every stage that is not committed; run again to continue."""
-    _run(manifests.load(manifest, set_ or []), resume=False)
+    _run(manifests.load(manifest, set_ or []), resume=False, on_busy=on_busy)
 
 
 @app.command()
-def resume(manifest: ManifestPath, set_: Overrides = None) -> None:
+def resume(manifest: ManifestPath, set_: Overrides = None, on_busy: OnBusy = Busy.FAIL) -> None:
     """Continue a run; refuse if there is none, or if the manifest has changed since."""
-    _run(manifests.load(manifest, set_ or []), resume=True)
+    _run(manifests.load(manifest, set_ or []), resume=True, on_busy=on_busy)
 
 
 @app.command()
@@ -99,6 +114,90 @@ def status(manifest: ManifestPath, set_: Overrides = None, json_: AsJson = False
 
 
 @app.command()
+def verify(
+    target: Target,
+    set_: Overrides = None,
+    full: Annotated[bool, typer.Option("--full", help="Read every object again and compare its sha256.")] = False,
+) -> None:
+    """Check everything that was committed against its records; name every object that is absent or damaged."""
+    from jobs import repair as repairs
+    from jobs.plan import size
+
+    root = _root(target, set_)
+    wrong = repairs.require_root(root)
+    table = Table(title=f"{root}", title_justify="left")
+    for column in ("stage", "state", "units", "objects", "bytes", "problems"):
+        table.add_column(column, justify="left" if column in ("stage", "state") else "right")
+    lines = [f"{root}/ROOT.json: {wrong}"] if wrong else []
+    for found in repairs.verify(root, full):
+        state = "committed" if found.committed else "not committed"
+        figures = (f"{len(found.units):,}", f"{len(found.entries):,}", size(found.bytes), f"{len(found.findings)}")
+        table.add_row(f"{found.label} {found.path.name}", state, *figures)
+        lines += [str(finding) for finding in found.findings]
+    console = _console()
+    console.print(table)
+    for line in lines:
+        console.print(f"damaged: {line}", markup=False, highlight=False)
+    if lines:
+        raise IntegrityError(
+            f"{len(lines)} problems below {root}", "`kilobasis repair` deletes what is damaged, `resume` makes it again"
+        )
+    how = "every object was read and is what was committed" if full else "everything is there, at its size"
+    console.print(f"{how}{'' if full else '; --full reads it too'}", highlight=False)
+
+
+@app.command()
+def repair(target: Target, set_: Overrides = None) -> None:
+    """Delete what is damaged, so that `resume` makes it, and only it, again."""
+    from jobs import repair as repairs
+
+    console = _console()
+    units = deleted = 0
+    seconds = Compute().lease_seconds
+    for done in repairs.repair(_root(target, set_), seconds, lambda text: console.print(text, highlight=False)):
+        for key in done.deleted:
+            console.print(f"deleted: {done.path / key}", markup=False, highlight=False)
+        if done.units:
+            console.print(f"{done.label}: to be made again: {', '.join(done.units)}", markup=False, highlight=False)
+        deleted, units = deleted + len(done.deleted), units + len(done.units)
+    if not deleted:
+        console.print("nothing was damaged", highlight=False)
+        return
+    console.print(
+        f"{deleted} objects deleted, {units} units to be made again: continue with `kilobasis resume`", highlight=False
+    )
+
+
+@app.command()
+def gc(
+    target: Target,
+    set_: Overrides = None,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete them; otherwise they are only listed.")] = False,
+    days: Annotated[
+        float, typer.Option("--older-than", metavar="DAYS", min=0.0, help="Spare younger leftovers.")
+    ] = 7.0,
+) -> None:
+    """List (or delete) what no record refers to: leftovers of crashes, superseded checkpoints."""
+    from cluster.storage.create import remove
+    from jobs import repair as repairs
+    from jobs.plan import size
+
+    root = _root(target, set_)
+    if wrong := repairs.require_root(root):
+        raise IntegrityError(f"{root}/ROOT.json: {wrong}", "run `kilobasis repair` first")
+    console = _console()
+    count = total = 0
+    for each in repairs.garbage(root, days * 86400):
+        why = "superseded checkpoint" if each.superseded else "unreferenced"
+        console.print(f"{'deleted' if delete else why}: {each.path} ({size(each.size)})", markup=False, highlight=False)
+        count, total = count + 1, total + each.size
+        if delete:
+            remove(each.path)
+    verb = "deleted" if delete else "can go; --delete deletes them"
+    console.print(f"{count} objects, {size(total)}, {verb}" if count else "nothing to collect", highlight=False)
+
+
+@app.command()
 def report(manifest: ManifestPath, set_: Overrides = None, json_: AsJson = False) -> None:
     """Print where the reports are, and the final numbers."""
     _quiet()
@@ -126,11 +225,22 @@ def schema() -> None:
     print(json.dumps(Manifest.model_json_schema(), indent=1))
 
 
-def _run(parsed: Manifest, resume: bool) -> None:
+def _root(target: str, overrides: list[str] | None) -> StoragePath:
+    """The root that a manifest names, or the root itself."""
+    from cluster.storage.path import StoragePath
+
+    if target.endswith((".yaml", ".yml")):
+        return StoragePath.parse(manifests.load(Path(target), overrides or []).root)
+    if overrides:
+        raise ManifestError(f"--set was given, but {target} is no manifest", "name the manifest instead of its root")
+    return StoragePath.parse(target)
+
+
+def _run(parsed: Manifest, resume: bool, on_busy: Busy) -> None:
     _quiet()
     from jobs.runner import run as run_manifest
 
-    _print_results(parsed, run_manifest(parsed, resume), as_json=False)
+    _print_results(parsed, run_manifest(parsed, resume, wait=on_busy is Busy.WAIT), as_json=False)
 
 
 def _quiet() -> None:

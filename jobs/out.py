@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 from cluster.pool import Pool, Rank, Resources
 from cluster.storage.create import create_or_adopt
 from cluster.storage.path import StoragePath
-from jobs.state import StageFolder, TrainingLog, peak_memory, run_unit
+from jobs.log import TrainingLog
+from jobs.state import StageFolder, peak_memory, run_unit
 from pipeline.stage import Gang, Task
 from schemas.events import Event, StageStarted, UnitCommitted
 from schemas.manifest import Compute
@@ -26,10 +27,13 @@ class StageOut:
         pool: Who does the work.
         compute: The manifest's `compute`.
         emit: Who watches.
+        lease: Nonce of the lease under which checkpoints are written; empty without one.
     """
 
-    def __init__(self, folder: StageFolder, pool: Pool, compute: Compute, emit: Callable[[Event], None]) -> None:
-        self._folder, self._pool, self._compute, self._emit = folder, pool, compute, emit
+    def __init__(
+        self, folder: StageFolder, pool: Pool, compute: Compute, emit: Callable[[Event], None], lease: str = ""
+    ) -> None:
+        self._folder, self._pool, self._compute, self._emit, self._lease = folder, pool, compute, emit, lease
         self.records: dict[str, UnitRecord] = {}
         self.peak_memory = 0
 
@@ -58,8 +62,9 @@ class StageOut:
         open_tasks = [task for task in tasks if task.unit not in self.records]
         self.emit(StageStarted(self.stage, len(tasks) - len(open_tasks), len(tasks), str(self.path)))
         if open_tasks:
-            work = functools.partial(run_unit, fn, self.path)
-            for index, record in self._pool.map(work, open_tasks, resources, self.emit, self.stage):
+            work = functools.partial(run_unit, fn, self._folder)
+            finished = self._pool.map(work, open_tasks, resources, self.emit, self.stage, lambda task: task.unit)
+            for index, record in finished:
                 self.records[open_tasks[index].unit] = record
                 made = record.made
                 self.emit(UnitCommitted(self.stage, record.unit, made.rows, record.seconds, record.peak_memory))
@@ -67,7 +72,7 @@ class StageOut:
 
     def gang(self, fn: Callable[[T, StoragePath, Gang], Any], task: T, world_size: int, resources: Resources) -> Any:
         """Run a gang that keeps its checkpoints in the stage's folder."""
-        work = functools.partial(_run_rank, fn, task, self.path)
+        work = functools.partial(_run_rank, fn, task, self.path, self._lease)
         result, self.peak_memory = self._pool.gang(work, world_size, resources, self.emit, self.stage)
         return result
 
@@ -81,6 +86,8 @@ class StageOut:
         self._emit(event)
 
 
-def _run_rank(fn: Callable[[T, StoragePath, Gang], Any], task: T, path: StoragePath, rank: Rank) -> tuple[Any, int]:
-    gang = Gang(rank.rank, rank.world_size, rank.init_method, rank.emit, TrainingLog(path))
+def _run_rank(
+    fn: Callable[[T, StoragePath, Gang], Any], task: T, path: StoragePath, lease: str, rank: Rank
+) -> tuple[Any, int]:
+    gang = Gang(rank.rank, rank.world_size, rank.init_method, rank.emit, rank.beat, TrainingLog(path, lease))
     return fn(task, path, gang), peak_memory()

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from cluster.storage.objects import free_bytes
 from jobs.fingerprint import differences, fingerprint, spec
-from jobs.state import StageFolder, TrainingLog
+from jobs.log import TrainingLog
+from jobs.state import StageFolder
 from jobs.workspace import Workspace, label
 from pipeline.stage import Committed, Estimate, Params, Sources, Stage
 from pipeline.stages import STAGES

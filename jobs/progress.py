@@ -127,10 +127,8 @@ class Lines:
                 self._print(event.stage, f"{done + 1}/{total} units, {pace:,.0f} rows/s{eta}")
         elif isinstance(event, events.Progress) and (event.done >= event.total or self._due(event.stage)):
             self._print(event.stage, _dense(event))
-        elif isinstance(event, events.WorkerLost):
-            self._print(event.stage, f"lost a worker ({event.reason}), replacing it, number {event.attempt}")
-        elif isinstance(event, events.Note):
-            self._print(event.stage, event.text)
+        elif isinstance(event, _TROUBLE):
+            self._print(event.stage, _trouble(event))
         elif isinstance(event, events.StageCommitted):
             self._print(event.stage, _closing(event))
 
@@ -187,9 +185,8 @@ class Bars:
             else:
                 task = self._tasks[event.stage]
                 bar.update(task, completed=bar.tasks[task].total, detail=_closing(event))
-        elif isinstance(event, (events.WorkerLost, events.Note)):
-            text = event.text if isinstance(event, events.Note) else f"lost a worker ({event.reason}), replacing it"
-            bar.console.print(f"{event.stage}: {text}", markup=False, highlight=False)
+        elif isinstance(event, _TROUBLE):
+            bar.console.print(f"{event.stage}: {_trouble(event)}", markup=False, highlight=False)
 
     def close(self) -> None:
         """Leave the last state on the screen."""
@@ -207,6 +204,20 @@ def _dense(event: events.Progress, brief: bool = False) -> str:
     pace = event.scalars.get("tokens_per_second", 0.0)
     eta = f", {(event.total - event.done) / pace:.0f} s left" if pace and event.done < event.total else ""
     return f"step {event.step}, {event.done:,}/{event.total:,} tokens, " + ", ".join(shown) + eta
+
+
+_TROUBLE = (events.WorkerLost, events.UnitFailed, events.UnitQuarantined, events.Note)
+
+
+def _trouble(event: events.WorkerLost | events.UnitFailed | events.UnitQuarantined | events.Note) -> str:
+    if isinstance(event, events.WorkerLost):
+        had = f" with {event.doing}" if event.doing else ""
+        return f"lost a worker{had} ({event.reason}), replacing it, number {event.attempt}"
+    if isinstance(event, events.UnitFailed):
+        return f"unit {event.unit} failed ({event.reason}), attempt {event.attempt} of {event.attempts}"
+    if isinstance(event, events.UnitQuarantined):
+        return f"unit {event.unit} is quarantined ({event.reason}); the others go on, then the stage fails"
+    return event.text
 
 
 def _closing(event: events.StageCommitted) -> str:

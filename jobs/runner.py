@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import _thread
+import functools
 import json
 import os
 import signal
@@ -14,24 +16,27 @@ from typing import Any
 
 from cluster.pool import InlinePool, Pool
 from cluster.storage.create import create
+from jobs import lease as leases
 from jobs import plan as planning
 from jobs.fingerprint import fingerprint, spec
 from jobs.out import StageOut
 from jobs.progress import Watchers
 from jobs.sources import survey
+from jobs.state import StageFolder
 from jobs.workspace import PROCESS, Workspace, label
 from pipeline.stage import Committed, Sources
-from schemas.errors import InterruptedRunError
-from schemas.events import Event, StageCommitted, StageStarted
+from schemas.errors import FencedError, InterruptedRunError
+from schemas.events import Event, Note, StageCommitted, StageStarted
 from schemas.manifest import Compute, Manifest
 
 
-def run(manifest: Manifest, resume: bool = False) -> dict[str, Committed]:
+def run(manifest: Manifest, resume: bool = False, wait: bool = False) -> dict[str, Committed]:
     """Run everything that is not committed.
 
     Args:
         manifest: What to run.
         resume: Refuse to start anything new.
+        wait: Wait where another run leads a stage, instead of refusing.
 
     Returns:
         Every stage, by label.
@@ -45,15 +50,22 @@ def run(manifest: Manifest, resume: bool = False) -> dict[str, Committed]:
     sources = survey(manifest)
     planned = planning.make(manifest, workspace, sources)
     planning.refuse(planned, manifest, workspace)
-    workspace.claim()
+    workspace.claim(manifest.compute.single_writer)
     folder = workspace.new_run()
     create(folder / PROCESS, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
-    with _interruptible(), Watchers(folder) as emit, ExitStack() as stack:
-        return _run_stages(manifest, workspace, planned.sources, emit, _LazyPool(manifest.compute, stack))
+    with _interruptible() as stop, Watchers(folder) as emit, ExitStack() as stack:
+        pool = _LazyPool(manifest.compute, stack)
+        return _run_stages(manifest, workspace, planned.sources, emit, pool, wait, stop)
 
 
 def _run_stages(
-    manifest: Manifest, workspace: Workspace, sources: Sources, emit: Callable[[Event], None], pool: _LazyPool
+    manifest: Manifest,
+    workspace: Workspace,
+    sources: Sources,
+    emit: Callable[[Event], None],
+    pool: _LazyPool,
+    wait: bool,
+    stop: Callable[[str, str], None],
 ) -> dict[str, Committed]:
     done: dict[str, Committed] = {}
     for stage, dictionary in planning.instances(manifest):
@@ -64,23 +76,57 @@ def _run_stages(
         digests = {need: committed.record.digest for need, committed in inputs.items()}
         specification = spec(stage, params, digests)
         folder = workspace.folder(stage, dictionary, fingerprint(specification))
-        committed = folder.committed()
-        if committed is not None:
-            emit(StageCommitted(name, 0.0, committed.record.digest, str(folder.path), skipped=True))
-        else:
+        committed = _whole(folder, emit)
+        if committed is None:
             folder.claim(specification)
-            began = time.monotonic()
-            emit(StageStarted(name, 0, 1, str(folder.path)))
-            out = StageOut(folder, pool.open(), manifest.compute, emit)
-            outputs = stage.run(inputs, params, out)
-            committed = folder.commit(outputs, out.records, digests, time.monotonic() - began, max(out.peak_memory, 0))
-            emit(StageCommitted(name, time.monotonic() - began, committed.record.digest, str(folder.path)))
+            tell = functools.partial(_tell, emit, name)
+            finished = functools.partial(_is_whole, folder)
+            lease = leases.take(
+                folder.path, name, manifest.compute.lease_seconds, wait, tell, functools.partial(stop, name), finished
+            )
+            if lease is not None:
+                with lease:
+                    began = time.monotonic()
+                    emit(StageStarted(name, 0, 1, str(folder.path)))
+                    out = StageOut(folder, pool.open(), manifest.compute, emit, lease.record.nonce)
+                    outputs = stage.run(inputs, params, out)
+                    seconds = time.monotonic() - began
+                    peak = max(out.peak_memory, 0)
+                    committed = folder.commit(outputs, out.records, digests, seconds, peak, lease.read_log())
+                    emit(StageCommitted(name, seconds, committed.record.digest, str(folder.path)))
+            else:
+                committed = folder.committed()
+        else:
+            emit(StageCommitted(name, 0.0, committed.record.digest, str(folder.path), skipped=True))
+        assert committed is not None, f"{name} was committed by another run, and then was not"
         done[name] = committed
         if stage.name == "tokenize":
             # Only now the number of rows is known, so what was planned from an estimate is checked again.
             sources = planning.refine(sources, committed)
             planning.refuse(planning.make(manifest, workspace, sources), manifest, workspace)
     return done
+
+
+def _whole(folder: StageFolder, emit: Callable[[Event], None]) -> Committed | None:
+    """The stage, if it is committed and has everything that its record names."""
+    committed = folder.committed()
+    if committed is None:
+        return None
+    missing = folder.missing(committed)
+    if not missing:
+        return committed
+    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    emit(Note(folder.label, f"committed, but {', '.join(missing[:3])}{more} are missing: they are made again"))
+    return None
+
+
+def _is_whole(folder: StageFolder) -> bool:
+    committed = folder.committed()
+    return committed is not None and not folder.missing(committed)
+
+
+def _tell(emit: Callable[[Event], None], stage: str, text: str) -> None:
+    emit(Note(stage, text))
 
 
 class _LazyPool:
@@ -108,41 +154,72 @@ class _LazyPool:
         from cluster.ray_pool import RayPool
 
         # Ray has put in handlers of its own, which abort the process.
-        if threading.current_thread() is threading.main_thread():
-            _arm()
+        if _stopper is not None:
+            _stopper.arm()
         return RayPool(compute.workers, compute.retries)
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-
-def _stop(number: int, _frame: Any) -> None:
-    # Only the first counts: a second one must not break off the clearing up.
-    for each in _SIGNALS:
-        signal.signal(each, signal.SIG_IGN)
-    raise InterruptedRunError(
-        f"stopped by {signal.Signals(number).name}; everything committed is kept", "continue with `kilobasis resume`"
-    )
+# A main thread that does not end after so long is ended.
+LAST_SECONDS = 30.0
 
 
-def _arm() -> None:
-    for number in _SIGNALS:
-        signal.signal(number, _stop)
+class _Stopper:
+    """Turns signals, and the loss of a lease, into an error in the main thread."""
+
+    def __init__(self) -> None:
+        self._lost: tuple[str, str] | None = None
+        self._ended = threading.Event()
+
+    def signalled(self, number: int, _frame: Any) -> None:
+        # Only the first counts: a second one must not break off the clearing up.
+        for each in _SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
+        if self._lost is not None:
+            stage, why = self._lost
+            raise FencedError(f"{stage}: the lease was lost: {why}", "look with `kilobasis status`, resume if need be")
+        raise InterruptedRunError(
+            f"stopped by {signal.Signals(number).name}; everything committed is kept",
+            "continue with `kilobasis resume`",
+        )
+
+    def lost(self, stage: str, why: str) -> None:
+        """Called from the lease's thread."""
+        self._lost = stage, why
+        _thread.interrupt_main(signal.SIGTERM)
+        if not self._ended.wait(LAST_SECONDS):
+            os._exit(FencedError.exit_code)
+
+    def arm(self) -> None:
+        for number in _SIGNALS:
+            signal.signal(number, self.signalled)
+
+    def end(self) -> None:
+        self._ended.set()
+
+
+_stopper: _Stopper | None = None
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def _interruptible() -> Iterator[Callable[[str, str], None]]:
     """Turn SIGTERM and SIGINT into an error that unwinds, so that workers are stopped and logs closed.
 
-    Only in the main thread, where Python allows it.
+    Only in the main thread, where Python allows it. Yields what to call when a lease is lost.
     """
+    global _stopper
+    stopper = _Stopper()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield stopper.lost
         return
     before = {number: signal.getsignal(number) for number in _SIGNALS}
-    _arm()
+    stopper.arm()
+    _stopper = stopper
     try:
-        yield
+        yield stopper.lost
     finally:
+        _stopper = None
+        stopper.end()
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -16,13 +16,14 @@ from importlib.metadata import version
 from typing import Any, TypeVar
 
 from cluster.storage.create import create, create_or_adopt
-from cluster.storage.objects import names, read_bytes, read_recorded
+from cluster.storage.objects import names, read_text_object, size
 from cluster.storage.path import StoragePath
+from jobs.log import SlotLog
 from pipeline.stage import Committed, Task
 from schemas.errors import IntegrityError
-from schemas.layouts import CHECKPOINTS, COMMITTED, LOG, SPEC, UNITS, slot_key, unit_key
+from schemas.layouts import COMMITTED, SPEC, UNITS, unit_key
 from schemas.records import (
-    CheckpointRecord,
+    REPAIR,
     ObjectEntry,
     Outputs,
     StageRecord,
@@ -57,9 +58,9 @@ class StageFolder:
         if body is None:
             return None
         record = parse_record(StageRecord, body, str(self.path / COMMITTED))
-        if record.fingerprint != self.fingerprint:
+        if (record.stage, record.fingerprint) != (self.label, self.fingerprint):
             raise IntegrityError(
-                f"{self.path / COMMITTED} belongs to fingerprint {record.fingerprint[:16]}", "restore the folder"
+                f"{self.path / COMMITTED} belongs to {record.stage} of fingerprint {record.fingerprint[:16]}", REPAIR
             )
         return Committed(self.path, record)
 
@@ -70,9 +71,11 @@ class StageFolder:
     def unit(self, name: str) -> UnitRecord:
         """A committed unit's record."""
         where = self.path / unit_key(name)
-        record = parse_record(UnitRecord, read_bytes(where), str(where))
-        if record.unit != name:
-            raise IntegrityError(f"{where} is the record of unit {record.unit!r}", "restore the file from a copy")
+        record = parse_record(UnitRecord, read_text_object(where), str(where))
+        if (record.unit, record.fingerprint) != (name, self.fingerprint):
+            raise IntegrityError(
+                f"{where} is the record of unit {record.unit!r} of fingerprint {record.fingerprint[:16]}", REPAIR
+            )
         return record
 
     def commit(
@@ -82,8 +85,9 @@ class StageFolder:
         inputs: Mapping[str, str],
         seconds: float,
         peak_memory: int,
+        log: SlotLog | None = None,
     ) -> Committed:
-        """Commit the stage.
+        """Commit the stage, whose log is as it was read last.
 
         Raises:
             IntegrityError: it is committed already, with another content.
@@ -97,6 +101,8 @@ class StageFolder:
             rows=sum(unit.made.rows for unit in units.values()),
             seconds=seconds,
             peak_memory=max([peak_memory, *(unit.peak_memory for unit in units.values())]),
+            slots=len(log.slots) if log else 0,
+            tip=log.tip if log else "",
             environment=environment(),
         )
         if create(self.path / COMMITTED, record.body()):
@@ -109,82 +115,35 @@ class StageFolder:
             )
         return there
 
+    def missing(self, committed: Committed) -> list[str]:
+        """What a committed stage should have and has not: records of units, and objects of its own."""
+        absent = [] if SPEC in names(self.path) else [SPEC]
+        absent += [unit_key(name) for name in sorted(set(committed.record.units) - set(self.units()))]
+        return absent + [entry.key for entry in committed.record.outputs.objects if not _is_there(self.path, entry)]
 
-def run_unit(fn: Callable[[T, StoragePath], Unit], path: StoragePath, task: T) -> UnitRecord:
+
+def run_unit(fn: Callable[[T, StoragePath], Unit], folder: StageFolder, task: T) -> UnitRecord:
     """In a worker: make a unit and commit it. Whoever commits first wins; both made the same.
 
     Raises:
         IntegrityError: the other one made something else.
     """
     began = time.monotonic()
-    made = fn(task, path)
-    record = UnitRecord(unit=task.unit, made=made, seconds=time.monotonic() - began, peak_memory=peak_memory())
-    where = path / unit_key(task.unit)
+    made = fn(task, folder.path)
+    record = UnitRecord(
+        fingerprint=folder.fingerprint,
+        unit=task.unit,
+        made=made,
+        seconds=time.monotonic() - began,
+        peak_memory=peak_memory(),
+    )
+    where = folder.path / unit_key(task.unit)
     if create(where, record.body()):
         return record
-    there = parse_record(UnitRecord, read_bytes(where), str(where))
+    there = folder.unit(task.unit)
     if there.digest != record.digest:
         raise IntegrityError(f"{where} was committed by another run with another content", "compare the runs")
     return there
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingLog:
-    """See `pipeline.stage.Checkpoints`. Slots are numbered, contiguous and created once."""
-
-    path: StoragePath
-
-    def _slots(self) -> list[int]:
-        return [int(name.removesuffix(".json")) for name in names(self.path / LOG) if name.endswith(".json")]
-
-    def latest(self) -> CheckpointRecord | None:
-        """The newest checkpoint.
-
-        Raises:
-            IntegrityError: a slot is missing.
-        """
-        slots = self._slots()
-        if slots != list(range(len(slots))):
-            raise IntegrityError(f"{self.path / LOG} has slots {slots[:8]}, one is missing", "restore it from a copy")
-        return self.slot(slots[-1]) if slots else None
-
-    def slot(self, number: int) -> CheckpointRecord:
-        """One slot's record."""
-        where = self.path / slot_key(number)
-        return parse_record(CheckpointRecord, read_bytes(where), str(where))
-
-    def read(self, entry: ObjectEntry) -> bytes:
-        """An object of a checkpoint.
-
-        Raises:
-            IntegrityError: it is absent or not what was committed.
-        """
-        return read_recorded(self.path, entry)
-
-    def commit(self, step: int, bodies: Mapping[str, bytes], facts: dict[str, Any]) -> CheckpointRecord:
-        """Write a checkpoint.
-
-        Raises:
-            IntegrityError: somebody else took the slot.
-        """
-        slots = self._slots()
-        number = len(slots)
-        # A name of its own for every attempt: a crash before the record leaves bytes that nobody refers to.
-        record = CheckpointRecord(
-            slot=number, parent=number - 1 if number else None, step=step, objects=(), facts=facts
-        )
-        folder = f"{CHECKPOINTS}/{step:09d}-{record.nonce[:8]}"
-        entries = []
-        for name, body in bodies.items():
-            entry = ObjectEntry.of(f"{folder}/{name}", body)
-            create_or_adopt(self.path / entry.key, body)
-            entries.append(entry)
-        record = record.model_copy(update={"objects": tuple(entries)})
-        if not create(self.path / slot_key(number), record.body()):
-            raise IntegrityError(
-                f"{self.path / slot_key(number)} was taken by another trainer", "run only one at a time"
-            )
-        return record
 
 
 def peak_memory() -> int:
@@ -200,8 +159,15 @@ def environment() -> dict[str, str]:
     return {"python": platform.python_version(), "machine": platform.machine(), **found}
 
 
+def _is_there(folder: StoragePath, entry: ObjectEntry) -> bool:
+    try:
+        return size(folder / entry.key) == entry.size
+    except FileNotFoundError:
+        return False
+
+
 def _read(path: StoragePath) -> bytes | None:
     try:
-        return read_bytes(path)
+        return read_text_object(path)
     except FileNotFoundError:
         return None

@@ -11,7 +11,8 @@ from typing import Any
 
 from cluster.storage.objects import names, read_bytes, read_json
 from cluster.storage.path import StoragePath
-from jobs.state import StageFolder, TrainingLog
+from jobs.log import TrainingLog
+from jobs.state import StageFolder
 from jobs.workspace import PROCESS
 from schemas.errors import ManifestError
 from schemas.layouts import COMMITTED, RUNS

@@ -11,8 +11,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from cluster.storage.create import create
-from cluster.storage.objects import names, read_json, require_writable
+from cluster.storage.objects import names, read_json, read_text_object, require_writable
 from cluster.storage.path import StoragePath
+from cluster.storage.probe import require_trusted
 from jobs.fingerprint import differences
 from jobs.manifest import canonical
 from jobs.state import StageFolder
@@ -20,11 +21,11 @@ from pipeline.stage import Stage
 from schemas.errors import KilobasisError, ManifestChangedError, ManifestError
 from schemas.layouts import RUNS, SPEC
 from schemas.manifest import Dictionary, Manifest
+from schemas.records import RootRecord, parse_record
 
 OWNER = "ROOT.json"
 MANIFEST = "manifest.json"
 PROCESS = "process.json"
-FORMAT = 1
 
 
 @contextmanager
@@ -77,8 +78,7 @@ class Workspace:
                 f"root {self.root} holds other files ({', '.join(present[:4])}) and is no Kilobasis root",
                 "choose an empty or a new folder",
             )
-        owner = read_json(self.root / OWNER)
-        name = owner.get("name") if isinstance(owner, dict) else None
+        name = owner_of(self.root).name
         if name != self.manifest.name:
             last = self.last_manifest()
             changes = (
@@ -89,11 +89,16 @@ class Workspace:
                 "choose another root",
             )
 
-    def claim(self) -> None:
-        """Make the root ours."""
-        body = json.dumps({"format": FORMAT, "name": self.manifest.name, "nonce": uuid.uuid4().hex}).encode()
-        create(self.root / OWNER, body)
-        self._require_ours()
+    def claim(self, single_writer: bool = False) -> None:
+        """Make the root ours, once its store has shown that it creates only where nothing is.
+
+        Raises:
+            ManifestError: the store cannot be trusted, or the root belongs to another manifest.
+        """
+        with reaching(f"root {self.root}", self.root):
+            creates = require_trusted(self.root, single_writer)
+            create(self.root / OWNER, RootRecord(name=self.manifest.name, creates=creates).body())
+            self._require_ours()
 
     def runs(self) -> list[str]:
         """Ids of all runs, oldest first."""
@@ -153,6 +158,16 @@ class Workspace:
                 yield read_json(base / name / SPEC)
             except FileNotFoundError:
                 continue
+
+
+def owner_of(root: StoragePath) -> RootRecord:
+    """Whose a root is.
+
+    Raises:
+        FileNotFoundError: it is nobody's.
+        IntegrityError: the record is damaged.
+    """
+    return parse_record(RootRecord, read_text_object(root / OWNER), str(root / OWNER))
 
 
 def label(stage: Stage, dictionary: Dictionary | None) -> str:

@@ -25,7 +25,7 @@ from cluster.storage.path import StoragePath
 from cluster.storage.zarr_store import metadata
 from pipeline.activations.layout import StoreLayout
 from pipeline.activations.order import choose_geometry
-from pipeline.activations.write import read_back, write_unit
+from pipeline.activations.write import ROUNDING, read_back, write_unit
 from pipeline.sources import models
 from pipeline.sources.hooks import capture
 from pipeline.sources.sequences import Piece, TokenSequence, batches, overlapping, padded, pieces, read
@@ -33,15 +33,12 @@ from pipeline.stage import Committed, Estimate, Out, Params, Sources, Task
 from pipeline.tokenize import parquet_body
 from schemas.errors import IntegrityError, StageFailedError
 from schemas.events import Note
-from schemas.layouts import STORE, STORE_OBJECTS, array_name, shard_key
+from schemas.layouts import STORE, STORE_HASHES, STORE_OBJECTS, array_name, shard_key
 from schemas.manifest import Dictionary, Manifest, Model
 from schemas.records import Outputs, Unit
+from schemas.tables import STORE_HASHES as STORE_HASHES_SCHEMA
 
 CANARY_SEQUENCES = 2
-
-# Largest relative difference between a stored row and a plain forward pass: rounding of the forward
-# pass in another batch shape, plus rounding to the store's type.
-_ROUNDING = {"float32": 2e-4, "float16": 2e-3, "bfloat16": 1.6e-2}
 
 # Measured: a worker that has imported torch, transformers, zarr and pyarrow.
 WORKER_MEMORY = 750 * 2**20
@@ -167,12 +164,18 @@ def run(inputs: Mapping[str, Committed], params: HarvestParams, out: Out) -> Out
         raise IntegrityError(f"harvest made {rows} rows, expected {layout.rows}", "delete the harvest's folder")
     entries = [entry for unit in sorted(records) for entry in records[unit].made.objects] + described
     listing = out.write(STORE_OBJECTS, parquet_body(pa.Table.from_pylist([entry.model_dump() for entry in entries])))
+    chunks = [
+        {"unit": int(unit), "hook_point": hook_point, "sums": [int(each, 16) for each in sums]}
+        for unit in sorted(records)
+        for hook_point, sums in sorted(records[unit].made.facts["chunks"].items())
+    ]
+    hashed = out.write(STORE_HASHES, parquet_body(pa.Table.from_pylist(chunks, STORE_HASHES_SCHEMA)))
     hashes = {
         hook_point: sum(int(record.made.facts["hashes"][hook_point], 16) for record in records.values()) % 2**64
         for hook_point in layout.widths
     }
     return Outputs(
-        objects=(*described, listing),
+        objects=(*described, listing, hashed),
         facts={
             "layout": layout.model_dump(mode="json"),
             "hashes": {hook_point: f"{value:016x}" for hook_point, value in hashes.items()},
@@ -245,7 +248,7 @@ def compare_plainly(
     """
     _, end = layout.geometry.span(0)
     chosen = sequences[:: max(1, len(sequences) // CANARY_SEQUENCES)][:CANARY_SEQUENCES]
-    tolerance = max(_ROUNDING[layout.dtype], _ROUNDING[settings.model_dtype])
+    tolerance = max(ROUNDING[layout.dtype], ROUNDING[settings.model_dtype])
     worst: dict[str, Any] = {}
     for hook_point in layout.widths:
         name = array_name(hook_point)

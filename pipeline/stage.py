@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from cluster.pool import Resources
+from cluster.pool import Phase, Resources
 from cluster.storage.path import StoragePath
 from schemas.events import Event
 from schemas.manifest import Compute, Dictionary, Manifest, Model
@@ -121,12 +121,13 @@ class Checkpoints(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Gang:
-    """What one rank of a gang is told."""
+    """What one rank of a gang is told, and whom it tells. `beat` is that of `cluster.pool.Rank`."""
 
     rank: int
     world_size: int
     init_method: str
     emit: Callable[[Event], None]
+    beat: Callable[[int, Phase], None]
     checkpoints: Checkpoints
 
 

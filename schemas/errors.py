@@ -63,6 +63,18 @@ class NonFiniteError(StageFailedError, ArithmeticError):
     """Activations or a loss became NaN or infinite."""
 
 
+class FencedError(KilobasisError):
+    """Another run has taken over what this one was doing; nothing more may be written here."""
+
+    exit_code: ClassVar[int] = 70
+
+
+class StorageError(KilobasisError):
+    """A store did not answer, refused, or has no room. What is committed stays; resume once it is mended."""
+
+    exit_code: ClassVar[int] = 75
+
+
 class BusyError(KilobasisError):
     """A resource is held by somebody else or is not there for the moment; trying again later can work."""
 

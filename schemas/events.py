@@ -48,11 +48,36 @@ class CheckpointCommitted:
 
 @dataclass(frozen=True, slots=True)
 class WorkerLost:
-    """A worker died and is being replaced."""
+    """A worker or a rank is gone, through no fault of its work, and is being replaced.
+
+    `attempt` counts those that the stage has lost; `doing` is the unit or the rank that the worker had.
+    """
 
     stage: str
     reason: str
     attempt: int
+    doing: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class UnitFailed:
+    """A unit raised by itself, in attempt `attempt` of `attempts`."""
+
+    stage: str
+    unit: str
+    reason: str
+    attempt: int
+    attempts: int
+    traceback: str
+
+
+@dataclass(frozen=True, slots=True)
+class UnitQuarantined:
+    """A unit is not tried again. The others go on; the stage will fail."""
+
+    stage: str
+    unit: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,4 +99,14 @@ class Note:
     text: str
 
 
-Event = StageStarted | UnitCommitted | Progress | CheckpointCommitted | WorkerLost | StageCommitted | Note
+Event = (
+    StageStarted
+    | UnitCommitted
+    | UnitFailed
+    | UnitQuarantined
+    | Progress
+    | CheckpointCommitted
+    | WorkerLost
+    | StageCommitted
+    | Note
+)

@@ -7,7 +7,8 @@ index.parquet                            rows of every row group, in corpus orde
 <root>/harvest/<fp16>/
 activations.zarr/                        a plain Zarr v3 group
 <root>/dictionaries/<name>/<stage>/<fp16>/   train, evaluate, catalog, export
-log/  checkpoints/                       train only
+log/  beats/                             leases and checkpoints, and signs of life (also of the stages above)
+checkpoints/                             train only
 <root>/runs/<run>/                           manifest and events of every run
 """
 
@@ -17,11 +18,13 @@ SPEC = "SPEC.json"
 COMMITTED = "COMMITTED.json"
 UNITS = "units"
 LOG = "log"
+BEATS = "beats"
 CHECKPOINTS = "checkpoints"
 RUNS = "runs"
 
 TOKEN_INDEX = "index.parquet"
 STORE_OBJECTS = "objects.parquet"
+STORE_HASHES = "hashes.parquet"
 STORE = "activations.zarr"
 ROW, TOKEN, POSITION = "row", "token", "position"
 
@@ -40,8 +43,13 @@ def unit_key(unit: str) -> str:
 
 
 def slot_key(slot: int) -> str:
-    """Key of a training log's slot."""
+    """Key of a slot of a stage's log."""
     return f"{LOG}/{slot:06d}.json"
+
+
+def beat_key(epoch: int, nonce: str) -> str:
+    """Key of the heartbeat of a lease's owner."""
+    return f"{BEATS}/{epoch:06d}-{nonce[:8]}.json"
 
 
 def array_name(hook_point: str) -> str:

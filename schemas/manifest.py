@@ -272,9 +272,25 @@ class Compute(_Section):
     memory: Bytes | None = Field(
         default=None, description="Memory that the run may take; that of the machine if left out."
     )
-    retries: int = Field(default=3, ge=0, le=2**20, description="Times that a stage's dead workers are replaced.")
+    attempts: int = Field(
+        default=3,
+        ge=1,
+        le=2**20,
+        description="Times that a unit which fails by itself is tried. Lost workers are replaced without end.",
+    )
     checkpoint_seconds: float = Field(default=30.0, gt=0.0, description="Time between training checkpoints.")
+    lease_seconds: float = Field(
+        default=90.0, ge=1.0, description="Silence after which a run counts as dead and another one may take over."
+    )
+    single_writer: bool = Field(
+        default=False, description="Vouch that no two runs write below this root at once; for stores that overwrite."
+    )
     deterministic: bool = Field(default=True, description="Use only kernels that give the same bits every time.")
+
+    @property
+    def retries(self) -> int:
+        """Until the runner says `attempts`."""
+        return self.attempts
 
     @field_validator("address")
     @classmethod

@@ -68,3 +68,6 @@ CURVES = pa.schema(
         ),
     ]
 )
+
+# One line for each unit and hook point of a harvest: the hash sum of every chunk's rows.
+STORE_HASHES = pa.schema([("unit", pa.int64()), ("hook_point", pa.string()), ("sums", pa.list_(pa.uint64()))])

@@ -16,7 +16,7 @@ from jobs import manifest as manifests
 from jobs import plan as planning
 from jobs.sources import survey
 from jobs.workspace import Workspace
-from schemas.records import StageRecord
+from schemas.records import StageRecord, parse_record
 from tests.support import runs
 
 QUICKSTART = runs.ROOT / "jobs" / "manifests" / "quickstart.yaml"
@@ -42,7 +42,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stage_reached(root: Path) -> str:
     """What a kill hit: the stage that was not committed yet."""
-    committed = {StageRecord.model_validate_json(path.read_bytes()).stage for path in root.rglob("COMMITTED.json")}
+    committed = {parse_record(StageRecord, path.read_bytes(), "here").stage for path in root.rglob("COMMITTED.json")}
     order = ["tokenize", "harvest", "train/resid", "evaluate/resid", "catalog/resid", "export/resid"]
     return next((stage for stage in order if stage not in committed), "nothing left")
 
@@ -99,5 +99,5 @@ def test_quickstart_reaches_its_marks_within_its_memory(undisturbed: Path) -> No
     planned = planning.make(parsed, Workspace.of(parsed), survey(parsed))
     figures = {each.label: each.estimate.memory for each in planned.stages}
     for record_path in undisturbed.rglob("COMMITTED.json"):
-        record = StageRecord.model_validate_json(record_path.read_bytes())
+        record = parse_record(StageRecord, record_path.read_bytes(), "here")
         assert record.peak_memory <= figures[record.stage], record.stage

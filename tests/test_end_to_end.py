@@ -15,7 +15,7 @@ from jobs import manifest as manifests
 from jobs import plan as planning
 from jobs.sources import survey
 from jobs.workspace import Workspace
-from schemas.records import StageRecord
+from schemas.records import StageRecord, parse_record
 from tests.support import runs
 from tests.support.fixtures import make_corpus, manifest_tree, write_manifest
 
@@ -222,7 +222,7 @@ def test_memory_stays_below_what_the_plan_printed(undisturbed: Path, tree: dict[
     planned = planning.make(parsed, Workspace.of(parsed), survey(parsed))
     figures = {each.label: each.estimate.memory for each in planned.stages}
     for path in undisturbed.rglob("COMMITTED.json"):
-        record = StageRecord.model_validate_json(path.read_bytes())
+        record = parse_record(StageRecord, path.read_bytes(), "here")
         assert record.peak_memory <= figures[record.stage], record.stage
         if not record.stage.startswith("export"):
             assert record.peak_memory > 100 * 2**20, f"{record.stage} measured nothing"

@@ -18,7 +18,13 @@ BELOW = {
 
 # Libraries that only these files may import.
 OWNERS = {
-    "ray": {"cluster/ray_pool.py", "cluster/ray_cluster.py", "jobs/submit.py"},
+    "ray": {
+        "cluster/ray_cluster.py",
+        "cluster/ray_gang.py",
+        "cluster/ray_pool.py",
+        "cluster/ray_worker.py",
+        "jobs/submit.py",
+    },
     "deepspeed": {"pipeline/dictionary/parallel.py"},
     "fsspec": {"cluster/storage/objects.py"},
     "zarr": {"cluster/storage/zarr_store.py", "pipeline/activations/read.py"},

@@ -1,6 +1,7 @@
 """Reading whole objects, ranges and listings. Nothing here writes: see `create`.
 
-Listing caches are off everywhere: a stale listing would hide what another worker has just committed.
+Listing caches are off everywhere: a stale listing would hide what another worker has just committed. Every
+request to a remote store goes through `attempts`.
 """
 
 from __future__ import annotations
@@ -12,28 +13,57 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, BinaryIO, cast
 
 import fsspec
+from fsspec.asyn import sync
 
+from cluster.storage.attempts import attempt
 from cluster.storage.path import StoragePath
 from schemas.errors import IntegrityError, ManifestError
-from schemas.records import ObjectEntry, sha256
+from schemas.records import REPAIR, ObjectEntry, sha256
+
+# A request may take so long, and its bytes so much longer at the slowest pace that is worth waiting for.
+REQUEST_SECONDS = 60.0
+SLOWEST_BYTES_PER_SECOND = 2**20
+# More than the record of a stage with a million units; nothing that is JSON here is larger.
+LARGEST_JSON = 256 * 2**20
+# A committed object that a store denies to have is asked for again: some do so for a moment.
+SECOND_LOOKS = 3
+
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "file": {"auto_mkdir": True},
+    "s3": {
+        "config_kwargs": {
+            "connect_timeout": 10,
+            "read_timeout": REQUEST_SECONDS,
+            "max_pool_connections": 32,
+            # Attempts are counted in one place only.
+            "retries": {"mode": "standard", "total_max_attempts": 1},
+        }
+    },
+}
 
 
 @functools.lru_cache(maxsize=64)
 def _filesystem(scheme: str, _pid: int) -> fsspec.AbstractFileSystem:
     # The process id is part of the key because most remote file systems own a thread that does not
     # survive a fork.
+    options = dict(_OPTIONS.get(scheme, {}))
+    if scheme != "file":
+        options |= {"use_listings_cache": False, "skip_instance_cache": scheme != "memory"}
     try:
-        if scheme == "file":
-            return fsspec.filesystem("file", auto_mkdir=True)
-        return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=scheme != "memory")
+        made = fsspec.filesystem(scheme, **options)
     except (ImportError, ValueError) as error:
         raise ManifestError(
             f"URLs with {scheme}:// cannot be opened: {error}",
             "install the package that it names, for example with pip install 'kilobasis[s3]'",
         ) from error
+    if scheme == "s3":
+        made.retries = 1
+    return made
 
 
 def filesystem(path: StoragePath) -> fsspec.AbstractFileSystem:
@@ -41,13 +71,48 @@ def filesystem(path: StoragePath) -> fsspec.AbstractFileSystem:
     return _filesystem(path.scheme, os.getpid())
 
 
+def forget() -> None:
+    """Make every client anew at its next use: its credentials may have expired."""
+    _filesystem.cache_clear()
+
+
+def request(path: StoragePath, verb: str, method: str, *args: Any, size: int = 0, **options: Any) -> Any:
+    """One request to the store that serves `path`, tried again while its failure may pass.
+
+    Args:
+        path: What it is about.
+        verb: What it does, for messages.
+        method: Name of the fsspec method.
+        args: Its arguments.
+        size: Bytes that it moves, for the deadline.
+        options: Its keyword arguments.
+
+    Raises:
+        FileNotFoundError, FileExistsError: the store's answer.
+        StorageError: see `attempts.attempt`.
+    """
+    return attempt(path, verb, lambda: once(path, method, *args, size=size, **options), forget)
+
+
+def once(path: StoragePath, method: str, *args: Any, size: int = 0, **options: Any) -> Any:
+    """One request, with a deadline of its own, not tried again."""
+    fs = filesystem(path)
+    if not getattr(fs, "async_impl", False):
+        return getattr(fs, method)(*args, **options)
+    deadline = REQUEST_SECONDS + size / SLOWEST_BYTES_PER_SECOND
+    return sync(fs.loop, getattr(fs, f"_{method}"), *args, timeout=deadline, **options)
+
+
 def read_bytes(path: StoragePath) -> bytes:
     """The whole object.
 
     Raises:
         FileNotFoundError: nothing is there.
+        StorageError: the store does not give it.
     """
-    return cast(bytes, filesystem(path).cat_file(path.key))
+    # One request for the whole: s3fs would first ask for the size, and then for parts.
+    options = {"max_concurrency": 1} if path.scheme == "s3" else {}
+    return cast(bytes, request(path, "read", "cat_file", path.key, size=2**30, **options))
 
 
 def read_range(path: StoragePath, start: int, end: int | None) -> bytes:
@@ -55,8 +120,24 @@ def read_range(path: StoragePath, start: int, end: int | None) -> bytes:
 
     Raises:
         FileNotFoundError: nothing is there.
+        StorageError: the store does not give it.
     """
-    return cast(bytes, filesystem(path).cat_file(path.key, start=start, end=end))
+    return cast(bytes, request(path, "read", "cat_file", path.key, size=2**30, start=start, end=end))
+
+
+def read_text_object(path: StoragePath) -> bytes:
+    """A small object, such as a record.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        IntegrityError: it is far larger than anything of its kind.
+    """
+    there = size(path)
+    if there > LARGEST_JSON:
+        raise IntegrityError(
+            f"{path} has {there} bytes, a file of its kind has at most {LARGEST_JSON}", "restore the file from a copy"
+        )
+    return read_bytes(path)
 
 
 def read_json(path: StoragePath) -> Any:
@@ -64,11 +145,11 @@ def read_json(path: StoragePath) -> Any:
 
     Raises:
         FileNotFoundError: nothing is there.
-        IntegrityError: what is there is not JSON.
+        IntegrityError: what is there is not JSON, or far too large.
     """
     try:
-        return json.loads(read_bytes(path))
-    except ValueError as error:
+        return json.loads(read_text_object(path))
+    except (ValueError, RecursionError) as error:
         raise IntegrityError(
             f"{path} should hold JSON, but cannot be parsed ({error})", "restore the file from a copy"
         ) from error
@@ -80,17 +161,36 @@ def read_recorded(folder: StoragePath, entry: ObjectEntry) -> bytes:
     Raises:
         IntegrityError: it is absent, or not what was committed.
     """
-    path = folder / entry.key
-    remedy = f"delete {folder}, which makes it again, and resume"
-    try:
-        body = read_bytes(path)
-    except FileNotFoundError as error:
-        raise IntegrityError(f"{path} is committed, but absent", remedy) from error
+    path = locate(folder, entry.key)
+    for look in range(SECOND_LOOKS):
+        try:
+            body = read_bytes(path)
+        except FileNotFoundError as error:
+            if look + 1 < SECOND_LOOKS and not path.is_local:
+                continue
+            raise IntegrityError(f"{path} is committed, but absent", REPAIR) from error
+        # What was garbled on the way is right the second time.
+        if sha256(body) == entry.sha256 or path.is_local:
+            break
     if len(body) != entry.size:
-        raise IntegrityError(f"{path} has {len(body)} bytes, committed were {entry.size}", remedy)
+        raise IntegrityError(f"{path} has {len(body)} bytes, committed were {entry.size}", REPAIR)
     if sha256(body) != entry.sha256:
-        raise IntegrityError(f"{path} is not what was committed (sha256 differs)", remedy)
+        raise IntegrityError(f"{path} is not what was committed (sha256 differs)", REPAIR)
     return body
+
+
+def locate(folder: StoragePath, key: str) -> StoragePath:
+    """`folder / key`, where that really is below the folder.
+
+    Raises:
+        IntegrityError: a symbolic link leads elsewhere.
+    """
+    path = folder / key
+    if path.is_local:
+        real = os.path.realpath(path.local)
+        if real != os.path.join(os.path.realpath(folder.local), *key.split("/")):  # noqa: PTH118
+            raise IntegrityError(f"{path} is a symbolic link to {real}", "put the file itself there")
+    return path
 
 
 @contextmanager
@@ -102,17 +202,53 @@ def open_read(path: StoragePath) -> Iterator[BinaryIO]:
 
 def exists(path: StoragePath) -> bool:
     """Whether an object or a folder is there now."""
-    return bool(filesystem(path).exists(path.key))
+    return bool(request(path, "look for", "exists", path.key))
 
 
 def names(path: StoragePath) -> list[str]:
     """Sorted names directly below `path`; empty where nothing is there."""
     try:
-        listed = filesystem(path).ls(path.key, detail=False)
+        listed = request(path, "list", "ls", path.key, detail=False)
     except (FileNotFoundError, NotADirectoryError):
         return []
     found = {str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in listed}
     return sorted(name for name in found if name and not name.startswith("."))
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """An object in a listing: its bytes, and when it was last written (seconds since 1970; None if not told)."""
+
+    size: int
+    modified: float | None
+
+
+def listing(path: StoragePath) -> dict[str, Listed]:
+    """Every object below `path`, by key below it, those with a dot in front included."""
+    try:
+        listed = request(path, "list", "find", path.key, detail=True, withdirs=False)
+    except FileNotFoundError:
+        return {}
+    prefix = path.key.strip("/") + "/"
+    found = {}
+    for key, info in listed.items():
+        below = str(key).strip("/")
+        # Some stores list the folder itself as an object.
+        if below.startswith(prefix) and info.get("type") != "directory":
+            found[below.removeprefix(prefix)] = Listed(int(info["size"] or 0), _modified(info))
+    return found
+
+
+def _modified(info: dict[str, Any]) -> float | None:
+    for field in ("mtime", "LastModified", "last_modified", "updated", "created"):
+        value = info.get(field)
+        if isinstance(value, datetime):
+            return value.timestamp()
+        if isinstance(value, str):
+            return datetime.fromisoformat(value).timestamp()
+        if isinstance(value, (int, float)):
+            return float(value)
+    return None
 
 
 def glob(pattern: StoragePath) -> list[StoragePath]:
@@ -135,7 +271,22 @@ def size(path: StoragePath) -> int:
     Raises:
         FileNotFoundError: nothing is there.
     """
-    return int(filesystem(path).size(path.key))
+    return kept(path)[0]
+
+
+def kept(path: StoragePath) -> tuple[int, str | None]:
+    """Bytes of an object, and the md5 that the store keeps of it as hex; None where it keeps none, or another sum.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+    """
+    info = request(path, "look at", "info", path.key)
+    for field in ("ETag", "etag", "md5Hash", "content_md5"):
+        value = info.get(field)
+        text = value.hex() if isinstance(value, (bytes, bytearray)) else str(value or "").strip('"').lower()
+        if len(text) == 32 and all(character in "0123456789abcdef" for character in text):
+            return int(info["size"]), text
+    return int(info["size"] or 0), None
 
 
 def signature(path: StoragePath) -> str:

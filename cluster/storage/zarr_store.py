@@ -18,12 +18,10 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import MemoryStore
 
-from cluster.storage.objects import read_range
+from cluster.storage.objects import locate, read_range, read_recorded
 from cluster.storage.path import StoragePath
 from schemas.errors import IntegrityError
-from schemas.records import ObjectEntry
-
-_RESTORE = "delete the folder of the stage that made it, and resume"
+from schemas.records import REPAIR, ObjectEntry
 
 
 class ArraySpec:
@@ -98,15 +96,15 @@ def encode_shard(spec: ArraySpec, block: npt.NDArray[Any]) -> bytes:
     return body.to_bytes()
 
 
-def decode_shard(spec: ArraySpec, body: bytes) -> npt.NDArray[Any]:
-    """A shard's block, from its bytes.
+def decode_shard(spec: ArraySpec, body: bytes, where: str = "a shard") -> npt.NDArray[Any]:
+    """A shard's block, from its bytes; `where` it lies is for the message.
 
     Raises:
         IntegrityError: a checksum does not hold.
     """
     if not body:
         # Zarr takes it for a shard of fill values.
-        raise IntegrityError("a shard cannot be decoded (it is empty)", _RESTORE)
+        raise IntegrityError(f"{where} cannot be decoded (it is empty)", REPAIR)
     store = MemoryStore()
     array = spec.create(store, "shard", spec.shard[0])
     key = "shard/c/" + "/".join("0" for _ in spec.shard)
@@ -114,7 +112,7 @@ def decode_shard(spec: ArraySpec, body: bytes) -> npt.NDArray[Any]:
     try:
         return np.asarray(array[...])
     except ValueError as error:
-        raise IntegrityError(f"a shard cannot be decoded ({error})", _RESTORE) from error
+        raise IntegrityError(f"{where} cannot be decoded ({error})", REPAIR) from error
 
 
 class RecordedStore(Store):
@@ -141,20 +139,22 @@ class RecordedStore(Store):
             start = request.offset
         elif isinstance(request, SuffixByteRequest):
             start = max(0, entry.size - request.suffix)
-        path = self._path / entry.key
+        if request is None:
+            return read_recorded(self._path, entry)
+        path = locate(self._path, entry.key)
         try:
             body = read_range(path, start, end)
         except FileNotFoundError as error:
-            raise IntegrityError(f"{path} is committed, but absent", _RESTORE) from error
+            raise IntegrityError(f"{path} is committed, but absent", REPAIR) from error
         if len(body) != end - start:
-            raise IntegrityError(f"{path} gave {len(body)} bytes of [{start}, {end}), it was cut short", _RESTORE)
+            raise IntegrityError(f"{path} gave {len(body)} bytes of [{start}, {end}), it was cut short", REPAIR)
         return body
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """An object or a range of it; None only for a key that no record names (Zarr probes for some)."""
         if key not in self._entries:
             if "/c/" in key:
-                raise IntegrityError(f"{self._path / key} is named by no record", _RESTORE)
+                raise IntegrityError(f"{self._path / key} is named by no record", REPAIR)
             return None
         return prototype.buffer.from_bytes(await asyncio.to_thread(self._fetch, key, byte_range))
 

@@ -85,8 +85,14 @@ def restored(block: npt.NDArray[Any], dtype: str) -> torch.Tensor:
     return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
 
 
-def row_hashes(rows: npt.NDArray[np.int64], block: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
-    """A 64-bit hash of each row's id and stored bytes. Shape (N,).
+def row_hashes(
+    rows: npt.NDArray[np.int64],
+    tokens: npt.NDArray[np.int32],
+    positions: npt.NDArray[np.int32],
+    norms: npt.NDArray[np.float32],
+    block: npt.NDArray[Any],
+) -> npt.NDArray[np.uint64]:
+    """A 64-bit hash of everything that is stored of each row. Shape (N,).
 
     Multilinear hashing over the row's 64-bit words with fixed random odd multipliers, then the finalizer
     of splitmix64. The sum over rows (modulo 2^64) does not depend on their order, so it proves that a
@@ -97,11 +103,19 @@ def row_hashes(rows: npt.NDArray[np.int64], block: npt.NDArray[Any]) -> npt.NDAr
     padded[:, :width] = np.ascontiguousarray(block).view(np.uint8).reshape(len(block), width)
     words = padded.view(np.uint64)
     generator = np.random.Generator(np.random.Philox(_HASH_SEED))
-    factors = generator.integers(0, 2**64, words.shape[1] + 1, dtype=np.uint64) | np.uint64(1)
-    mixed = words @ factors[1:] + rows.astype(np.uint64) * factors[0]
+    factors = generator.integers(0, 2**64, words.shape[1] + 3, dtype=np.uint64) | np.uint64(1)
+    beside = tokens.view(np.uint32).astype(np.uint64) << np.uint64(32) | positions.view(np.uint32)
+    mixed = words @ factors[3:] + rows.view(np.uint64) * factors[0]
+    mixed += beside * factors[1] + norms.view(np.uint32).astype(np.uint64) * factors[2]
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return np.asarray(mixed ^ (mixed >> np.uint64(31)), np.uint64)
+
+
+def chunk_sums(hashes: npt.NDArray[np.uint64], counts: npt.NDArray[np.int64]) -> list[int]:
+    """Sums of a unit's row hashes, in stored order, over each of its chunks."""
+    ends = np.cumsum(counts)
+    return [hash_sum(hashes[end - count : end]) for end, count in zip(ends, counts, strict=True)]
 
 
 def hash_sum(hashes: npt.NDArray[np.uint64]) -> int:

@@ -10,7 +10,7 @@ from cluster.storage.objects import read_recorded
 from pipeline.activations.layout import StoreLayout
 from pipeline.activations.read import ActivationStore
 from pipeline.stage import Committed
-from schemas.layouts import STORE_OBJECTS
+from schemas.layouts import STORE_HASHES, STORE_OBJECTS
 from schemas.records import ObjectEntry
 
 
@@ -22,4 +22,6 @@ def open_store(harvest: Committed) -> ActivationStore:
     """
     listing = pq.read_table(io.BytesIO(read_recorded(harvest.path, harvest.entry(STORE_OBJECTS))))
     entries = [ObjectEntry(**row) for row in listing.to_pylist()]
-    return ActivationStore(harvest.path, StoreLayout.model_validate(harvest.facts["layout"]), entries)
+    hashed = pq.read_table(io.BytesIO(read_recorded(harvest.path, harvest.entry(STORE_HASHES))))
+    sums = {(row["hook_point"], row["unit"]): row["sums"] for row in hashed.to_pylist()}
+    return ActivationStore(harvest.path, StoreLayout.model_validate(harvest.facts["layout"]), entries, sums)

@@ -9,14 +9,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cluster.storage.create import create_or_adopt
+from cluster.storage.create import create
+from cluster.storage.objects import read_bytes
 from cluster.storage.path import StoragePath
 from cluster.storage.zarr_store import ArraySpec, decode_shard, encode_shard
-from pipeline.activations.layout import StoreLayout, hash_sum, restored, row_hashes, stored
+from pipeline.activations.layout import StoreLayout, chunk_sums, restored, row_hashes, stored
 from pipeline.activations.order import unit_order
-from schemas.errors import NonFiniteError
+from schemas.errors import IntegrityError, NonFiniteError
 from schemas.layouts import POSITION, ROW, TOKEN, array_name, norm_name, shard_key
 from schemas.records import ObjectEntry, Unit
+
+# Largest relative difference between two forward passes of a row: rounding in another batch shape, plus
+# rounding to the store's type.
+ROUNDING = {"float32": 2e-4, "float16": 2e-3, "bfloat16": 1.6e-2}
 
 
 def write_unit(
@@ -38,29 +43,32 @@ def write_unit(
         positions_N: Positions in their sequences, in corpus order.
 
     Returns:
-        The unit, with an order-free hash per hook point in its facts.
+        The unit, with an order-free hash per hook point in its facts, in all and for each chunk.
 
     Raises:
         NonFiniteError: a value is NaN or infinite, or becomes so in the store's type.
-        IntegrityError: a shard is there already, with another content.
+        IntegrityError: a shard is there already, and holds other rows.
     """
     first, end = layout.geometry.span(unit)
     order = unit_order(layout.seed, unit, end - first)
     slots = layout.geometry.shard_positions(unit)
-    rows = first + order
+    counts = layout.geometry.chunk_counts(unit)
     arrays = layout.arrays()
     objects: list[ObjectEntry] = []
 
-    def put(name: str, values: npt.NDArray[Any]) -> None:
+    def put(name: str, values: npt.NDArray[Any], tolerance: float = 0.0) -> npt.NDArray[Any]:
+        """Create a shard; returns the values that stand in the store."""
         body = encode_shard(arrays[name], _scattered(arrays[name], slots, values))
-        key = shard_key(name, unit, values.ndim)
-        create_or_adopt(path / key, body)
-        objects.append(ObjectEntry.of(key, body))
+        where = path / shard_key(name, unit, values.ndim)
+        if not create(where, body):
+            body = read_bytes(where)
+            values = _adopted(where, decode_shard(arrays[name], body, str(where))[slots], values, layout.dtype, tolerance)
+        objects.append(ObjectEntry.of(shard_key(name, unit, values.ndim), body))
+        return values
 
-    put(ROW, rows)
-    put(TOKEN, tokens_N[order])
-    put(POSITION, positions_N[order])
-    hashes = {}
+    rows = put(ROW, first + order)
+    tokens, positions = put(TOKEN, tokens_N[order]), put(POSITION, positions_N[order])
+    hashes: dict[str, list[int]] = {}
     for hook_point, x_ND in activations.items():
         block = stored(x_ND, layout.dtype)[order]
         kept_ND = restored(block, layout.dtype).float()
@@ -68,16 +76,22 @@ def write_unit(
         # A norm is finite only where every value of its row is, and there are far fewer norms to look at.
         if not torch.isfinite(norm_N).all():
             _require_finite(kept_ND, x_ND, hook_point, unit, layout.dtype)
-        hashes[hook_point] = hash_sum(row_hashes(rows, block))
-        put(array_name(hook_point), block)
-        put(norm_name(hook_point), norm_N.numpy())
+        standing = put(array_name(hook_point), block, ROUNDING[layout.dtype])
+        if standing is not block:
+            norm_N = restored(standing, layout.dtype).float().norm(dim=1)
+        norms = put(norm_name(hook_point), norm_N.numpy())
+        hashes[hook_point] = chunk_sums(row_hashes(rows, tokens, positions, norms, standing), counts)
+    totals = {hook_point: sum(sums) % 2**64 for hook_point, sums in hashes.items()}
     return Unit(
         objects=tuple(objects),
         rows=end - first,
         row_min=first,
         row_max=end - 1,
-        content_hash=f"{sum(hashes.values()) % 2**64:016x}",
-        facts={"hashes": {hook_point: f"{value:016x}" for hook_point, value in hashes.items()}},
+        content_hash=f"{sum(totals.values()) % 2**64:016x}",
+        facts={
+            "hashes": {hook_point: f"{total:016x}" for hook_point, total in totals.items()},
+            "chunks": {hook_point: [f"{each:016x}" for each in sums] for hook_point, sums in hashes.items()},
+        },
     )
 
 
@@ -91,6 +105,29 @@ def read_back(
     place[order] = layout.geometry.shard_positions(unit)
     block = decode_shard(layout.arrays()[array_name(hook_point)], body)
     return restored(block[place[rows - first]], layout.dtype).float()
+
+
+def _adopted(
+    where: StoragePath, there: npt.NDArray[Any], ours: npt.NDArray[Any], dtype: str, tolerance: float
+) -> npt.NDArray[Any]:
+    """A shard that an earlier attempt left without a record, if it holds what this one would have written.
+
+    Activations may differ by what the order of a sum does to them: another batch, another kind of GPU.
+
+    Raises:
+        IntegrityError: it holds something else.
+    """
+    if np.array_equal(there, ours):
+        return there
+    if tolerance:
+        x_ND, expected_ND = restored(there, dtype).float(), restored(ours, dtype).float()
+        scale_N = expected_ND.norm(dim=1).clamp_min(1e-20)
+        if bool(((x_ND - expected_ND).norm(dim=1) / scale_N <= tolerance).all()):
+            return there
+    raise IntegrityError(
+        f"{where} is there without a record, and holds other rows than this stage makes",
+        "`kilobasis repair` removes it; then resume",
+    )
 
 
 def _scattered(spec: ArraySpec, slots: npt.NDArray[np.int64], values: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -27,6 +27,8 @@ from schemas.manifest import Train
 
 CURVE_POINTS = 400
 EVENT_SECONDS = 1.0
+# Skipped one after the other; more is no overflow that passes, it is a run that looks healthy and learns nothing.
+MOST_SKIPPED = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,7 @@ class Trainer:
         self.engine = Engine(dictionary, self.optimizer, settings.batch, settings.clip, rank, world_size, init_method)
         self.aux_k = dictionary.width // 2 if settings.aux_k is None else settings.aux_k
         self.since_fired_F = torch.zeros(dictionary.features, dtype=torch.int64, device=self.engine.device)
+        self.skipped = 0
 
     def step(self, index: int, x_BD: torch.Tensor) -> Callable[[], StepScalars]:
         """Train on this rank's share of a batch.
@@ -75,7 +78,8 @@ class Trainer:
             A function that gives the step's scalars. It is collective: call it on every rank or on none.
 
         Raises:
-            NonFiniteError: the loss or the gradient is not finite; nothing was updated.
+            NonFiniteError: the loss or the gradient is not finite, or DeepSpeed has skipped too many steps in
+                a row (`skipped` counts them); nothing was updated.
         """
         dead_F = self.since_fired_F > self.settings.dead_after
         learning_rate = rate(index, self.steps, self._peak, self.settings.warmup, self.settings.decay)
@@ -93,7 +97,13 @@ class Trainer:
                 f"train: loss {total.item()}, gradient norm {norm} in step {index}",
                 "lower train.learning_rate; the last good checkpoint is kept",
             )
-        self.engine.step()
+        self.skipped = 0 if self.engine.step() else self.skipped + 1
+        if self.skipped >= MOST_SKIPPED:
+            raise NonFiniteError(
+                f"train: DeepSpeed skipped {self.skipped} steps in a row, the last one step {index} on rank "
+                f"{self.engine.rank}: gradients overflow",
+                "lower train.learning_rate; the last good checkpoint is kept",
+            )
         self.optimizer.zero_grad(set_to_none=True)
         self._count(code.z_BK, code.indices_BK)
 
@@ -159,6 +169,7 @@ def train(
         ended, and the tokens since each feature fired. The same on every rank, from a committed checkpoint.
     """
     steps = -(-settings.tokens // settings.batch)
+    gang.beat(0, "data")
     last = gang.checkpoints.latest()
     progress = Progress(0, 0, 1.0, Cursor())
     body: bytes | None = None
@@ -170,6 +181,7 @@ def train(
         progress = Progress(0, 0, scale_of(sample_ND), Cursor())
         dictionary.initialize(sample_ND * progress.scale, settings.seed)
         del sample_ND
+    gang.beat(progress.step, "starting")
     trainer = Trainer(dictionary, settings, steps, gang.rank, gang.world_size, gang.init_method)
     with trainer.engine:
         curves: list[list[float]] = []
@@ -179,6 +191,7 @@ def train(
             del body
         if progress.step < steps:
             progress = _loop(stage, stream, trainer, progress, curves, checkpoint_seconds, gang)
+        gang.beat(progress.step, "saving")
         dictionary.cpu().rescale(progress.scale)
         return dictionary, curves, progress, trainer.since_fired_F.cpu()
 
@@ -201,10 +214,14 @@ def _loop(
     batches = stream.batches(progress.cursor)
     for index in range(progress.step, steps):
         asked = time.monotonic()
+        gang.beat(index, "data")
         x_BD, cursor = next(batches)
+        gang.beat(index, "step")
         waited += time.monotonic() - asked
         # The scale is applied in float32: in the store's type it would round.
         scalars = trainer.step(index, x_BD[mine].to(trainer.engine.device, torch.float32) * progress.scale)
+        if trainer.skipped and gang.rank == 0:
+            gang.emit(events.Note(stage, f"DeepSpeed skipped step {index}, {trainer.skipped} in a row"))
         progress = Progress(index + 1, progress.tokens + settings.batch, progress.scale, cursor)
         if index % every == 0 or index == steps - 1:
             now = scalars()
@@ -230,6 +247,7 @@ def _values(scalars: StepScalars) -> list[float]:
 
 def _save(stage: str, trainer: Trainer, progress: Progress, curves: list[list[float]], gang: Gang) -> float:
     began = time.monotonic()
+    gang.beat(progress.step, "saving")
     body = checkpoint.pack(trainer.dictionary, trainer.optimizer, trainer.since_fired_F, curves)
     gang.checkpoints.commit(progress.step, {checkpoint.STATE: body}, checkpoint.facts(progress))
     ended = time.monotonic()

@@ -18,7 +18,9 @@ import torch.distributed as dist
 
 from pipeline.dictionary.optimizer import SphereAdam
 
-COLLECTIVE_TIMEOUT = timedelta(seconds=120)
+# Whoever runs the gang kills it within a minute when a rank dies or hangs. This is the last resort where nobody
+# watches, and above every save and every read of a slab, for which the other ranks wait in a collective.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 class Engine:
@@ -81,9 +83,16 @@ class Engine:
         squares = [p.grad.square().sum() for p in self._engine.module.parameters() if p.grad is not None]
         return float(torch.stack(squares).sum().sqrt())
 
-    def step(self) -> None:
-        """Clip and update."""
+    def step(self) -> bool:
+        """Clip and update.
+
+        Returns:
+            Whether it did: DeepSpeed passes over a step, without a word, when a gradient overflows in the
+            precision that it works in.
+        """
+        skipped = self._engine.skipped_steps
         self._engine.step()
+        return bool(self._engine.was_step_applied()) and self._engine.skipped_steps == skipped
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Mean over ranks."""

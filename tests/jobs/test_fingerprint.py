@@ -99,8 +99,10 @@ COMPUTE = {
     "ranks": "2",
     "rank_threads": "3",
     "memory": "8GiB",
-    "retries": "7",
+    "attempts": "7",
     "checkpoint_seconds": "9",
+    "lease_seconds": "30",
+    "single_writer": "true",
     "deterministic": "false",
 }
 

@@ -20,7 +20,7 @@ from pipeline.sources.sequences import pieces, read
 from pipeline.stage import Committed
 from schemas.errors import IntegrityError, ManifestError, NonFiniteError, StageFailedError
 from schemas.layouts import STORE, array_name, norm_name, shard_key
-from schemas.records import Unit, UnitRecord
+from schemas.records import Unit, UnitRecord, parse_record
 from tests.support.fixtures import HOOK_POINT, make_model, manifest_tree
 from tests.support.stages import Run, manifest_of, run_stage
 
@@ -128,7 +128,8 @@ def test_harvest_hashes_are_those_of_the_plain_rows_in_any_order(tiny_run: Run) 
     committed = tiny_run.stages["harvest"]
     found = arrays(committed)
     for hook_point in (HOOK_POINT, INPUT_POINT):
-        whole = hash_sum(row_hashes(found["row"], found[array_name(hook_point)]))
+        beside = found["token"], found["position"], found[norm_name(hook_point)]
+        whole = hash_sum(row_hashes(found["row"], *beside, found[array_name(hook_point)]))
         assert committed.facts["hashes"][hook_point] == f"{whole:016x}"
 
 
@@ -231,7 +232,7 @@ class FirstUnit:
     def compare(self, model: torch.nn.Module, layout: StoreLayout | None = None) -> dict[str, Any]:
         committed = self.tiny_run.stages["harvest"]
         tokens = self.tiny_run.stages["tokenize"]
-        record = UnitRecord.model_validate_json((committed.path / "units/000000.json").local.read_bytes())
+        record = parse_record(UnitRecord, (committed.path / "units/000000.json").local.read_bytes(), "here")
         unit: Unit = record.made
         first, end = self.layout.geometry.span(0)
         sequences = read(tokens.path, pieces(tokens, "train"), first, end)
@@ -309,5 +310,5 @@ def test_harvest_shard_of_a_crashed_attempt_is_adopted_and_a_foreign_one_refused
         shard.parent.mkdir(parents=True)
         shard.write_bytes(found)
     assert harvested("adopted").record.digest == before.record.digest
-    with pytest.raises(IntegrityError, match=f"{key} exists with another content"):
+    with pytest.raises(IntegrityError, match=f"{key} cannot be decoded"):
         harvested("foreign")

@@ -51,11 +51,11 @@ def kill_tree(process: subprocess.Popen[bytes]) -> None:
 
 def digests(root: Path) -> dict[str, str]:
     """Digest of every committed stage below a root, computed from the records."""
-    from schemas.records import StageRecord
+    from schemas.records import StageRecord, parse_record
 
     found = {}
     for path in sorted(root.rglob("COMMITTED.json")):
-        record = StageRecord.model_validate_json(path.read_bytes())
+        record = parse_record(StageRecord, path.read_bytes(), "here")
         assert record.stage not in found, f"{record.stage} was committed twice"
         found[record.stage] = record.digest
     return found

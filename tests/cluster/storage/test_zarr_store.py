@@ -155,7 +155,9 @@ def test_recorded_store_short_shard_names_the_key(written: tuple[StoragePath, li
     base, entries = written
     shard = (base / shard_name("x", 1)).local
     shard.write_bytes(shard.read_bytes()[:kept])
-    with pytest.raises(IntegrityError, match=r"store/x/c/1/0 gave \d+ bytes .* cut short"):
+    with pytest.raises(
+        IntegrityError, match=r"store/x/c/1/0 (gave \d+ bytes .* cut short|has \d+ bytes, committed were 544)"
+    ):
         opened(base, entries)[UNIT_ROWS:]
 
 
@@ -219,5 +221,5 @@ def test_recorded_store_flipped_bit_in_another_chunk_leaves_this_one_right(
     damaged[-10] ^= 1
     shard.write_bytes(damaged)
     np.testing.assert_array_equal(opened(base, entries)[:CHUNK_ROWS], VALUES["x"][:CHUNK_ROWS])
-    with pytest.raises(ValueError, match="checksum"):
+    with pytest.raises(IntegrityError, match=r"store/x/c/0/0 is not what was committed"):
         opened(base, entries)[:UNIT_ROWS]

@@ -66,7 +66,12 @@ def write(folder: Path, layout: StoreLayout, x_ND: dict[str, torch.Tensor], posi
         units.append(write_unit(path, layout, unit, rows, tokens_N[span], positions_N[span]))
     entries = [ObjectEntry.of(key, body) for key, body in described.items()]
     entries += [entry for unit in units for entry in unit.objects]
-    store = ActivationStore(path, layout, entries)
+    sums = {
+        (hook_point, index): [int(each, 16) for each in chunks]
+        for index, unit in enumerate(units)
+        for hook_point, chunks in unit.facts["chunks"].items()
+    }
+    store = ActivationStore(path, layout, entries, sums)
     return Written(path, layout, units, store, x_ND, tokens_N, positions_N)
 
 
@@ -348,7 +353,10 @@ def test_write_unit_record_says_what_is_there(written: dict[str, Written]) -> No
     assert (last.rows, last.row_min, last.row_max) == (end - first, first, end - 1)
     for entry in last.objects:
         assert ObjectEntry.of(entry.key, (made.path / entry.key).local.read_bytes()) == entry
-    plain = hash_sum(row_hashes(np.arange(first, end), made.x_ND[HOOK][first:end].numpy()))
+    block = made.x_ND[HOOK][first:end]
+    norms = block.norm(dim=1).numpy()
+    tokens, positions = made.tokens_N[first:end], made.positions_N[first:end]
+    plain = hash_sum(row_hashes(np.arange(first, end), tokens, positions, norms, block.numpy()))
     assert last.facts["hashes"][HOOK] == f"{plain:016x}"
     assert int(last.content_hash, 16) == sum(int(value, 16) for value in last.facts["hashes"].values()) % 2**64
 
@@ -362,8 +370,18 @@ def test_write_unit_again_adopts_its_own_shards(written: dict[str, Written]) -> 
 def test_write_unit_over_another_content_is_refused(tmp_path: Path) -> None:
     made = numbered(tmp_path, layout_of(20, 2, 10))
     changed = {hook_point: x_ND + 1.0 for hook_point, x_ND in made.x_ND.items()}
-    with pytest.raises(IntegrityError, match=r"layers\.0/c/0/0 exists with another content"):
+    with pytest.raises(IntegrityError, match=r"layers\.0/c/0/0 is there without a record, and holds other rows"):
         write_unit(made.path, made.layout, 0, changed, made.tokens_N, made.positions_N)
+    with pytest.raises(IntegrityError, match=r"token/c/0 is there without a record, and holds other rows"):
+        write_unit(made.path, made.layout, 0, made.x_ND, made.tokens_N + 1, made.positions_N)
+
+
+def test_write_unit_over_rows_of_another_rounding_adopts_them(tmp_path: Path) -> None:
+    """Another batch or another GPU rounds otherwise: what stands in the store counts, and all agrees with it."""
+    made = numbered(tmp_path, layout_of(20, 2, 10))
+    close = {hook_point: x_ND * (1 + 1e-6) for hook_point, x_ND in made.x_ND.items()}
+    assert not torch.equal(close[HOOK], made.x_ND[HOOK])
+    assert write_unit(made.path, made.layout, 0, close, made.tokens_N, made.positions_N) == made.units[0]
 
 
 # Damage
@@ -390,7 +408,7 @@ def test_store_flipped_bit_names_array_and_unit(tmp_path: Path) -> None:
     shard.write_bytes(body)
     with pytest.raises(IntegrityError, match=r"activations\.zarr/layers\.0 rows .* of unit 1 are damaged"):
         made.store.slab(HOOK, 3)
-    with pytest.raises(IntegrityError, match="of unit 1 are damaged"):
+    with pytest.raises(IntegrityError, match=r"layers\.0/c/1/0 is not what was committed"):
         made.store.unit(HOOK, 1)
     with pytest.raises(IntegrityError, match="of unit 1 are damaged"):
         take(made.stream(8), 12)
@@ -410,21 +428,40 @@ def test_store_swapped_row_ids_are_found(tmp_path: Path) -> None:
         block[[0, 1]] = block[[1, 0]]
 
     rewritten(made, ROW, 1, swap)
-    with pytest.raises(IntegrityError, match="unit 1 slab 0 holds other rows"):
+    with pytest.raises(IntegrityError, match=r"layers\.0/c/1/0, or a shard 1 beside it, holds other rows in chunk 0"):
         made.store.slab(HOOK, 0)
-    with pytest.raises(IntegrityError, match="unit 1 holds other rows"):
+    with pytest.raises(IntegrityError, match=r"row/c/1 is not what was committed"):
         made.store.unit(HOOK, 1)
 
 
-def test_stream_swapped_contents_with_right_checksums_are_found_at_the_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("array", [array_name(HOOK), norm_name(HOOK), TOKEN, POSITION])
+def test_store_swapped_contents_with_right_checksums_are_found_at_the_chunk(tmp_path: Path, array: str) -> None:
     made = numbered(tmp_path, layout_of(83, 4, 8))
 
     def swap(block: npt.NDArray[Any]) -> None:
         block[[0, 9]] = block[[9, 0]]
 
-    rewritten(made, array_name(HOOK), 1, swap)
+    rewritten(made, array, 1, swap)
+    for slab in (0, 1):
+        with pytest.raises(IntegrityError, match=rf"a shard 1 beside it, holds other rows in chunk {slab}"):
+            made.store.slab(HOOK, slab)
+    made.store.slab(HOOK, 2)
+
+
+@pytest.mark.parametrize("array", [array_name(HOOK), norm_name(HOOK), TOKEN, POSITION, ROW])
+def test_store_shard_of_another_unit_is_found(tmp_path: Path, array: str) -> None:
+    made = numbered(tmp_path, layout_of(96, 4, 8))
+    ndim = len(made.layout.arrays()[array].shard)
+    one, other = ((made.path / shard_key(array, unit, ndim)).local for unit in (0, 1))
+    one.write_bytes(other.read_bytes())
+    with pytest.raises(IntegrityError, match="a shard 0 beside it, holds other rows in chunk 2"):
+        made.store.slab(HOOK, 2)
+
+
+def test_stream_that_saw_other_rows_than_were_harvested_says_so_at_the_end(tmp_path: Path) -> None:
+    made = numbered(tmp_path, layout_of(83, 4, 8))
     with pytest.raises(IntegrityError, match="epoch 0"):
-        take(made.stream(8), 12)
+        take(made.stream(8, expected=made.expected ^ 1), 12)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -453,7 +490,9 @@ def test_write_unit_float16_overflow_names_unit_and_hook_point(tmp_path: Path) -
 
 
 def sums(rows: npt.NDArray[np.int64], block: npt.NDArray[Any]) -> int:
-    return hash_sum(row_hashes(rows, block))
+    """The block's bytes alone count here: what lies beside it is the same for every row."""
+    zeros = np.zeros(len(rows), np.int32)
+    return hash_sum(row_hashes(rows, zeros, zeros, zeros.astype(np.float32), block))
 
 
 blocks = st.builds(
@@ -514,8 +553,18 @@ def test_row_hashes_sum_finds_swapped_lost_and_doubled_rows(block: npt.NDArray[A
 
 
 def test_row_hashes_values_are_frozen() -> None:
-    found = row_hashes(np.array([0, 1, 2**40]), np.arange(9, dtype="<f4").reshape(3, 3))
-    assert found.tolist() == [0xE64810AE88C1797C, 0x51DFF3CD1B16468A, 0xEB4989BCFF855897]
+    beside = np.array([5, 6, 7], np.int32), np.array([0, 1, 2], np.int32), np.array([1, 2, 3], np.float32)
+    found = row_hashes(np.array([0, 1, 2**40]), *beside, np.arange(9, dtype="<f4").reshape(3, 3))
+    assert found.tolist() == [0x8C773C713FB630A8, 0x97186050C431AECB, 0x71B1831DA0FF1BF2]
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_row_hashes_tell_tokens_positions_and_norms_apart(which: int) -> None:
+    rows, block = np.arange(2), np.ones((2, 3), np.float32)
+    beside = [np.array([5, 6], np.int32), np.array([0, 1], np.int32), np.array([1, 2], np.float32)]
+    before = hash_sum(row_hashes(rows, *beside, block))
+    beside[which] = beside[which][::-1].copy()
+    assert hash_sum(row_hashes(rows, *beside, block)) != before
 
 
 # The global shuffle

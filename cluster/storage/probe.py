@@ -1,0 +1,103 @@
+"""Finds out at the door whether a store can be trusted: whether it creates only where nothing is, also in a race."""
+
+from __future__ import annotations
+
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+
+from cluster.storage.attempts import may_pass, patience
+from cluster.storage.create import create, put_if_absent, remove
+from cluster.storage.objects import names, read_bytes
+from cluster.storage.path import StoragePath
+from schemas.errors import ManifestError
+
+WRITERS = 8
+ROUNDS = 3
+# A wrong URL or wrong credentials should be told soon.
+DOOR_SECONDS = 20.0
+
+
+def probe(root: StoragePath) -> str:
+    """Try a store below `root`, and leave nothing there.
+
+    Returns:
+        What is wrong with it, in a few words; empty if it can be trusted.
+
+    Raises:
+        StorageError: it cannot be written, read, listed or deleted from.
+    """
+    folder = root / f"probe-{uuid.uuid4().hex[:12]}"
+    with patience(DOOR_SECONDS):
+        made: list[StoragePath] = []
+        try:
+            return _twice(folder, made) or _race(folder, made) or _seen(folder, made)
+        finally:
+            for path in made:
+                remove(path)
+            if folder.is_local and folder.local.exists():
+                folder.local.rmdir()
+
+
+def _twice(folder: StoragePath, made: list[StoragePath]) -> str:
+    path = folder / "twice"
+    made.append(path)
+    first, second = b"first " + uuid.uuid4().bytes, b"second " + uuid.uuid4().bytes
+    create(path, first)
+    _try(path, second)
+    return "" if read_bytes(path) == first else "it overwrites an object that it was asked to create only"
+
+
+def _race(folder: StoragePath, made: list[StoragePath]) -> str:
+    with ThreadPoolExecutor(WRITERS, thread_name_prefix="probe") as executor:
+        for number in range(ROUNDS):
+            path = folder / f"race-{number}"
+            made.append(path)
+            bodies = [f"writer {writer} {uuid.uuid4().hex}".encode() for writer in range(WRITERS)]
+            won = list(executor.map(_try, [path] * WRITERS, bodies))
+            there = read_bytes(path)
+            winners = [body for body, created in zip(bodies, won, strict=True) if created]
+            if len(winners) > 1:
+                return f"{len(winners)} of {WRITERS} writers at once were told that they had created the same object"
+            if winners and winners[0] != there:
+                return "an object has another content than that of the writer that was told to have created it"
+    return ""
+
+
+def _seen(folder: StoragePath, made: list[StoragePath]) -> str:
+    listed = set(names(folder))
+    missing = sorted({path.name for path in made} - listed)
+    return f"a list of its objects leaves out {missing[0]!r}, which was just created" if missing else ""
+
+
+def _try(path: StoragePath, body: bytes) -> bool:
+    """Whether the store says that this call created the object."""
+    try:
+        put_if_absent(path, body)
+    except FileExistsError:
+        return False
+    except Exception as error:
+        if not may_pass(error):
+            raise
+        # A refusal looks like a failure in some stores; what counts is what is there.
+        return False
+    return True
+
+
+def require_trusted(root: StoragePath, single_writer: bool) -> str:
+    """Refuse a store that cannot create-if-absent, unless the user vouches for being its only writer.
+
+    Returns:
+        How the store creates, for the record: "if-absent", or "single-writer: ..." with what is wrong.
+
+    Raises:
+        ManifestError: it cannot be trusted.
+    """
+    wrong = probe(root)
+    if not wrong:
+        return "if-absent"
+    if single_writer:
+        return f"single-writer: {wrong}"
+    raise ManifestError(
+        f"the store of root {root} cannot be trusted with more than one writer: {wrong}",
+        "use another store, or set compute.single_writer: true if nothing else ever writes below this root",
+    )

@@ -1,0 +1,260 @@
+"""What a stage's folder holds, checked against what its records say: the eyes of `verify`, `repair` and `gc`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from cluster.storage.objects import Listed, listing, names, read_bytes, read_json, read_recorded
+from cluster.storage.path import StoragePath
+from schemas.errors import IntegrityError
+from schemas.layouts import BEATS, COMMITTED, LOG, RUNS, SPEC, UNITS, slot_key, unit_key
+from schemas.records import (
+    CheckpointRecord,
+    LeaseRecord,
+    ObjectEntry,
+    StageRecord,
+    UnitRecord,
+    VoidRecord,
+    canonical_json,
+    parse_record,
+    parse_slot,
+    sha256,
+)
+
+# Older checkpoints may go: nothing reads them any more.
+LIVE_CHECKPOINTS = 2
+READERS = 8
+
+
+class Kind(StrEnum):
+    """What a damaged object was."""
+
+    SPEC = "specification"
+    STAGE = "stage record"
+    UNIT = "unit record"
+    SLOT = "slot of the log"
+    UNIT_OBJECT = "object of a unit"
+    STAGE_OBJECT = "object of the stage"
+    CHECKPOINT = "object of a checkpoint"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that is not as it was committed. `owner` is the unit or the slot that it belongs to."""
+
+    kind: Kind
+    path: StoragePath
+    key: str
+    owner: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.path / self.key}: {self.problem} ({self.kind.value}{f' {self.owner}' if self.owner else ''})"
+
+
+@dataclass(slots=True)
+class Inventory:
+    """One stage folder: what is there, what records vouch for, and what is wrong.
+
+    `entries` are the vouched-for objects by kind and owner, `superseded` keys of checkpoints that nothing reads.
+    """
+
+    path: StoragePath
+    label: str
+    present: dict[str, Listed] = field(default_factory=dict)
+    entries: list[tuple[Kind, str, ObjectEntry]] = field(default_factory=list)
+    superseded: set[str] = field(default_factory=set)
+    findings: list[Finding] = field(default_factory=list)
+    fingerprint: str = ""
+    committed: StageRecord | None = None
+    units: dict[str, UnitRecord] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the objects that records vouch for."""
+        return sum(entry.size for _, _, entry in self.entries)
+
+    def note(self, kind: Kind, key: str, owner: str, problem: str) -> None:
+        """Add a finding."""
+        self.findings.append(Finding(kind, self.path, key, owner, problem))
+
+    def unreferenced(self) -> dict[str, Listed]:
+        """What no record vouches for and is no record itself."""
+        vouched = {entry.key for _, _, entry in self.entries}
+        return {
+            key: found
+            for key, found in self.present.items()
+            if key not in vouched and key not in (SPEC, COMMITTED) and not _is_record(key)
+        }
+
+
+def _is_record(key: str) -> bool:
+    folder, _, name = key.rpartition("/")
+    return folder in (UNITS, LOG, BEATS) and name.endswith(".json") and not name.startswith(".")
+
+
+def folders(root: StoragePath) -> Iterator[tuple[str, StoragePath]]:
+    """Every stage folder below a root with its label, in the order of the stages."""
+    for stage in ("tokenize", "harvest"):
+        for name in names(root / stage):
+            yield stage, root / stage / name
+    for dictionary in names(root / "dictionaries"):
+        for stage in ("train", "evaluate", "catalog", "export"):
+            for name in names(root / "dictionaries" / dictionary / stage):
+                yield f"{stage}/{dictionary}", root / "dictionaries" / dictionary / stage / name
+
+
+def told(root: StoragePath) -> set[str]:
+    """Names of the stage folders that a run says it committed: a record that is lost cannot say so itself."""
+    found = set()
+    for run in names(root / RUNS):
+        for segment in names(root / RUNS / run / "events"):
+            for line in read_bytes(root / RUNS / run / "events" / segment).splitlines():
+                try:
+                    event = json.loads(line)
+                    if event["event"] == "StageCommitted":
+                        found.add(StoragePath.parse(event["folder"]).name)
+                except (ValueError, KeyError, TypeError):
+                    # A log of events is for people; a damaged line of it commits nothing.
+                    continue
+    return found
+
+
+def take(label: str, path: StoragePath, full: bool, told_of: Collection[str] = ()) -> Inventory:
+    """Look through a stage folder.
+
+    Args:
+        label: The stage's label.
+        path: Its folder.
+        full: Read every object and compare its sha256; otherwise presence and size alone.
+        told_of: See `told`.
+    """
+    found = Inventory(path, label, listing(path))
+    if COMMITTED not in found.present and path.name in told_of:
+        found.note(Kind.STAGE, COMMITTED, "", "absent, though a run committed it")
+    _read_spec(found)
+    _read_units(found)
+    _read_log(found)
+    with ThreadPoolExecutor(READERS, thread_name_prefix="verify") as executor:
+        problems = executor.map(lambda each: _problem(found, each[2], full), found.entries)
+        for (kind, owner, entry), problem in zip(found.entries, problems, strict=True):
+            if problem:
+                found.note(kind, entry.key, owner, problem)
+    return found
+
+
+def _read_spec(found: Inventory) -> None:
+    if SPEC not in found.present:
+        found.note(Kind.SPEC, SPEC, "", "absent")
+        return
+    try:
+        found.fingerprint = sha256(canonical_json(read_json(found.path / SPEC)))
+        if read_bytes(found.path / SPEC) != canonical_json(read_json(found.path / SPEC)) + b"\n":
+            raise IntegrityError("it is not in its one canonical form")
+    except IntegrityError as error:
+        found.note(Kind.SPEC, SPEC, "", error.what)
+        found.fingerprint = ""
+        return
+    if not found.fingerprint.startswith(found.path.name):
+        found.note(Kind.SPEC, SPEC, "", f"it is that of fingerprint {found.fingerprint[:16]}")
+        found.fingerprint = ""
+
+
+def _read_units(found: Inventory) -> None:
+    """The records of units and of the stage, each for itself and against one another."""
+    for name in sorted(key[len(UNITS) + 1 : -5] for key in found.present if key.startswith(UNITS + "/")):
+        key = unit_key(name)
+        if not _is_record(key):
+            continue
+        try:
+            record = parse_record(UnitRecord, read_bytes(found.path / key), "it")
+        except IntegrityError as error:
+            found.note(Kind.UNIT, key, name, error.what)
+            continue
+        if record.unit != name or found.fingerprint not in ("", record.fingerprint):
+            found.note(Kind.UNIT, key, name, f"it is that of unit {record.unit} of {record.fingerprint[:16]}")
+            continue
+        found.units[name] = record
+    if COMMITTED in found.present:
+        try:
+            stage = parse_record(StageRecord, read_bytes(found.path / COMMITTED), "it")
+            if stage.stage != found.label or found.fingerprint not in ("", stage.fingerprint):
+                raise IntegrityError(f"it is that of {stage.stage} of {stage.fingerprint[:16]}")
+            found.committed = stage
+        except IntegrityError as error:
+            found.note(Kind.STAGE, COMMITTED, "", error.what)
+    if found.committed is not None:
+        _compare(found, found.committed)
+    found.entries += [
+        (Kind.UNIT_OBJECT, name, entry) for name, unit in found.units.items() for entry in unit.made.objects
+    ]
+
+
+def _compare(found: Inventory, stage: StageRecord) -> None:
+    """The stage's root over its units, and the conservation of rows."""
+    known = {finding.key for finding in found.findings}
+    for name, digest in stage.units.items():
+        unit = found.units.get(name)
+        if unit is None and unit_key(name) not in known:
+            found.note(Kind.UNIT, unit_key(name), name, "absent")
+        elif unit is not None and unit.digest != digest:
+            found.note(Kind.UNIT, unit_key(name), name, "it is not the one that the stage committed")
+            del found.units[name]
+    for name in sorted(set(found.units) - set(stage.units)):
+        found.note(Kind.UNIT, unit_key(name), name, "the committed stage has no such unit")
+        del found.units[name]
+    rows = sum(unit.made.rows for unit in found.units.values())
+    if len(found.units) == len(stage.units) and rows != stage.rows:
+        found.note(Kind.STAGE, COMMITTED, "", f"its units have {rows} rows, it says {stage.rows}")
+    found.entries += [(Kind.STAGE_OBJECT, "", entry) for entry in stage.outputs.objects]
+
+
+def _read_log(found: Inventory) -> None:
+    numbers = sorted(key[len(LOG) + 1 : -5] for key in found.present if key.startswith(LOG + "/") and _is_record(key))
+    slots: list[LeaseRecord | CheckpointRecord | VoidRecord] = []
+    tip: str | None = ""
+    for index in range(int(numbers[-1]) + 1 if numbers and numbers[-1].isdigit() else 0):
+        key = slot_key(index)
+        try:
+            if key not in found.present:
+                raise IntegrityError("absent")
+            slot = parse_slot(read_bytes(found.path / key), "it")
+            if slot.slot != index or (tip is not None and slot.parent != tip):
+                raise IntegrityError("it does not follow the slot before it")
+        except IntegrityError as error:
+            found.note(Kind.SLOT, key, str(index), error.what)
+            tip = None
+            continue
+        slots.append(slot)
+        tip = slot.nonce
+    stage = found.committed
+    if stage is not None and stage.slots:
+        tip = next((slot.nonce for slot in slots if slot.slot == stage.slots - 1), None)
+        key = slot_key(stage.slots - 1)
+        if tip != stage.tip and key not in {finding.key for finding in found.findings}:
+            found.note(Kind.SLOT, key, str(stage.slots - 1), "absent" if tip is None else "it is another one")
+    void = {slot.voids for slot in slots if isinstance(slot, VoidRecord)}
+    kept = [slot for slot in slots if isinstance(slot, CheckpointRecord) and slot.slot not in void]
+    for slot in (slot for slot in slots if isinstance(slot, CheckpointRecord)):
+        if slot in kept[-LIVE_CHECKPOINTS:]:
+            found.entries += [(Kind.CHECKPOINT, str(slot.slot), entry) for entry in slot.objects]
+        else:
+            found.superseded |= {entry.key for entry in slot.objects}
+
+
+def _problem(found: Inventory, entry: ObjectEntry, full: bool) -> str:
+    there = found.present.get(entry.key)
+    if there is None:
+        return "absent"
+    if there.size != entry.size:
+        return f"it has {there.size} bytes, committed were {entry.size}"
+    if full:
+        try:
+            read_recorded(found.path, entry)
+        except IntegrityError as error:
+            return error.what.removeprefix(f"{found.path / entry.key} ")
+    return ""

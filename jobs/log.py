@@ -1,0 +1,192 @@
+"""The create-once log of a stage: numbered slots, each naming the one before it.
+
+Only the next free slot can be taken, and only once. So whoever has read the log knows, when its own record
+gets the next slot, that nobody else has written in between; a lease in that slot ends the writer before it.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from cluster.storage.create import create, create_or_adopt
+from cluster.storage.objects import names, read_recorded, read_text_object
+from cluster.storage.path import StoragePath
+from schemas.errors import FencedError, IntegrityError
+from schemas.layouts import CHECKPOINTS, LOG, slot_key
+from schemas.records import (
+    REPAIR,
+    CheckpointRecord,
+    LeaseRecord,
+    ObjectEntry,
+    Owner,
+    VoidRecord,
+    parse_slot,
+)
+
+AnySlot = LeaseRecord | CheckpointRecord | VoidRecord
+
+
+class SlotLog:
+    """A stage's log, as far as it was read.
+
+    Args:
+        path: The stage's folder.
+    """
+
+    def __init__(self, path: StoragePath) -> None:
+        self.path = path
+        self.slots: list[AnySlot] = []
+        self._listed = False
+
+    def refresh(self, listed: bool = False) -> None:
+        """Read what has come in.
+
+        Args:
+            listed: The log was listed already, by somebody who deals with missing slots.
+
+        Raises:
+            IntegrityError: a slot is missing or damaged, or does not follow the one before it.
+        """
+        if not (listed or self._listed):
+            there = [name.removesuffix(".json") for name in names(self.path / LOG) if name.endswith(".json")]
+            if there != [f"{number:06d}" for number in range(len(there))]:
+                raise IntegrityError(f"{self.path / LOG} has slots {there[:8]}, one is missing", REPAIR)
+            self._listed = True
+        while (slot := self._read(len(self.slots))) is not None:
+            self._follow(slot)
+
+    def _read(self, number: int) -> AnySlot | None:
+        where = self.path / slot_key(number)
+        try:
+            return parse_slot(read_text_object(where), str(where))
+        except FileNotFoundError:
+            return None
+
+    def _follow(self, slot: AnySlot) -> None:
+        expected = self.epoch + 1 if isinstance(slot, LeaseRecord) else self.epoch
+        if (slot.slot, slot.parent, slot.epoch) != (len(self.slots), self.tip, expected):
+            raise IntegrityError(
+                f"{self.path / slot_key(len(self.slots))} does not follow the slot before it "
+                f"(slot {slot.slot}, epoch {slot.epoch}, expected {len(self.slots)} and {expected})",
+                REPAIR,
+            )
+        self.slots.append(slot)
+
+    @property
+    def tip(self) -> str:
+        """Nonce of the newest slot; empty before the first."""
+        return self.slots[-1].nonce if self.slots else ""
+
+    @property
+    def lease(self) -> LeaseRecord | None:
+        """The newest lease."""
+        return next((slot for slot in reversed(self.slots) if isinstance(slot, LeaseRecord)), None)
+
+    @property
+    def epoch(self) -> int:
+        """Number of the newest lease; 0 before the first."""
+        return self.lease.epoch if self.lease else 0
+
+    @property
+    def checkpoints(self) -> list[CheckpointRecord]:
+        """The checkpoints that count, oldest first."""
+        void = {slot.voids for slot in self.slots if isinstance(slot, VoidRecord)}
+        return [slot for slot in self.slots if isinstance(slot, CheckpointRecord) and slot.slot not in void]
+
+    def take(self, owner: Owner) -> LeaseRecord | None:
+        """Append a lease; None if somebody else was first with something."""
+        record = LeaseRecord(slot=len(self.slots), parent=self.tip, epoch=self.epoch + 1, owner=owner)
+        return record if self._append(record) else None
+
+    def checkpoint(
+        self, step: int, objects: tuple[ObjectEntry, ...], facts: dict[str, Any], nonce: str
+    ) -> CheckpointRecord | None:
+        """Append a checkpoint; None if somebody else was first with something."""
+        record = CheckpointRecord(
+            slot=len(self.slots),
+            parent=self.tip,
+            epoch=self.epoch,
+            step=step,
+            objects=objects,
+            facts=facts,
+            nonce=nonce,
+        )
+        return record if self._append(record) else None
+
+    def void(self, slot: int) -> VoidRecord | None:
+        """Append that a slot counts no longer; None if somebody else was first with something."""
+        record = VoidRecord(slot=len(self.slots), parent=self.tip, epoch=self.epoch, voids=slot)
+        return record if self._append(record) else None
+
+    def _append(self, record: AnySlot) -> bool:
+        if create(self.path / slot_key(record.slot), record.body()):
+            self.slots.append(record)
+            return True
+        self.refresh()
+        return False
+
+
+class TrainingLog:
+    """See `pipeline.stage.Checkpoints`.
+
+    Args:
+        path: The stage's folder.
+        lease: Nonce of the lease under which checkpoints are written; empty where nobody holds one.
+    """
+
+    def __init__(self, path: StoragePath, lease: str = "") -> None:
+        self._log, self._lease = SlotLog(path), lease
+
+    def latest(self) -> CheckpointRecord | None:
+        """The newest checkpoint that counts.
+
+        Raises:
+            IntegrityError: the log is damaged.
+        """
+        self._log.refresh()
+        return self._log.checkpoints[-1] if self._log.checkpoints else None
+
+    def read(self, entry: ObjectEntry) -> bytes:
+        """An object of a checkpoint.
+
+        Raises:
+            IntegrityError: it is absent or not what was committed.
+        """
+        return read_recorded(self._log.path, entry)
+
+    def commit(self, step: int, bodies: Mapping[str, bytes], facts: dict[str, Any]) -> CheckpointRecord:
+        """Write a checkpoint: the objects, then the record in the next slot.
+
+        Raises:
+            FencedError: another run leads this stage now.
+            IntegrityError: two trainers write under one lease.
+        """
+        self._log.refresh()
+        self._require_ours()
+        # A name of its own for every attempt: a crash before the record leaves bytes that nobody refers to.
+        nonce = uuid.uuid4().hex
+        folder = f"{CHECKPOINTS}/{step:09d}-{nonce[:8]}"
+        entries = []
+        for name, body in bodies.items():
+            entry = ObjectEntry.of(f"{folder}/{name}", body)
+            create_or_adopt(self._log.path / entry.key, body)
+            entries.append(entry)
+        record = self._log.checkpoint(step, tuple(entries), facts, nonce)
+        if record is None:
+            self._require_ours()
+            raise IntegrityError(
+                f"{self._log.path / LOG}: another trainer under the same lease wrote a checkpoint",
+                "run only one trainer of a stage, and resume",
+            )
+        return record
+
+    def _require_ours(self) -> None:
+        lease = self._log.lease
+        if (lease.nonce if lease else "") != self._lease:
+            by = f"{lease.owner.host}, process {lease.owner.pid}, lease {lease.epoch}" if lease else "nobody"
+            raise FencedError(
+                f"{self._log.path}: this run's lease was taken over by {by}",
+                "leave it to that run; look with `kilobasis status`",
+            )
