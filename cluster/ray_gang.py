@@ -37,7 +37,7 @@ from schemas.events import CheckpointCommitted, Event, Note, WorkerLost
 FAILURES = 5
 # Once one rank has failed the others fail too; so long to see which of them knows the reason.
 SETTLE_SECONDS = 5.0
-# A rank's last events are on their way when it returns.
+# For a rank's last events to arrive, before it returns.
 FLUSH_SECONDS = 10.0
 MAIL_SECONDS = 4.0
 
@@ -95,22 +95,23 @@ class _Post:
     def __init__(self, rank: int, mailbox: ActorHandle[Any]) -> None:
         self._rank, self._mailbox = rank, mailbox
         self._at: tuple[int, Phase] = (0, "starting")
-        self._last: Any = None
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._thread = threading.Thread(target=self._keep_beating, name="heartbeat", daemon=True)
 
     def emit(self, event: Event) -> None:
-        self._last = self._mailbox.push.remote(event)
+        self._mailbox.push.remote(event)
 
     def at(self, step: int, phase: Phase) -> None:
         self._at = (step, phase)
 
-    def _beat(self) -> None:
-        while True:
-            step, phase = self._at
-            self._mailbox.beat.remote(Beat(self._rank, step, phase, time.monotonic()))
-            if self._over.wait(BEAT_SECONDS):
-                return
+    def _beat(self) -> Any:
+        step, phase = self._at
+        return self._mailbox.beat.remote(Beat(self._rank, step, phase, time.monotonic()))
+
+    def _keep_beating(self) -> None:
+        self._beat()
+        while not self._over.wait(BEAT_SECONDS):
+            self._beat()
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -120,8 +121,8 @@ class _Post:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._over.set()
-        if self._last is not None:
-            ray.wait([self._last], timeout=FLUSH_SECONDS)
+        # Whatever was sent before has arrived when this has.
+        ray.wait([self._beat()], timeout=FLUSH_SECONDS)
 
 
 def _run_rank(fn: Callable[[Rank], Any], rank: int, world_size: int, meeting: str, mailbox: ActorHandle[Any]) -> Any:
@@ -259,6 +260,7 @@ class _Gang:
                 other = fetch(reference)
                 if not isinstance(other, Returned):
                     failed[others[reference]] = other
+            # What they had to say in the end.
             self._look(watch)
         for each in failed.values():
             if isinstance(each, Raised) and isinstance(each.error, KilobasisError):

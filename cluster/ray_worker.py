@@ -7,18 +7,16 @@ worker whose raylet is gone ends itself.
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
-import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import (
@@ -37,6 +35,7 @@ from ray.exceptions import (
 
 from cluster.failures import Reminder, first_line
 from cluster.pool import Resources, free_port, limit_threads
+from cluster.storage import create
 from schemas.errors import BusyError, StageFailedError
 from schemas.events import Event, Note
 
@@ -59,11 +58,15 @@ class Worker:
 
     def __init__(self, threads: int) -> None:
         threading.Thread(target=_end_with, args=(os.getppid(),), name="raylet", daemon=True).start()
+        self._threads = threads
         limit_threads(threads)
 
     def place(self) -> Place:
         """Where this process is. Its first call also tells that it has started."""
-        return Place(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), os.getpid())
+        process = psutil.Process()
+        return Place(
+            ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), process.pid, process.create_time()
+        )
 
     def meeting_point(self) -> str:
         """Where a gang led by this worker meets."""
@@ -71,6 +74,8 @@ class Worker:
 
     def run(self, fn: Callable[..., Any], *args: Any) -> Any:
         """Call a function."""
+        # It has brought torch along by now, where it uses that.
+        limit_threads(self._threads)
         return fn(*args)
 
     @ray.method(concurrency_group="beside")  # type: ignore[untyped-decorator]
@@ -81,18 +86,17 @@ class Worker:
     @ray.method(concurrency_group="beside")  # type: ignore[untyped-decorator]
     def finish(self, seconds: float) -> None:
         """Begin no new object, and wait for the one that is being written."""
-        storage = importlib.import_module("cluster.storage.create")
-        if hasattr(storage, "finish"):
-            storage.finish(seconds)
+        create.finish(seconds)
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A process of the cluster."""
+    """A process of the cluster. `started` tells it from another one that gets its number later."""
 
     node: str
     host: str
     pid: int
+    started: float
 
     def __str__(self) -> str:
         return f"pid {self.pid} on {self.host}"
@@ -238,21 +242,30 @@ def dismiss(actors: Sequence[ActorHandle[Any]], places: Sequence[Place]) -> None
         with suppress(RayError):
             ray.kill(actor)
     here = ray.get_runtime_context().get_node_id() if places else ""
+    left = [process for place in places if place.node == here and (process := _process(place))]
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     deadline = time.monotonic() + GONE_SECONDS
-    for place in places:
-        while place.node == here and _runs(place.pid) and time.monotonic() < deadline:
-            with suppress(ProcessLookupError):
-                os.kill(place.pid, signal.SIGKILL)
-            time.sleep(0.02)
+    while any(map(_runs, left)) and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
-def _runs(pid: int) -> bool:
-    """Whether a worker still runs; a zombie does not. Where there is no /proc, Ray's word has to do."""
+def _process(place: Place) -> psutil.Process | None:
+    """The process, if it is not gone yet."""
     try:
-        name, _, state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
-    except (FileNotFoundError, ProcessLookupError):
+        process = psutil.Process(place.pid)
+        return process if process.create_time() == place.started else None
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Whether it still runs. One that waits for its parent to hear of its end does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    return "(ray::" in name and not state.strip().startswith("Z")
 
 
 def _end_with(parent: int) -> None:

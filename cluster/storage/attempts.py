@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -105,6 +106,13 @@ def attempt(path: StoragePath, verb: str, operation: Callable[[], T], renew: Cal
         reraise=True,
     )
     try:
+        # Nearly always the first attempt does, and needs none of this.
+        try:
+            return once()
+        except Exception as error:
+            if not may_pass(error):
+                raise
+        time.sleep(random.uniform(0.0, FIRST_WAIT_SECONDS))
         return retrying(once)
     except (*ANSWERS, KilobasisError):
         raise
@@ -132,7 +140,7 @@ def _given_up(
     path: StoragePath, verb: str, error: BaseException, began: float, retrying: tenacity.Retrying
 ) -> StorageError:
     spent = time.monotonic() - began
-    tries = retrying.statistics.get("attempt_number", 1)
+    tries = 1 + retrying.statistics.get("attempt_number", 0)
     if isinstance(error, PermissionError) or type(error).__name__ in _NO_CREDENTIALS:
         remedy = "check the credentials and what they allow (read, list, create and delete below the root), then resume"
     else:

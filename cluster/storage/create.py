@@ -191,6 +191,10 @@ def _put(path: StoragePath, body: bytes) -> bool:
         put_if_absent(path, body)
     except FileExistsError:
         return False
+    except FileNotFoundError as error:
+        raise StorageError(
+            f"cannot create {path}: there is no such bucket or container", "create it, or mend the URL, then resume"
+        ) from error
     except Exception as error:
         if not may_pass(error):
             raise

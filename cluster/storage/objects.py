@@ -6,6 +6,7 @@ request to a remote store goes through `attempts`.
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
@@ -22,7 +23,7 @@ from fsspec.asyn import sync
 
 from cluster.storage.attempts import attempt
 from cluster.storage.path import StoragePath
-from schemas.errors import IntegrityError, ManifestError
+from schemas.errors import IntegrityError, ManifestError, StorageError
 from schemas.records import REPAIR, ObjectEntry, sha256
 
 # A request may take so long, and its bytes so much longer at the slowest pace that is worth waiting for.
@@ -100,7 +101,24 @@ def once(path: StoragePath, method: str, *args: Any, size: int = 0, **options: A
     if not getattr(fs, "async_impl", False):
         return getattr(fs, method)(*args, **options)
     deadline = REQUEST_SECONDS + size / SLOWEST_BYTES_PER_SECOND
-    return sync(fs.loop, getattr(fs, f"_{method}"), *args, timeout=deadline, **options)
+    try:
+        return sync(fs.loop, getattr(fs, f"_{method}"), *args, timeout=deadline, **options)
+    except OSError:
+        raise
+    except Exception as error:
+        raise _translated(error) from error
+
+
+def _translated(error: Exception) -> Exception:
+    """An HTTP error that a library leaves as its own, as the error that Python has for it."""
+    status = getattr(error, "status_code", None) or getattr(error, "code", None)
+    text = str(error)
+    if status == 404:
+        return FileNotFoundError(text)
+    if status in (401, 403) or type(error).__name__ == "ClientAuthenticationError":
+        return PermissionError(text)
+    number = {400: errno.EINVAL, 409: errno.EBUSY, 411: errno.EINVAL, 412: errno.EINVAL, 416: errno.EINVAL}
+    return OSError(number[status], text) if status in number else error
 
 
 def read_bytes(path: StoragePath) -> bytes:
@@ -132,12 +150,18 @@ def read_text_object(path: StoragePath) -> bytes:
         FileNotFoundError: nothing is there.
         IntegrityError: it is far larger than anything of its kind.
     """
-    there = size(path)
-    if there > LARGEST_JSON:
+    try:
+        body = read_range(path, 0, LARGEST_JSON + 1)
+    except StorageError:
+        # An empty object has no range that a bucket could give.
+        if size(path):
+            raise
+        return b""
+    if len(body) > LARGEST_JSON:
         raise IntegrityError(
-            f"{path} has {there} bytes, a file of its kind has at most {LARGEST_JSON}", "restore the file from a copy"
+            f"{path} has more than {LARGEST_JSON} bytes, which nothing of its kind has", "restore the file from a copy"
         )
-    return read_bytes(path)
+    return body
 
 
 def read_json(path: StoragePath) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster import failures
 from cluster.pool import Pool, Rank, Resources
 from schemas import events
 from schemas.errors import BusyError, InterruptedRunError, NonFiniteError, StageFailedError
@@ -59,17 +60,15 @@ def rank_gets(number: signal.Signals, folder: Path, rank: Rank) -> float:
     return rank_sum(rank)
 
 
-def rank_hangs_once(folder: Path, rank: Rank) -> float:
-    """In the gang's first life rank 1 stays behind in step 3, with a heart that beats."""
-    first = life(folder, rank) == 0
-    join(rank)
-    for step in range(1, 4 if first else 1):
+def rank_hangs_once(folder: Path, rank: Rank) -> str:
+    """In the gang's first life rank 1 stays behind in step 3, with a heart that beats, and rank 0 waits for it."""
+    if life(folder, rank):
+        return "done"
+    for step in range(1, 4 if rank.rank else 5):
         rank.beat(step, "step")
-        time.sleep(1.5)
-    if first and rank.rank == 1:
-        time.sleep(600)
-    rank.beat(4, "step")
-    return rank_sum(rank)
+        time.sleep(1.0)
+    time.sleep(600)
+    return "never"
 
 
 def rank_does_not_like_it(rank: Rank) -> float:
@@ -180,7 +179,7 @@ def test_gang_whose_rank_hangs_names_it_and_starts_again(
 
     monkeypatch.setattr(watch, "STEP_SECONDS", 4.0)
     monkeypatch.setattr(watch, "STEP_TIMES", 2)
-    assert pool.gang(partial(rank_hangs_once, tmp_path), 2, Resources(), diary, "s") == 3.0
+    assert pool.gang(partial(rank_hangs_once, tmp_path), 2, Resources(), diary, "s") == "done"
     (lost,) = of(events.WorkerLost, diary.seen)
     assert lost.doing == "rank 1"
     assert "hangs in the step at step 3: no rank moved for " in lost.reason
@@ -194,7 +193,10 @@ def test_gang_raises_what_one_rank_knows_although_another_failed_first(pool: Poo
     assert not of(events.WorkerLost, diary.seen)
 
 
-def test_gang_that_fails_five_times_without_a_checkpoint_is_given_up(pool: Pool, diary: Diary, tmp_path: Path) -> None:
+def test_gang_that_fails_five_times_without_a_checkpoint_is_given_up(
+    pool: Pool, diary: Diary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(failures, "LONGEST", 0.2)
     with pytest.raises(StageFailedError) as caught:
         pool.gang(partial(rank_raises, False, 99, tmp_path), 1, Resources(), diary, "s")
     assert len(diary.pids()) == 5

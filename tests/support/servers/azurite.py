@@ -27,7 +27,7 @@ class AzuriteServer(Server):
     def missing(cls) -> str | None:
         """Node runs it, npm installs it."""
         if shutil.which("node") is None:
-            return "Azurite needs node and npm (Debian: apt-get install npm, then make servers)"
+            return "Azurite needs node 20 or newer and npm (then: make servers)"
         if not MAIN.exists():
             return "Azurite is not installed (make servers)"
         return None if find_spec("adlfs") else "adlfs is not installed (pip install -e '.[az]')"

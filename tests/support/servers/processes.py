@@ -53,7 +53,7 @@ class Processes:
 
     Args:
         name: Of the server; the folder's name shows it.
-        parent: Where the folder is made; short by default, because the path of a Unix socket has 107 characters.
+        parent: Where the folder is made.
     """
 
     def __init__(self, name: str, parent: Path = Path("/tmp")) -> None:

@@ -1,6 +1,7 @@
 """What the servers that speak S3 share: how a client finds them, and how a bucket is made."""
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,10 +13,16 @@ from tests.support.servers.server import Server
 REGION = "us-east-1"
 
 
+@functools.cache
+def _session() -> botocore.session.Session:
+    # It keeps what it has read of the API's description, which is most of the time that a client takes to make.
+    return botocore.session.Session()
+
+
 @contextlib.contextmanager
 def s3_client(environment: Mapping[str, str], read_timeout: float = 60) -> Iterator[Any]:
     """A botocore client that tries everything once, so that a test sees what the server did and not a retry of it."""
-    client = botocore.session.Session().create_client(
+    client = _session().create_client(
         "s3",
         region_name=environment["AWS_DEFAULT_REGION"],
         endpoint_url=environment["AWS_ENDPOINT_URL"],

@@ -23,7 +23,7 @@ class Server(ABC):
 
     def __init__(self) -> None:
         self.port = free_port()
-        self.processes = Processes(self.name)
+        self.processes = Processes(self.name, self.parent())
         try:
             self.start()
             self.endpoint = self.bucket()
@@ -35,6 +35,11 @@ class Server(ABC):
     @abstractmethod
     def missing(cls) -> str | None:
         """What is not installed here and how to install it, in one line; None where the server can be started."""
+
+    @classmethod
+    def parent(cls) -> Path:
+        """Where the server's folder is made; short by default, because the path of a Unix socket has 107 characters."""
+        return Path("/tmp")
 
     @property
     @abstractmethod

@@ -33,10 +33,14 @@ class SwiftServer(S3Server):
 
     @classmethod
     def missing(cls) -> str | None:
-        """A virtual environment of its own, and a file system that keeps attributes."""
-        if not PYTHON.exists():
-            return "Swift is not installed (make servers)"
-        return None if keeps_attributes(Path("/tmp")) else "Swift needs extended attributes, which /tmp does not keep"
+        """A virtual environment of its own."""
+        return None if PYTHON.exists() else "Swift is not installed (make servers)"
+
+    @classmethod
+    def parent(cls) -> Path:
+        """The first place that keeps attributes; the last one is on the disk of the checkout."""
+        places = (Path("/tmp"), Path("/var/tmp"), INSTALLED)
+        return next((place for place in places if keeps_attributes(place)), places[-1])
 
     def start(self) -> None:
         """Start it; every start is empty."""

@@ -52,15 +52,16 @@ def cache(_: Mapping[str, str], **__: str) -> Callable[[Any], Any]:
     return around
 
 
-def write_configuration(folder: Path, ports: Mapping[str, int], key: str, secret: str) -> None:
+def write_configuration(folder: Path, key: str, secret: str) -> None:
     """One file for each server, and the cluster's secret salt of names."""
     (folder / "swift.conf").write_text("[swift-hash]\nswift_hash_path_suffix = test\n[storage-policy:0]\nname = test\n")
     common = f"swift_dir = {folder}\ndevices = {folder / 'devices'}\nmount_check = false\nlog_level = ERROR\n"
     for kind in (ACCOUNT, CONTAINER, OBJECT):
-        text = f"[DEFAULT]\n{common}[pipeline:main]\npipeline = {kind}-server\n"
-        # A killed process of a test loses nothing that the machine's own cache holds.
-        text += f"[app:{kind}-server]\nuse = egg:swift#{kind}\n"
-        (folder / f"{kind}.conf").write_text(text)
+        (folder / f"{kind}.conf").write_text(
+            f"[DEFAULT]\n{common}"
+            f"[pipeline:main]\npipeline = {kind}-server\n"
+            f"[app:{kind}-server]\nuse = egg:swift#{kind}\n"
+        )
     user, _, group = key.partition(":")
     (folder / "proxy.conf").write_text(
         f"[DEFAULT]\n{common}"
@@ -95,7 +96,7 @@ def main(folder: Path, port: int, key: str, secret: str) -> None:
     listeners = {kind: eventlet.listen(("127.0.0.1", 0)) for kind in (ACCOUNT, CONTAINER, OBJECT)}
     ports = {kind: listener.getsockname()[1] for kind, listener in listeners.items()}
     (folder / "devices" / "d").mkdir(parents=True)
-    write_configuration(folder, ports, key, secret)
+    write_configuration(folder, key, secret)
     # The path is fixed to /etc/swift, and is read when modules are imported.
     utils.SWIFT_CONF_FILE = str(folder / "swift.conf")
     utils.validate_hash_conf()
