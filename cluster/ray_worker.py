@@ -47,6 +47,8 @@ TELL_SECONDS = 60.0
 FETCH_SECONDS = 30.0
 # What a stop leaves a worker to finish the object that it is writing.
 FINISH_SECONDS = 2.0
+# For a dismissed worker to end itself; then it is killed.
+OBEY_SECONDS = 1.0
 # For a killed process to be gone.
 GONE_SECONDS = 10.0
 
@@ -243,12 +245,21 @@ def dismiss(actors: Sequence[ActorHandle[Any]], places: Sequence[Place]) -> None
             ray.kill(actor)
     here = ray.get_runtime_context().get_node_id() if places else ""
     left = [process for place in places if place.node == here and (process := _process(place))]
-    for process in left:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    deadline = time.monotonic() + GONE_SECONDS
-    while any(map(_runs, left)) and time.monotonic() < deadline:
+    if not _gone(left, OBEY_SECONDS):
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        _gone(left, GONE_SECONDS)
+
+
+def _gone(processes: Sequence[psutil.Process], seconds: float) -> bool:
+    """Wait until all of them are, though no longer than that."""
+    deadline = time.monotonic() + seconds
+    while any(map(_runs, processes)):
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.02)
+    return True
 
 
 def _process(place: Place) -> psutil.Process | None:

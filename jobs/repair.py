@@ -7,8 +7,9 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from cluster.storage import probe
 from cluster.storage.create import create, remove
-from cluster.storage.objects import names, read_json, read_text_object
+from cluster.storage.objects import listing, names, read_json, read_text_object
 from cluster.storage.path import StoragePath
 from jobs import inventory, lease
 from jobs.inventory import Finding, Inventory, Kind
@@ -175,6 +176,11 @@ def garbage(root: StoragePath, older_than: float) -> Iterator[Garbage]:
         older_than: Seconds; younger leftovers may belong to somebody who is still at work.
     """
     now = time.time()
+    for name in names(root):
+        if name.startswith(probe.PREFIX):
+            for key, there in sorted(listing(root / name).items()):
+                if there.modified is not None and now - there.modified >= older_than:
+                    yield Garbage("probe", root / name / key, there.size, False)
     for label, path in inventory.folders(root):
         found = inventory.take(label, path, full=False)
         for key, there in sorted(found.unreferenced().items()):

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from cluster.storage import probe
 from cluster.storage.create import create
 from cluster.storage.objects import names, read_json, read_text_object, require_writable
 from cluster.storage.path import StoragePath
-from cluster.storage.probe import require_trusted
 from jobs.fingerprint import differences
 from jobs.manifest import canonical
 from jobs.state import StageFolder
@@ -70,7 +70,7 @@ class Workspace:
         return workspace
 
     def _require_ours(self) -> None:
-        present = names(self.root)
+        present = [name for name in names(self.root) if not name.startswith(probe.PREFIX)]
         if not present:
             return
         if OWNER not in present:
@@ -96,7 +96,7 @@ class Workspace:
             ManifestError: the store cannot be trusted, or the root belongs to another manifest.
         """
         with reaching(f"root {self.root}", self.root):
-            creates = require_trusted(self.root, single_writer)
+            creates = probe.require_trusted(self.root, single_writer)
             create(self.root / OWNER, RootRecord(name=self.manifest.name, creates=creates).body())
             self._require_ours()
 

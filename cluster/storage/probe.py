@@ -13,6 +13,8 @@ from schemas.errors import ManifestError
 
 WRITERS = 8
 ROUNDS = 3
+# A run that is killed in the middle of this leaves a folder of this name, which counts for nothing.
+PREFIX = "probe-"
 # A wrong URL or wrong credentials should be told soon.
 DOOR_SECONDS = 20.0
 
@@ -26,7 +28,7 @@ def probe(root: StoragePath) -> str:
     Raises:
         StorageError: it cannot be written, read, listed or deleted from.
     """
-    folder = root / f"probe-{uuid.uuid4().hex[:12]}"
+    folder = root / f"{PREFIX}{uuid.uuid4().hex[:12]}"
     with patience(DOOR_SECONDS):
         made: list[StoragePath] = []
         try:

@@ -56,9 +56,7 @@ def in_two_processes(count: int) -> tuple[Counter[str], int, int]:
     return total, finished, ran
 
 
-@pytest.mark.parametrize(
-    "count", [10_000, pytest.param(200_000, marks=[pytest.mark.chaos, pytest.mark.timeout(7200)])]
-)
+@pytest.mark.parametrize("count", [10_000, pytest.param(200_000, marks=[pytest.mark.chaos, pytest.mark.timeout(7200)])])
 @pytest.mark.timeout(1200)
 def test_protocol_under_random_schedules_holds_every_invariant(count: int) -> None:
     found, finished, ran = in_two_processes(count)
@@ -215,5 +213,3 @@ def test_protocol_on_a_store_that_overwrites_is_caught() -> None:
 def test_schedules_are_repeatable() -> None:
     with schedules.simulated():
         assert schedules.schedule(7)[1:] == schedules.schedule(7)[1:]
-
-

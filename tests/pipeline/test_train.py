@@ -10,8 +10,8 @@ import torch
 
 from cluster.pool import InlinePool, Rank, Resources
 from jobs import manifest as manifests
-from jobs.runner import run
 from jobs.log import TrainingLog
+from jobs.runner import run
 from pipeline.dictionary import loop
 from pipeline.dictionary.model import TopKDictionary
 from schemas.errors import IntegrityError, NonFiniteError

@@ -8,6 +8,7 @@ always a zombie for somebody else. After every operation the invariants are chec
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import random
@@ -250,15 +251,19 @@ def take(folder: StageFolder) -> leases.Lease | None:
     )
 
 
+def _this_runner() -> Owner:
+    return Owner(host=World.now.who(), boot="", namespace="", pid=0, started=0.0)
+
+
 @contextmanager
 def simulated() -> Iterator[None]:
     """The clock stands still, leases expire at any moment, and a store is given up after four attempts."""
     give_up = tenacity.stop_after_attempt(4)
     with (
-        mock.patch.object(leases, "is_over", lambda *_: True),
-        mock.patch.object(leases, "this_process", lambda: Owner(host=World.now.who(), boot="", namespace="", pid=0, started=0.0)),
-        mock.patch.object(attempts.time, "sleep", lambda _: None),
-        mock.patch.object(attempts.tenacity, "stop_after_delay", lambda _: give_up),
+        mock.patch.object(leases, "is_over", return_value=True),
+        mock.patch.object(leases, "this_process", _this_runner),
+        mock.patch.object(attempts.time, "sleep"),
+        mock.patch.object(attempts.tenacity, "stop_after_delay", return_value=give_up),
         mock.patch.object(attempts._LOG, "disabled", True),
         mock.patch("jobs.state.environment", dict),
     ):
@@ -330,10 +335,6 @@ def schedule(seed: int, atomic: bool = True) -> tuple[list[str], bool, int]:
             step(runner, lambda: runner.switch(answer))  # noqa: B023
     for runner in waiting:
         world.dead.add(runner)
-        try:
+        with contextlib.suppress(CrashError):
             runner.throw(CrashError)
-        except BaseException:  # noqa: BLE001, S110 - it was killed
-            pass
     return world.violations, bool(endings["done"]), world.operations
-
-

@@ -1,0 +1,193 @@
+"""Runs that are killed, twice killed, stopped and woken, or raced, at chosen operations of their store."""
+
+import os
+import random
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+
+from cluster.storage.objects import forget
+from cluster.storage.path import StoragePath
+from jobs import repair as repairs
+from tests.support import dying, runs
+from tests.support.dying import Point
+from tests.support.stores import reach
+
+SEED = int(os.environ.get("KILOBASIS_CHAOS_SEED", random.SystemRandom().randrange(10**6)))
+PLACES = ("file", "ceph")
+QUICK = ("compute.lease_seconds=1", "compute.checkpoint_seconds=1e-9")
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of a fresh root: in a folder, or in a bucket of a real store."""
+    if request.param == "file":
+        yield str(tmp_path / "root")
+    else:
+        yield str(reach(request.getfixturevalue(request.param).bucket(), monkeypatch) / "root")
+        forget()
+
+
+@pytest.fixture(scope="module")
+def expected(finished: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """The manifest, its digests, and how many operations a run has in each place."""
+    folder = tmp_path_factory.mktemp("expected")
+    going = dying.start(finished.manifest, *QUICK, f"root={folder / 'root'}", log=folder / "log")
+    assert going.wait() == 0, going.log.read_text()
+    assert runs.digests(folder / "root") == runs.digests(finished.root)
+    operations = int(going.log.read_text().rpartition("operations ")[2].split()[0])
+    return SimpleNamespace(manifest=finished.manifest, digests=runs.digests(finished.root), operations=operations)
+
+
+def begin(expected: SimpleNamespace, place: str, tmp_path: Path, *more: str, **options: Any) -> dying.Going:
+    return dying.start(expected.manifest, *QUICK, f"root={place}", *more, log=tmp_path / "log", **options)
+
+
+def check(expected: SimpleNamespace, place: str) -> None:
+    """All is committed, once, with the digests of a run that nothing happened to."""
+    root = StoragePath.parse(place)
+    found = list(repairs.verify(root, full=True))
+    assert [finding for each in found for finding in each.findings] == []
+    assert {each.label: each.committed.digest for each in found if each.committed} == expected.digests
+    assert len(found) == len(expected.digests)
+
+
+def begun(place: str) -> set[str]:
+    """Units of which something was written, but no record: what a resume has to do again."""
+    found = set()
+    for each in repairs.verify(StoragePath.parse(place), full=False):
+        for key in each.unreferenced():
+            named = re.search(r"/c/(\d+)|(\d{6})", key)
+            # What a stage writes itself, and a temporary file of a record, is no work of a unit.
+            if named and not key.startswith(("checkpoints/", "log/", "units/", ".")):
+                found.add(f"{each.label} {int(named[1] or named[2])}")
+    return found
+
+
+def points(number: int, operations: int, salt: str) -> list[Point]:
+    """So many points, spread at random over a run."""
+    rng = random.Random(f"{SEED} {salt}")
+    every = [Point(at, when) for at in range(1, operations + 1) for when in ("before", "after")]
+    return sorted(rng.sample(every, min(number, len(every))), key=lambda point: point.number)
+
+
+@pytest.mark.parametrize("place", PLACES, indirect=True)
+@pytest.mark.parametrize(
+    "share", [pytest.param(30, id="sampled"), pytest.param(10**6, id="all", marks=pytest.mark.chaos)]
+)
+@pytest.mark.timeout(7200)
+def test_run_killed_around_a_storage_operation_resumes_to_the_same_digests(
+    share: int, place: str, expected: SimpleNamespace, tmp_path: Path
+) -> None:
+    """SIGKILL before or after operations that change the store: before a read, it is as after the last of them."""
+    chosen = points(share, expected.operations, place.partition("://")[0])
+    print(f"\nseed {SEED}: {len(chosen)} of {2 * expected.operations} points", file=sys.stderr)
+    for index, point in enumerate(chosen):
+        root = f"{place}-{index}"
+        going = begin(expected, root, tmp_path, point=point)
+        assert going.wait() == -signal.SIGKILL, f"seed {SEED}, {point}: {going.log.read_text()}"
+        assert len(begun(root)) <= 1, f"seed {SEED}, {point}: more than one unit has to be made again"
+        going = begin(expected, root, tmp_path)
+        assert going.wait() == 0, f"seed {SEED}, {point}: {going.log.read_text()}"
+        check(expected, root)
+
+
+@pytest.mark.parametrize("number", [5, pytest.param(100, marks=[pytest.mark.chaos, pytest.mark.timeout(7200)])])
+@pytest.mark.parametrize("place", PLACES, indirect=True)
+def test_run_killed_again_while_it_resumes_reaches_the_same_digests(
+    number: int, place: str, expected: SimpleNamespace, tmp_path: Path
+) -> None:
+    rng = random.Random(f"{SEED} twice {place.partition('://')[0]}")
+    for index in range(number):
+        root = f"{place}-{index}"
+        for point in (Point(rng.randint(1, expected.operations)), Point(rng.randint(1, 20), "after")):
+            code = begin(expected, root, tmp_path, point=point).wait()
+            assert code in (0, -signal.SIGKILL), f"seed {SEED}, {point}: {(tmp_path / 'log').read_text()}"
+        assert begin(expected, root, tmp_path).wait() == 0, f"seed {SEED}: {(tmp_path / 'log').read_text()}"
+        check(expected, root)
+
+
+@pytest.mark.parametrize("number", [5, pytest.param(100, marks=[pytest.mark.chaos, pytest.mark.timeout(7200)])])
+@pytest.mark.parametrize("place", PLACES, indirect=True)
+def test_run_stopped_beyond_its_lease_and_woken_overwrites_nothing(
+    number: int, place: str, expected: SimpleNamespace, tmp_path: Path
+) -> None:
+    """A zombie: SIGSTOP at an operation, another run takes over and finishes, SIGCONT."""
+    rng = random.Random(f"{SEED} zombie {place.partition('://')[0]}")
+    endings = []
+    for index in range(number):
+        root = f"{place}-{index}"
+        point = Point(rng.randint(3, expected.operations), rng.choice(["before", "after"]), signal.SIGSTOP)
+        zombie = dying.start(expected.manifest, *QUICK, f"root={root}", log=tmp_path / "zombie", point=point)
+        sleeping = psutil.Process(zombie.process.pid)
+        deadline = time.monotonic() + 60
+        while sleeping.status() != psutil.STATUS_STOPPED:
+            assert time.monotonic() < deadline, (tmp_path / "zombie").read_text()
+            time.sleep(0.01)
+        assert begin(expected, root, tmp_path, wait=True).wait() == 0, (tmp_path / "log").read_text()
+        before = {each.path: dict(each.present) for each in repairs.verify(StoragePath.parse(root), full=False)}
+        sleeping.send_signal(signal.SIGCONT)
+        endings.append(zombie.wait())
+        assert endings[-1] in (0, 70, 75), f"seed {SEED}, {point}: {(tmp_path / 'zombie').read_text()}"
+        check(expected, root)
+        for each in repairs.verify(StoragePath.parse(root), full=False):
+            for key, was in before[each.path].items():
+                assert "beats/" in key or each.present[key] == was, f"{each.path / key} was overwritten"
+    print(f"\nseed {SEED}: {number} zombies ended with {sorted(endings)}", file=sys.stderr)
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+@pytest.mark.parametrize("number", [1, pytest.param(22, marks=[pytest.mark.chaos, pytest.mark.timeout(7200)])])
+@pytest.mark.parametrize("place", PLACES, indirect=True)
+def test_runners_at_once_commit_everything_once(
+    count: int, number: int, place: str, expected: SimpleNamespace, tmp_path: Path
+) -> None:
+    for index in range(number):
+        root = f"{place}-{index}"
+        every = [
+            dying.start(expected.manifest, *QUICK, f"root={root}", log=tmp_path / f"log-{each}", wait=True)
+            for each in range(count)
+        ]
+        codes = [going.wait() for going in every]
+        assert codes == [0] * count, [going.log.read_text()[-2000:] for going in every]
+        check(expected, root)
+
+
+@pytest.mark.parametrize("place", PLACES, indirect=True)
+def test_second_runner_is_told_that_the_first_one_is_alive(
+    place: str, expected: SimpleNamespace, tmp_path: Path
+) -> None:
+    first = dying.start(
+        expected.manifest, *QUICK, f"root={place}", log=tmp_path / "first", point=Point(30, "after", signal.SIGSTOP)
+    )
+    sleeping = psutil.Process(first.process.pid)
+    while sleeping.status() != psutil.STATUS_STOPPED:
+        time.sleep(0.01)
+    sleeping.send_signal(signal.SIGCONT)
+    second = begin(expected, place, tmp_path)
+    assert second.wait() in (0, 75)
+    if second.process.exitcode == 75:
+        assert "is being run by" in second.log.read_text()
+        assert "--on-busy wait" in second.log.read_text()
+    assert first.wait() == 0
+    check(expected, place)
+
+
+def test_lease_of_a_dead_process_is_taken_over_at_once(expected: SimpleNamespace, tmp_path: Path) -> None:
+    place = str(tmp_path / "root")
+    slow = "compute.lease_seconds=600"
+    manifest = expected.manifest
+    going = dying.start(manifest, f"root={place}", slow, log=tmp_path / "log", point=Point(12))
+    assert going.wait() == -signal.SIGKILL
+    began = time.monotonic()
+    assert dying.start(manifest, f"root={place}", slow, log=tmp_path / "log").wait() == 0
+    assert time.monotonic() - began < 100
+    check(expected, place)

@@ -1,0 +1,139 @@
+"""Runs of a manifest that die or stop at a chosen storage operation, each in a process of its own.
+
+The processes are forked from a server that has imported everything and has run nothing, so that one costs
+what its work costs.
+"""
+
+import multiprocessing
+import os
+import signal
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Literal
+
+import deepspeed  # noqa: F401 - imported once, in the server
+import transformers.models.gpt_neox.modeling_gpt_neox  # noqa: F401
+
+import jobs.lease
+import jobs.repair
+import jobs.runner
+from cluster.storage import create as creating
+from cluster.storage import objects
+from jobs import manifest as manifests
+from pipeline.stages import STAGES  # noqa: F401
+from schemas.errors import KilobasisError
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.support.dying"])
+
+# Operations that change what lies in a store. Before a read, the store is as it was after the last of these.
+WRITES = ("_create_local", "_create_remote", "replace", "remove")
+
+
+@dataclass(frozen=True)
+class Point:
+    """The `number`-th operation from 1, just before or just after it, and what happens to the process there."""
+
+    number: int
+    when: Literal["before", "after"] = "before"
+    number_of_signal: int = signal.SIGKILL
+
+
+@dataclass(frozen=True)
+class Going:
+    """A process that runs a manifest; `log` is where it says how it ended."""
+
+    process: BaseProcess
+    log: Path
+
+    def wait(self, timeout: float = 120.0) -> int:
+        """Its exit code; the signal that killed it, negative."""
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, f"still running after {timeout} s: {self.log.read_text()}"
+        return self.process.exitcode
+
+
+def start(
+    manifest: Path,
+    *overrides: str,
+    log: Path,
+    point: Point | None = None,
+    wait: bool = False,
+    reads: bool = False,
+) -> Going:
+    """Begin to run a manifest in another process.
+
+    Args:
+        manifest: The YAML file.
+        overrides: As after `--set`.
+        log: Where it says how it ended: one line, or a traceback; and before that the number of its operations.
+        point: Where it dies or stops.
+        wait: Wait for other runs.
+        reads: Count operations that only read, too.
+    """
+    process = CONTEXT.Process(
+        target=_run, args=(str(manifest), overrides, str(log), point, wait, dict(os.environ), reads)
+    )
+    process.start()
+    return Going(process, log)
+
+
+def _run(
+    manifest: str,
+    overrides: tuple[str, ...],
+    log: str,
+    point: Point | None,
+    wait: bool,
+    environment: dict[str, str],
+    reads: bool,
+) -> None:
+    os.setsid()
+    os.environ.update(environment)
+    with open(log, "a") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+        count = _watch(point, reads)
+        code = 0
+        try:
+            done = jobs.runner.run(manifests.load(Path(manifest), list(overrides)), wait=wait)
+            line = " ".join(f"{label}={committed.record.digest[:8]}" for label, committed in done.items())
+        except KilobasisError as error:
+            line, code = f"{type(error).__name__}: {error}", error.exit_code
+        except BaseException:  # noqa: BLE001 - whatever it was, the test shall read it
+            line, code = traceback.format_exc(), 1
+        stream.write(f"operations {count()}\n{line}\n")
+        stream.flush()
+    os._exit(code)
+
+
+def _watch(point: Point | None, reads: bool) -> Callable[[], int]:
+    """Count storage operations, and act at one of them."""
+    done = 0
+
+    def watched(real: Callable[..., Any]) -> Callable[..., Any]:
+        def operation(*args: Any, **options: Any) -> Any:
+            nonlocal done
+            done += 1
+            here = point is not None and done == point.number
+            if here and point.when == "before":
+                os.kill(os.getpid(), point.number_of_signal)
+            result = real(*args, **options)
+            if here and point.when == "after":
+                os.kill(os.getpid(), point.number_of_signal)
+            return result
+
+        return operation
+
+    for name in WRITES:
+        wrapped = watched(getattr(creating, name))
+        setattr(creating, name, wrapped)
+        # Who imported it by name has the plain one.
+        for module in (jobs.lease, jobs.repair) if name in ("replace", "remove") else ():
+            if hasattr(module, name):
+                setattr(module, name, wrapped)
+    if reads:
+        objects.request = watched(objects.request)
+    return lambda: done
