@@ -211,7 +211,7 @@ class _Crew:
         flight = self.flying.pop(reference)
         if isinstance(outcome, Gone):
             outcome = Gone(outcome.error, f"{flight.hand.place}: {outcome.reason}", outcome.crashed)
-            dismiss([flight.hand.actor], [])
+            dismiss([flight.hand.actor], [flight.hand.place])
             self._lose(outcome, f"unit {flight.unit}")
         else:
             self.idle.append(flight.hand)

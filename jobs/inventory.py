@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from cluster.storage.objects import Listed, listing, names, read_bytes, read_json, read_recorded
+from cluster.storage.objects import Listed, listing, names, read_bytes, read_checked, read_json, read_recorded
 from cluster.storage.path import StoragePath
 from schemas.errors import IntegrityError
 from schemas.layouts import BEATS, COMMITTED, LOG, RUNS, SPEC, UNITS, slot_key, unit_key
@@ -171,7 +171,7 @@ def _read_units(found: Inventory) -> None:
         if not _is_record(key):
             continue
         try:
-            record = parse_record(UnitRecord, read_bytes(found.path / key), "it")
+            record = read_checked(found.path / key, lambda body: parse_record(UnitRecord, body, "it"))
         except IntegrityError as error:
             found.note(Kind.UNIT, key, name, error.what)
             continue
@@ -181,7 +181,7 @@ def _read_units(found: Inventory) -> None:
         found.units[name] = record
     if COMMITTED in found.present:
         try:
-            stage = parse_record(StageRecord, read_bytes(found.path / COMMITTED), "it")
+            stage = read_checked(found.path / COMMITTED, lambda body: parse_record(StageRecord, body, "it"))
             if stage.stage != found.label or found.fingerprint not in ("", stage.fingerprint):
                 raise IntegrityError(f"it is that of {stage.stage} of {stage.fingerprint[:16]}")
             found.committed = stage
@@ -222,7 +222,7 @@ def _read_log(found: Inventory) -> None:
         try:
             if key not in found.present:
                 raise IntegrityError("absent")
-            slot = parse_slot(read_bytes(found.path / key), "it")
+            slot = read_checked(found.path / key, lambda body: parse_slot(body, "it"))
             if slot.slot != index or (tip is not None and slot.parent != tip):
                 raise IntegrityError("it does not follow the slot before it")
         except IntegrityError as error:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.storage.create import create, create_or_adopt
-from cluster.storage.objects import names, read_recorded, read_text_object
+from cluster.storage.objects import names, read_checked, read_recorded
 from cluster.storage.path import StoragePath
 from schemas.errors import FencedError, IntegrityError
 from schemas.layouts import CHECKPOINTS, LOG, slot_key
@@ -60,7 +60,7 @@ class SlotLog:
     def _read(self, number: int) -> AnySlot | None:
         where = self.path / slot_key(number)
         try:
-            return parse_slot(read_text_object(where), str(where))
+            return read_checked(where, lambda body: parse_slot(body, str(where)))
         except FileNotFoundError:
             return None
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from cluster.storage import probe
 from cluster.storage.create import create, remove
-from cluster.storage.objects import listing, names, read_json, read_text_object
+from cluster.storage.objects import listing, names, read_checked, read_json
 from cluster.storage.path import StoragePath
 from jobs import inventory, lease
 from jobs.inventory import Finding, Inventory, Kind
@@ -148,7 +148,7 @@ def _stand_in(log: SlotLog, number: int, tip: str | None) -> LeaseRecord | VoidR
     """
     parent = log.slots[-1].nonce if log.slots else ""
     try:
-        behind = parse_slot(read_text_object(log.path / slot_key(number + 1)), "it")
+        behind = read_checked(log.path / slot_key(number + 1), lambda body: parse_slot(body, "it"))
         epoch, nonce = behind.epoch - isinstance(behind, LeaseRecord), behind.parent
     except (FileNotFoundError, IntegrityError):
         # Whatever it was, a lease of ours in its place ends its writer.

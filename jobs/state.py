@@ -16,7 +16,7 @@ from importlib.metadata import version
 from typing import Any, TypeVar
 
 from cluster.storage.create import create, create_or_adopt
-from cluster.storage.objects import names, read_text_object, size
+from cluster.storage.objects import names, read_checked, size
 from cluster.storage.path import StoragePath
 from jobs.log import SlotLog
 from pipeline.stage import Committed, Task
@@ -54,10 +54,11 @@ class StageFolder:
 
     def committed(self) -> Committed | None:
         """The stage's record, if it is whole."""
-        body = _read(self.path / COMMITTED)
-        if body is None:
+        where = self.path / COMMITTED
+        try:
+            record = read_checked(where, lambda body: parse_record(StageRecord, body, str(where)))
+        except FileNotFoundError:
             return None
-        record = parse_record(StageRecord, body, str(self.path / COMMITTED))
         if (record.stage, record.fingerprint) != (self.label, self.fingerprint):
             raise IntegrityError(
                 f"{self.path / COMMITTED} belongs to {record.stage} of fingerprint {record.fingerprint[:16]}", REPAIR
@@ -69,9 +70,16 @@ class StageFolder:
         return [name.removesuffix(".json") for name in names(self.path / UNITS) if name.endswith(".json")]
 
     def unit(self, name: str) -> UnitRecord:
-        """A committed unit's record."""
+        """A committed unit's record.
+
+        Raises:
+            IntegrityError: it is damaged, or another's.
+        """
         where = self.path / unit_key(name)
-        record = parse_record(UnitRecord, read_text_object(where), str(where))
+        try:
+            record = read_checked(where, lambda body: parse_record(UnitRecord, body, str(where)))
+        except FileNotFoundError as error:
+            raise IntegrityError(f"{where} is in a list of its folder, but absent", "resume") from error
         if (record.unit, record.fingerprint) != (name, self.fingerprint):
             raise IntegrityError(
                 f"{where} is the record of unit {record.unit!r} of fingerprint {record.fingerprint[:16]}", REPAIR
@@ -164,10 +172,3 @@ def _is_there(folder: StoragePath, entry: ObjectEntry) -> bool:
         return size(folder / entry.key) == entry.size
     except FileNotFoundError:
         return False
-
-
-def _read(path: StoragePath) -> bytes | None:
-    try:
-        return read_text_object(path)
-    except FileNotFoundError:
-        return None

@@ -12,7 +12,7 @@ from typing import Any
 
 from cluster.storage import probe
 from cluster.storage.create import create
-from cluster.storage.objects import names, read_json, read_text_object, require_writable
+from cluster.storage.objects import names, read_checked, read_json, require_writable
 from cluster.storage.path import StoragePath
 from jobs.fingerprint import differences
 from jobs.manifest import canonical
@@ -167,7 +167,7 @@ def owner_of(root: StoragePath) -> RootRecord:
         FileNotFoundError: it is nobody's.
         IntegrityError: the record is damaged.
     """
-    return parse_record(RootRecord, read_text_object(root / OWNER), str(root / OWNER))
+    return read_checked(root / OWNER, lambda body: parse_record(RootRecord, body, str(root / OWNER)))
 
 
 def label(stage: Stage, dictionary: Dictionary | None) -> str:

@@ -12,11 +12,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 from fsspec.asyn import sync
@@ -25,6 +25,8 @@ from cluster.storage.attempts import attempt
 from cluster.storage.path import StoragePath
 from schemas.errors import IntegrityError, ManifestError, StorageError
 from schemas.records import REPAIR, ObjectEntry, sha256
+
+R = TypeVar("R")
 
 # A request may take so long, and its bytes so much longer at the slowest pace that is worth waiting for.
 REQUEST_SECONDS = 60.0
@@ -164,6 +166,26 @@ def read_text_object(path: StoragePath) -> bytes:
     return body
 
 
+def read_checked(path: StoragePath, parse: Callable[[bytes], R]) -> R:
+    """A small object that can tell whether it is whole, parsed.
+
+    Args:
+        path: Where.
+        parse: Reads it; raises IntegrityError where it is damaged. What was garbled on the way from a bucket
+            is right the next time.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        IntegrityError: it is damaged.
+    """
+    for _ in range(0 if path.is_local else SECOND_LOOKS - 1):
+        try:
+            return parse(read_text_object(path))
+        except IntegrityError:
+            continue
+    return parse(read_text_object(path))
+
+
 def read_json(path: StoragePath) -> Any:
     """The object, parsed as JSON.
 
@@ -171,12 +193,16 @@ def read_json(path: StoragePath) -> Any:
         FileNotFoundError: nothing is there.
         IntegrityError: what is there is not JSON, or far too large.
     """
-    try:
-        return json.loads(read_text_object(path))
-    except (ValueError, RecursionError) as error:
-        raise IntegrityError(
-            f"{path} should hold JSON, but cannot be parsed ({error})", "restore the file from a copy"
-        ) from error
+
+    def parse(body: bytes) -> Any:
+        try:
+            return json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise IntegrityError(
+                f"{path} should hold JSON, but cannot be parsed ({error})", "restore the file from a copy"
+            ) from error
+
+    return read_checked(path, parse)
 
 
 def read_recorded(folder: StoragePath, entry: ObjectEntry) -> bytes:

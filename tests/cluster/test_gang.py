@@ -83,10 +83,10 @@ def rank_does_not_like_it(rank: Rank) -> float:
     return rank_sum(rank)
 
 
-def rank_raises(commits: bool, lives: int, folder: Path, rank: Rank) -> int:
-    """Raises in each of its first lives, with or without a new checkpoint."""
+def rank_raises(commits: int, lives: int, folder: Path, rank: Rank) -> int:
+    """Raises in each of its first lives, in the first few of them after a new checkpoint."""
     number = life(folder, rank)
-    if commits:
+    if number < commits:
         rank.emit(events.CheckpointCommitted("s", number, 0.1))
     if number < lives:
         raise OSError(5, "Input/output error")
@@ -198,7 +198,7 @@ def test_gang_that_fails_five_times_without_a_checkpoint_is_given_up(
 ) -> None:
     monkeypatch.setattr(failures, "LONGEST", 0.2)
     with pytest.raises(StageFailedError) as caught:
-        pool.gang(partial(rank_raises, False, 99, tmp_path), 1, Resources(), diary, "s")
+        pool.gang(partial(rank_raises, 0, 99, tmp_path), 1, Resources(), diary, "s")
     assert len(diary.pids()) == 5
     lost = of(events.WorkerLost, diary.seen)
     assert [event.attempt for event in lost] == [1, 2, 3, 4, 5]
@@ -214,8 +214,19 @@ def test_gang_that_fails_after_each_checkpoint_goes_on(
     from cluster import ray_gang
 
     monkeypatch.setattr(ray_gang, "FAILURES", 2)
-    assert pool.gang(partial(rank_raises, True, 2, tmp_path), 1, Resources(), diary, "s") == 2
+    assert pool.gang(partial(rank_raises, 2, 2, tmp_path), 1, Resources(), diary, "s") == 2
     assert len(of(events.WorkerLost, diary.seen)) == 2
+
+
+def test_gang_that_once_committed_a_checkpoint_is_given_up_all_the_same(
+    pool: Pool, diary: Diary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cluster import ray_gang
+
+    monkeypatch.setattr(ray_gang, "FAILURES", 3)
+    with pytest.raises(StageFailedError, match="failed 3 times in a row without a new checkpoint"):
+        pool.gang(partial(rank_raises, 1, 9, tmp_path), 1, Resources(), diary, "s")
+    assert len(diary.pids()) == 3
 
 
 def test_gang_for_which_there_is_no_room_says_so_and_ends(
