@@ -21,6 +21,7 @@ from typing import Self
 
 import psutil
 
+from cluster import interruption
 from cluster.storage.attempts import patience
 from cluster.storage.create import replace
 from cluster.storage.objects import read_json
@@ -207,6 +208,7 @@ def is_over(
             told = now
             left = max(0.0, seconds - (now - since))
             tell(f"led by {who} (lease {holder.epoch}); taking over when it shows no sign of life for {left:.0f} s")
+        interruption.check()
         time.sleep(min(1.0, seconds / 20))
         log.refresh()
         if log.lease is not holder or finished():

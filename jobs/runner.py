@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import functools
 import json
 import os
@@ -14,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from cluster import interruption
 from cluster.pool import InlinePool, Pool
 from cluster.storage.create import create
 from jobs import lease as leases
@@ -156,7 +156,7 @@ class _LazyPool:
         # Ray has put in handlers of its own, which abort the process.
         if _stopper is not None:
             _stopper.arm()
-        return RayPool(compute.workers, compute.retries)
+        return RayPool(compute.workers, compute.attempts)
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -166,28 +166,29 @@ LAST_SECONDS = 30.0
 
 
 class _Stopper:
-    """Turns signals, and the loss of a lease, into an error in the main thread."""
+    """Turns signals, and the loss of a lease, into a wish that the main thread grants where it is safe."""
 
     def __init__(self) -> None:
-        self._lost: tuple[str, str] | None = None
         self._ended = threading.Event()
+        self._signals = 0
 
     def signalled(self, number: int, _frame: Any) -> None:
-        # Only the first counts: a second one must not break off the clearing up.
-        for each in _SIGNALS:
-            signal.signal(each, signal.SIG_IGN)
-        if self._lost is not None:
-            stage, why = self._lost
-            raise FencedError(f"{stage}: the lease was lost: {why}", "look with `kilobasis status`, resume if need be")
-        raise InterruptedRunError(
+        self._signals += 1
+        error = InterruptedRunError(
             f"stopped by {signal.Signals(number).name}; everything committed is kept",
             "continue with `kilobasis resume`",
         )
+        if self._signals == 1:
+            interruption.request(error)
+        elif self._signals == 2:
+            # Somebody is in a hurry. Not a third time: that would break off the clearing up.
+            raise error
 
     def lost(self, stage: str, why: str) -> None:
         """Called from the lease's thread."""
-        self._lost = stage, why
-        _thread.interrupt_main(signal.SIGTERM)
+        interruption.request(
+            FencedError(f"{stage}: the lease was lost: {why}", "look with `kilobasis status`, resume if need be")
+        )
         if not self._ended.wait(LAST_SECONDS):
             os._exit(FencedError.exit_code)
 
@@ -197,6 +198,7 @@ class _Stopper:
 
     def end(self) -> None:
         self._ended.set()
+        interruption.clear()
 
 
 _stopper: _Stopper | None = None

@@ -287,11 +287,6 @@ class Compute(_Section):
     )
     deterministic: bool = Field(default=True, description="Use only kernels that give the same bits every time.")
 
-    @property
-    def retries(self) -> int:
-        """Until the runner says `attempts`."""
-        return self.attempts
-
     @field_validator("address")
     @classmethod
     def _the_cluster_itself(cls, value: str | None) -> str | None:

@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import tenacity
 
+from cluster import interruption
 from cluster.storage.path import StoragePath
 from cluster.storage.redaction import redact
 from schemas.errors import KilobasisError, StorageError
@@ -80,6 +81,7 @@ def attempt(path: StoragePath, verb: str, operation: Callable[[], T], renew: Cal
 
     def once() -> T:
         nonlocal renewed
+        interruption.check()
         try:
             return operation()
         except PermissionError:

@@ -22,6 +22,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from cluster import interruption
 from cluster.storage.attempts import attempt, disk, may_pass
 from cluster.storage.objects import forget, kept, once, read_bytes, request
 from cluster.storage.path import StoragePath
@@ -45,6 +46,7 @@ class _Gate:
         self._inside, self._closed = 0, False
 
     def __enter__(self) -> None:
+        interruption.check()
         with self._changed:
             if self._closed:
                 raise InterruptedRunError("this process is stopping, nothing more is written", "resume")

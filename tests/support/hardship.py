@@ -10,6 +10,7 @@ import ctypes
 import errno
 import functools
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -36,7 +37,7 @@ class Trouble:
 
     Attributes:
         strike: What happens. It is pickled: a function of a module, or a partial of one.
-        where: A part of the object's path.
+        where: What is found in the object's path, as a regular expression.
         number: The how-manieth such object, from 1.
     """
 
@@ -151,7 +152,7 @@ def _arrange(trouble: Trouble) -> Callable[[], bool]:
 
     def create(target: Path, body: bytes) -> bool:
         nonlocal seen
-        if trouble.where in str(target):
+        if re.search(trouble.where, str(target)):
             seen += 1
             if seen == trouble.number:
                 trouble.strike()
