@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from cluster import interruption
 from cluster.failures import ATTEMPTS, Tries
 from schemas.events import Event
 
@@ -110,6 +111,11 @@ def limit_threads(threads: int) -> None:
         sys.modules["torch"].set_num_threads(threads)
 
 
+def _beat(_step: int, _phase: Phase) -> None:
+    """Nobody watches a gang that is not apart; but here it may be stopped."""
+    interruption.check()
+
+
 class InlinePool:
     """Runs everything here, one after another: for tests and for a debugger. Gangs have one rank.
 
@@ -134,6 +140,7 @@ class InlinePool:
         tries = Tries(stage, len(tasks), self._attempts, emit)
         waiting = deque(enumerate(tasks))
         while waiting:
+            interruption.check()
             index, task = waiting.popleft()
             try:
                 result = fn(task)
@@ -161,7 +168,7 @@ class InlinePool:
         if world_size != 1:
             raise ValueError(f"the inline pool has 1 rank, {world_size} were asked for")
         limit_threads(resources.threads)
-        return fn(Rank(0, 1, f"tcp://127.0.0.1:{free_port()}", emit, lambda step, phase: None))
+        return fn(Rank(0, 1, f"tcp://127.0.0.1:{free_port()}", emit, _beat))
 
     def close(self) -> None:
         """Nothing to give back."""

@@ -12,6 +12,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster import interruption
 from cluster.failures import Backoff, first_line
 from cluster.pool import Phase, Rank, Resources
 from cluster.ray_worker import (
@@ -27,7 +28,9 @@ from cluster.ray_worker import (
     fetch,
     hire,
     let_finish,
+    rest,
     started,
+    wait_for,
 )
 from cluster.watch import BEAT_SECONDS, Beat, Lost, Pace, Watch
 from schemas.errors import KilobasisError, StageFailedError
@@ -160,7 +163,7 @@ def run(
                     f"the last time because of {error.who}: {error.reason}",
                     "the run's events tell of each time; remove the cause, then resume from the last checkpoint",
                 ) from error
-            time.sleep(backoff.wait())
+            rest(backoff.wait())
 
 
 class _Gang:
@@ -201,6 +204,7 @@ class _Gang:
         lobby, since = Lobby(self._resources, self._emit, self._stage), time.monotonic()
         starting = {actor.place.remote(): rank for rank, actor in enumerate(self._actors)}
         while starting:
+            interruption.check()
             done, _ = ray.wait(list(starting), num_returns=1, timeout=POLL_SECONDS)
             for reference in done:
                 rank = starting.pop(reference)
@@ -215,7 +219,7 @@ class _Gang:
     def _meet(self) -> str:
         """Ask rank 0 where."""
         asked = self._actors[0].meeting_point.remote()
-        ray.wait([asked], timeout=FETCH_SECONDS)
+        wait_for([asked], FETCH_SECONDS)
         answer = fetch(asked)
         if isinstance(answer, Returned):
             return str(answer.value)
@@ -229,6 +233,7 @@ class _Gang:
         }
         result = None
         while running:
+            interruption.check()
             done, _ = ray.wait(list(running), num_returns=1, timeout=POLL_SECONDS)
             lost = self._look(watch)
             for reference in done:
@@ -255,7 +260,7 @@ class _Gang:
         """What to raise for a rank that failed: the others' failures are often only its echo, or it is theirs."""
         failed = {rank: outcome}
         if isinstance(outcome, Raised) and not isinstance(outcome.error, KilobasisError) and others:
-            settled, _ = ray.wait(list(others), num_returns=len(others), timeout=SETTLE_SECONDS)
+            settled, _ = wait_for(list(others), SETTLE_SECONDS)
             for reference in settled:
                 other = fetch(reference)
                 if not isinstance(other, Returned):

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from cluster import ray_gang
+from cluster import interruption, ray_gang
 from cluster.failures import ATTEMPTS, Backoff, Reminder, Tries
 from cluster.pool import Rank, Resources
 from cluster.ray_worker import (
@@ -31,7 +31,9 @@ from cluster.ray_worker import (
     fetch,
     hire,
     let_finish,
+    rest,
     started,
+    wait_for,
 )
 from cluster.watch import SILENT_SECONDS
 from schemas.events import Event, Note, WorkerLost
@@ -95,11 +97,7 @@ class RayPool:
                     if isinstance(outcome, Returned):
                         tries.done()
                         yield flight.index, outcome.value
-                    elif (
-                        tries.raised(flight.unit, outcome.error, outcome.traceback)
-                        if isinstance(outcome, Raised)
-                        else not outcome.crashed or tries.crashed(flight.unit, outcome.reason, outcome.error)
-                    ):
+                    elif _again(tries, flight.unit, outcome):
                         waiting.append(flight.index)
             tries.settle()
         except BaseException:
@@ -131,6 +129,13 @@ class RayPool:
         if self._crew is not None:
             crew, self._crew = self._crew, None
             crew.dismiss()
+
+
+def _again(tries: Tries, unit: str, outcome: Raised | Gone) -> bool:
+    """Whether to run a unit again. One that lost its node or its connection is not to blame."""
+    if isinstance(outcome, Raised):
+        return tries.raised(unit, outcome.error, outcome.traceback)
+    return not outcome.crashed or tries.crashed(unit, outcome.reason, outcome.error)
 
 
 class _Crew:
@@ -183,9 +188,10 @@ class _Crew:
 
     def land(self) -> list[tuple[_Flight, Returned | Raised | Gone]]:
         """Wait a moment for something to happen; what came of tasks that have ended since."""
+        interruption.check()
         awaited = [*self._starting, *self.flying]
         if not awaited:
-            time.sleep(min(POLL_SECONDS, max(0.0, self._not_before - time.monotonic())))
+            rest(min(POLL_SECONDS, self._not_before - time.monotonic()))
             return []
         done, _ = ray.wait(awaited, num_returns=1, timeout=POLL_SECONDS)
         landed = []
@@ -197,7 +203,7 @@ class _Crew:
         now = time.monotonic()
         if landed:
             self._progress = now
-        return landed or self._silent(now)
+        return landed + self._silent(now)
 
     def _welcome(self, reference: Any) -> None:
         actor = self._starting.pop(reference)
@@ -231,7 +237,8 @@ class _Crew:
     def _silent(self, now: float) -> list[tuple[_Flight, Returned | Raised | Gone]]:
         """Tell what is in flight when nothing lands; ask those that take long whether they are there.
 
-        A stopped process keeps its connections, so nobody else would ever notice.
+        A stopped process keeps its connections, so nobody else would ever notice. It counts as crashed: were it
+        the unit that holds it up, that would happen again and again.
         """
         if self._reminder.due(now - self._progress):
             named = [
@@ -247,7 +254,7 @@ class _Crew:
         asked = {flight.hand.actor.alive.remote(): reference for reference, flight in due.items()}
         for flight in due.values():
             flight.asked = now
-        _, mute = ray.wait(list(asked), num_returns=len(asked), timeout=SILENT_SECONDS)
+        _, mute = wait_for(list(asked), SILENT_SECONDS)
         error = TimeoutError(f"did not answer for {SILENT_SECONDS:.0f} s")
         return [self._settle(asked[question], Gone(error, str(error), crashed=True)) for question in mute]
 

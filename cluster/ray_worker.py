@@ -33,6 +33,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
+from cluster import interruption
 from cluster.failures import Reminder, first_line
 from cluster.pool import Resources, free_port, limit_threads
 from cluster.storage import create
@@ -172,6 +173,27 @@ def started(reference: Any) -> Place | Gone:
             "install the same Python packages on every node of the cluster",
         ) from outcome.error
     return outcome
+
+
+def wait_for(references: Sequence[Any], seconds: float) -> tuple[list[Any], list[Any]]:
+    """Wait until all calls have ended, though no longer than that; (ended, not ended). A safe place to stop."""
+    deadline = time.monotonic() + seconds
+    while True:
+        interruption.check()
+        left = deadline - time.monotonic()
+        done, running = ray.wait(
+            list(references), num_returns=len(references), timeout=min(POLL_SECONDS, max(left, 0.0))
+        )
+        if not running or left <= 0:
+            return done, running
+
+
+def rest(seconds: float) -> None:
+    """Let time pass. A safe place to stop."""
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        interruption.check()
+        time.sleep(min(POLL_SECONDS, left))
 
 
 def why(error: BaseException) -> str:

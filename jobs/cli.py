@@ -140,7 +140,8 @@ def verify(
         console.print(f"damaged: {line}", markup=False, highlight=False)
     if lines:
         raise IntegrityError(
-            f"{len(lines)} problems below {root}", "`kilobasis repair` deletes what is damaged, `resume` makes it again"
+            f"{_count(len(lines), 'problem')} below {root}",
+            "`kilobasis repair` deletes what is damaged, `resume` makes it again",
         )
     how = "every object was read and is what was committed" if full else "everything is there, at its size"
     console.print(f"{how}{'' if full else '; --full reads it too'}", highlight=False)
@@ -164,7 +165,9 @@ def repair(target: Target, set_: Overrides = None) -> None:
         console.print("nothing was damaged", highlight=False)
         return
     console.print(
-        f"{deleted} objects deleted, {units} units to be made again: continue with `kilobasis resume`", highlight=False
+        f"{_count(deleted, 'object')} deleted, {_count(units, 'unit')} to be made again: "
+        "continue with `kilobasis resume`",
+        highlight=False,
     )
 
 
@@ -194,7 +197,9 @@ def gc(
         if delete:
             remove(each.path)
     verb = "deleted" if delete else "can go; --delete deletes them"
-    console.print(f"{count} objects, {size(total)}, {verb}" if count else "nothing to collect", highlight=False)
+    console.print(
+        f"{_count(count, 'object')}, {size(total)}, {verb}" if count else "nothing to collect", highlight=False
+    )
 
 
 @app.command()
@@ -223,6 +228,10 @@ def report(manifest: ManifestPath, set_: Overrides = None, json_: AsJson = False
 def schema() -> None:
     """Print the manifest's JSON Schema."""
     print(json.dumps(Manifest.model_json_schema(), indent=1))
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _root(target: str, overrides: list[str] | None) -> StoragePath:

@@ -62,7 +62,8 @@ def write_unit(
         where = path / shard_key(name, unit, values.ndim)
         if not create(where, body):
             body = read_bytes(where)
-            values = _adopted(where, decode_shard(arrays[name], body, str(where))[slots], values, layout.dtype, tolerance)
+            there = decode_shard(arrays[name], body, str(where))[slots]
+            values = _adopted(where, there, values, layout.dtype, tolerance)
         objects.append(ObjectEntry.of(shard_key(name, unit, values.ndim), body))
         return values
 

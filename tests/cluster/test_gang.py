@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import failures
+from cluster import failures, interruption
 from cluster.pool import Pool, Rank, Resources
 from schemas import events
 from schemas.errors import BusyError, InterruptedRunError, NonFiniteError, StageFailedError
@@ -252,3 +252,18 @@ def test_interruption_lets_a_rank_finish_its_object(pool: Pool, diary: Diary, tm
         pool.gang(partial(rank_saves_slowly, tmp_path), 1, Resources(), emit, "s")
     assert (tmp_path / "finished").exists()
     assert all(gone(pid) for pid in diary.pids())
+
+
+def test_interruption_does_not_wait_for_the_backoff(
+    pool: Pool, diary: Diary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(failures, "SHORTEST", 30.0)
+
+    def emit(event: events.Event) -> None:
+        diary(event)
+        if isinstance(event, events.WorkerLost):
+            interruption.request(InterruptedRunError("stopped"))
+
+    with pytest.raises(InterruptedRunError):
+        pool.gang(partial(rank_raises, 0, 9, tmp_path), 1, Resources(), emit, "s")
+    assert time.time() - diary.heard_of_loss < 3

@@ -66,6 +66,7 @@ def stop_at_first(folder: Path, value: int) -> int:
     if value == 5 and times(folder, value) == 1:
         (folder / "pid").write_text(str(os.getpid()))
         os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(0.2)
     return value
 
 
@@ -267,26 +268,37 @@ class TestRayPool(PoolContract):
         from cluster import ray_pool
 
         monkeypatch.setattr(ray_pool, "ASK_SECONDS", 1.0)
-        monkeypatch.setattr(ray_pool, "SILENT_SECONDS", 3.0)
-        monkeypatch.setattr(ray_pool, "TELL_SECONDS", 1.0)
-        found, seen, error = run(pool, partial(stop_at_first, tmp_path), [1, 5, 2])
-        assert (found, error) == ({0: 1, 1: 5, 2: 2}, None)
-        (lost,) = of(events.WorkerLost, seen)
-        assert "did not answer for 3 s" in lost.reason
+        monkeypatch.setattr(ray_pool, "SILENT_SECONDS", 1.5)
+        story: list[Any] = []
+        for index, _ in pool.map(partial(stop_at_first, tmp_path), list(range(30)), Resources(), story.append, "s"):
+            story.append(index)
+        results = [each for each in story if isinstance(each, int)]
+        assert sorted(results) == list(range(30))
+        (lost,) = of(events.WorkerLost, story)
+        assert "did not answer for 2 s" in lost.reason
         assert lost.doing == "unit 5"
-        pid = int((tmp_path / "pid").read_text())
-        assert any(
-            event.text.startswith("no unit ended for ") and f"5 for 1 s (pid {pid} on " in event.text
-            for event in of(events.Note, seen)
-        )
-        deadline = time.monotonic() + 10
-        while not gone(pid) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert gone(pid)
+        # It was missed while the others still had work.
+        assert story.index(lost) < story.index(results[-3])
+        assert gone(int((tmp_path / "pid").read_text()))
+
+    def test_map_in_which_nothing_ends_says_what_it_waits_for(
+        self, pool: Pool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from cluster import ray_pool
+
+        monkeypatch.setattr(ray_pool, "TELL_SECONDS", 1.0)
+        _, seen, _ = run(pool, time.sleep, [2.5])
+        notes = of(events.Note, seen)
+        assert [note.text.partition(";")[0] for note in notes] == [
+            "no unit ended for 1 s", "no unit ended for 2 s"
+        ]  # fmt: skip
+        assert "; in flight: 2.5 for 1 s (pid " in notes[0].text
 
     def test_map_goes_on_with_the_workers_that_there_is_room_for(self, pool: Pool) -> None:
+        began = time.monotonic()
         found, _, error = run(pool, square, [1, 2, 3], Resources(threads=2))
         assert (found, error) == ({0: 1, 1: 4, 2: 9}, None)
+        assert time.monotonic() - began < 30
 
     def test_wait_for_workers_is_told_and_ends(self, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
         from cluster import ray_pool, ray_worker

@@ -12,6 +12,7 @@ import functools
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -19,10 +20,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import psutil
 import pytest
 
 import cluster.storage.create as creating
@@ -73,15 +76,48 @@ class Ended:
         return said[0]
 
 
-def command(
+@dataclass(frozen=True)
+class Going:
+    """A command that runs; its output goes to a folder."""
+
+    process: BaseProcess
+    folder: Path
+
+    def wait(self, timeout: float = 90.0) -> Ended:
+        """How it ended.
+
+        Raises:
+            AssertionError: it hangs.
+        """
+        self.process.join(timeout)
+        out, err = ((self.folder / name).read_text(errors="surrogateescape") for name in ("out", "err"))
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+            raise AssertionError(f"still running after {timeout} s: {err}")
+        memory, struck = (self.folder / "facts").read_text().split() or ("0", "0")
+        return Ended(self.process.exitcode, out, err, int(memory), struck == "1")
+
+    def wait_until_stopped(self, timeout: float = 60.0) -> None:
+        """Return when a signal has stopped it."""
+        deadline = time.monotonic() + timeout
+        while psutil.Process(self.process.pid).status() != psutil.STATUS_STOPPED:
+            assert time.monotonic() < deadline, (self.folder / "err").read_text()
+            time.sleep(0.01)
+
+    def go_on(self) -> None:
+        """Wake it."""
+        psutil.Process(self.process.pid).send_signal(signal.SIGCONT)
+
+
+def begin(
     *arguments: object,
     folder: Path,
     trouble: Trouble | None = None,
     before: Callable[[], object] | None = None,
     environment: Mapping[str, str | None] | None = None,
-    timeout: float = 90.0,
-) -> Ended:
-    """Run `kilobasis ARGUMENTS` in another process.
+) -> Going:
+    """Begin `kilobasis ARGUMENTS` in another process.
 
     Args:
         arguments: The words of the command line.
@@ -89,24 +125,20 @@ def command(
         trouble: See there.
         before: Called in the process before the command.
         environment: Variables to set, or with None to take away.
-        timeout: A command that takes longer hangs.
-
-    Raises:
-        AssertionError: it hangs.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for name in ("out", "err", "facts"):
+        (folder / name).write_bytes(b"")
+    changed = {**os.environ, **(environment or {})}
     words = [str(word) for word in arguments]
-    changed = {name: value for name, value in os.environ.items()} | dict(environment or {})
     process = CONTEXT.Process(target=_command, args=(words, str(folder), trouble, before, changed))
     process.start()
-    process.join(timeout)
-    if process.exitcode is None:
-        process.kill()
-        process.join()
-        raise AssertionError(f"{words} hangs after {timeout} s: {(folder / 'err').read_text()}")
-    memory, struck = ((folder / "facts").read_text().split() or ["0", "0"])[:2]
-    texts = ((folder / name).read_text(errors="surrogateescape") for name in ("out", "err"))
-    return Ended(process.exitcode, *texts, int(memory), struck == "1")
+    return Going(process, folder)
+
+
+def command(*arguments: object, folder: Path, timeout: float = 90.0, **options: Any) -> Ended:
+    """Run `kilobasis ARGUMENTS` in another process: see `begin`."""
+    return begin(*arguments, folder=folder, **options).wait(timeout)
 
 
 def _command(
@@ -119,9 +151,9 @@ def _command(
     os.setsid()
     os.environ.clear()
     os.environ.update({name: value for name, value in environment.items() if value is not None})
-    facts = os.open(Path(folder) / "facts", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    facts = os.open(Path(folder) / "facts", os.O_WRONLY)
     for number, name in ((1, "out"), (2, "err")):
-        stream = os.open(Path(folder) / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        stream = os.open(Path(folder) / name, os.O_WRONLY)
         os.dup2(stream, number)
         os.close(stream)
     began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -160,6 +192,16 @@ def _arrange(trouble: Trouble) -> Callable[[], bool]:
 
     creating._create_local = create
     return lambda: seen >= trouble.number
+
+
+def stop() -> None:
+    """The process stops, until it is sent SIGCONT."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def kill() -> None:
+    """The process ends, with no time to clear up."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 # Limits of a process
@@ -221,6 +263,13 @@ def jump(seconds: float) -> None:
     jobs.workspace.datetime = Jumped
 
 
+def jump_later(after: float, seconds: float) -> None:
+    """The clock jumps so many seconds from now, whatever the process is doing then."""
+    timer = threading.Timer(after, jump, [seconds])
+    timer.daemon = True
+    timer.start()
+
+
 # Disks
 
 
@@ -262,7 +311,7 @@ class Disk:
             for name in names:
                 name.touch(exist_ok=False)
                 made.append(name)
-        for name in made[: leave]:
+        for name in made[:leave]:
             name.unlink()
 
     def mend(self) -> None:

@@ -241,5 +241,3 @@ def test_finish_lets_the_object_in_work_end_and_no_other_begin(
         assert writing.result()
     assert read_bytes(root / "x") == b"x"
     assert not exists(root / "y")
-
-
