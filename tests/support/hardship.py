@@ -8,7 +8,6 @@ import atexit
 import contextlib
 import ctypes
 import errno
-import functools
 import os
 import re
 import resource
@@ -210,7 +209,7 @@ def kill() -> None:
 def take_descriptors(spare: int = 0) -> None:
     """Leave no file descriptor but `spare` ones."""
     taken = []
-    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+    highest = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
     resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 8, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     with contextlib.suppress(OSError):
         while True:
