@@ -14,6 +14,7 @@ from tests.support.runs import ROOT
     ("script", "arguments", "names"),
     [
         ("harvest.py", [], {"harvest/quickstart/ratio", "harvest/last-layer/ratio"}),
+        ("commits.py", [], {"commits/quickstart/ratio"}),
         ("train.py", ["--only", "kilobasis"], {"kilobasis/tokens_per_s", "kilobasis/peak_rss"}),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,9 @@ from schemas.records import ObjectEntry, Unit
 # Largest relative difference between two forward passes of a row: rounding in another batch shape, plus
 # rounding to the store's type.
 ROUNDING = {"float32": 2e-4, "float16": 2e-3, "bfloat16": 1.6e-2}
+
+# Shards of a unit that are on their way at once.
+WRITERS = 4
 
 
 def write_unit(
@@ -54,37 +58,50 @@ def write_unit(
     slots = layout.geometry.shard_positions(unit)
     counts = layout.geometry.chunk_counts(unit)
     arrays = layout.arrays()
-    objects: list[ObjectEntry] = []
+    objects: dict[str, ObjectEntry] = {}
 
     def put(name: str, values: npt.NDArray[Any], tolerance: float = 0.0) -> npt.NDArray[Any]:
         """Create a shard; returns the values that stand in the store."""
         body = encode_shard(arrays[name], _scattered(arrays[name], slots, values))
-        where = path / shard_key(name, unit, values.ndim)
-        if not create(where, body):
-            body = read_bytes(where)
-            there = decode_shard(arrays[name], body, str(where))[slots]
-            values = _adopted(where, there, values, layout.dtype, tolerance)
-        objects.append(ObjectEntry.of(shard_key(name, unit, values.ndim), body))
+        key = shard_key(name, unit, values.ndim)
+        if not create(path / key, body):
+            body = read_bytes(path / key)
+            there = decode_shard(arrays[name], body, str(path / key))[slots]
+            values = _adopted(path / key, there, values, layout.dtype, tolerance)
+        objects[name] = ObjectEntry.of(key, body)
         return values
 
-    rows = put(ROW, first + order)
-    tokens, positions = put(TOKEN, tokens_N[order]), put(POSITION, positions_N[order])
-    hashes: dict[str, list[int]] = {}
+    blocks, norms = {}, {}
     for hook_point, x_ND in activations.items():
-        block = stored(x_ND, layout.dtype)[order]
-        kept_ND = restored(block, layout.dtype).float()
-        norm_N = kept_ND.norm(dim=1)
+        blocks[hook_point] = stored(x_ND, layout.dtype)[order]
+        norms[hook_point] = _norms(blocks[hook_point], layout.dtype)
         # A norm is finite only where every value of its row is, and there are far fewer norms to look at.
-        if not torch.isfinite(norm_N).all():
+        if not np.isfinite(norms[hook_point]).all():
+            kept_ND = restored(blocks[hook_point], layout.dtype).float()
             _require_finite(kept_ND, x_ND, hook_point, unit, layout.dtype)
-        standing = put(array_name(hook_point), block, ROUNDING[layout.dtype])
-        if standing is not block:
-            norm_N = restored(standing, layout.dtype).float().norm(dim=1)
-        norms = put(norm_name(hook_point), norm_N.numpy())
-        hashes[hook_point] = chunk_sums(row_hashes(rows, tokens, positions, norms, standing), counts)
+    # A disk and a bucket let one wait for each object; waiting for several takes no longer.
+    with ThreadPoolExecutor(WRITERS, thread_name_prefix="shard") as executor:
+        beside = [executor.submit(put, ROW, first + order), executor.submit(put, TOKEN, tokens_N[order])]
+        beside.append(executor.submit(put, POSITION, positions_N[order]))
+        standing = {
+            hook_point: executor.submit(put, array_name(hook_point), block, ROUNDING[layout.dtype])
+            for hook_point, block in blocks.items()
+        }
+        for hook_point, future in standing.items():
+            if future.result() is not blocks[hook_point]:
+                blocks[hook_point] = future.result()
+                norms[hook_point] = _norms(blocks[hook_point], layout.dtype)
+        measured = {
+            hook_point: executor.submit(put, norm_name(hook_point), norm_N) for hook_point, norm_N in norms.items()
+        }
+        rows, tokens, positions = (future.result() for future in beside)
+        hashes = {
+            hook_point: chunk_sums(row_hashes(rows, tokens, positions, future.result(), blocks[hook_point]), counts)
+            for hook_point, future in measured.items()
+        }
     totals = {hook_point: sum(sums) % 2**64 for hook_point, sums in hashes.items()}
     return Unit(
-        objects=tuple(objects),
+        objects=tuple(objects[name] for name in sorted(objects)),
         rows=end - first,
         row_min=first,
         row_max=end - 1,
@@ -106,6 +123,10 @@ def read_back(
     place[order] = layout.geometry.shard_positions(unit)
     block = decode_shard(layout.arrays()[array_name(hook_point)], body)
     return restored(block[place[rows - first]], layout.dtype).float()
+
+
+def _norms(block: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
+    return np.asarray(restored(block, dtype).float().norm(dim=1).numpy(), np.float32)
 
 
 def _adopted(

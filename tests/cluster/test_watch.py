@@ -90,13 +90,13 @@ def test_watch_rank_that_waits_for_the_store_is_told_but_not_accused(phase: Phas
     clock = Clock(2)
     clock.train(3, 2.0)
     told = []
-    for _ in range(200):
+    for _ in range(900):
         assert clock.go(1, [(3, phase), (3, "step")]) is None
         told += clock.watch.slow()
     words = {"data": "waiting for data", "saving": "saving"}
     ours = [line for line in told if line.startswith(f"rank 0 has been {words[phase]} at step 3 for 6")]
     assert len(ours) == 1
-    assert len([line for line in told if line.startswith("rank 0")]) == 3
+    assert 14 <= len([line for line in told if line.startswith("rank 0")]) <= 15
 
 
 def test_watch_time_in_another_phase_does_not_count_for_the_step() -> None:
