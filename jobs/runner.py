@@ -145,7 +145,7 @@ class _LazyPool:
     def _start(self) -> Pool:
         compute = self._compute
         if compute.pool == "inline":
-            return InlinePool()
+            return InlinePool(compute.attempts)
         from cluster.ray_cluster import ray_session
 
         cpus = max(compute.workers * compute.threads, compute.ranks * compute.rank_threads)
