@@ -32,7 +32,7 @@ class StoragePath:
         """Read a URL or a local path; a relative local path is taken from `base`.
 
         Raises:
-            ManifestError: the text is empty, or a URL climbs with `..`.
+            ManifestError: the text is empty, or a URL climbs with `..` or holds a password.
         """
         text = os.fspath(text)
         if not text.strip():
@@ -42,6 +42,12 @@ class StoragePath:
             local = Path(match[2] if match else text).expanduser()
             absolute = local if local.is_absolute() else (base or Path.cwd()) / local
             return cls("file", os.path.normpath(absolute))
+        if re.match(r"[^/@]*:[^/@]*@", match[2]):
+            # Not repeated in the message.
+            raise ManifestError(
+                f"a {match[1]}:// URL holds a user name and a password",
+                "leave them out: credentials come from the provider's own chain (environment, profile, role)",
+            )
         segments = [part for part in match[2].split("/") if part not in ("", ".")]
         if ".." in segments:
             raise ManifestError(f"the URL {text!r} climbs with '..'", "name the target directly")

@@ -120,3 +120,14 @@ def test_free_bytes_is_known_of_disks_only(tmp_path: Path) -> None:
     assert free is not None
     assert free > 0
     assert free_bytes(StoragePath.parse("s3://bucket/a")) is None
+
+
+@pytest.mark.parametrize("url", ["s3://key:canary@bucket/x", "https://me:canary@host/x", "abfs://a:canary@host/x"])
+def test_url_with_a_password_is_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(ManifestError, match="holds a user name and a password") as caught:
+        StoragePath.parse(url)
+    assert "canary" not in str(caught.value)
+
+
+def test_url_of_an_azure_container_may_name_its_account() -> None:
+    assert StoragePath.parse("abfs://box@account.dfs.core.windows.net/x").key == "box@account.dfs.core.windows.net/x"
