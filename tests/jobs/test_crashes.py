@@ -148,7 +148,9 @@ def test_run_stopped_beyond_its_lease_and_woken_overwrites_nothing(
         check(expected, root)
         for each in repairs.verify(StoragePath.parse(root), full=False):
             for key, was in before[each.path].items():
-                assert "beats/" in key or each.present[key] == was, f"{each.path / key} was overwritten"
+                # The zombie's own temporary file is no object, and goes when it wakes.
+                if "beats/" not in key and not key.endswith(".tmp"):
+                    assert each.present[key] == was, f"{each.path / key} was overwritten"
     print(f"\nseed {SEED}: {number} zombies ended with {sorted(endings)}", file=sys.stderr)
 
 
