@@ -36,6 +36,7 @@ from ray.exceptions import (
 from cluster import interruption
 from cluster.failures import Reminder, first_line
 from cluster.pool import Resources, free_port, limit_threads
+from cluster.processes import birth
 from cluster.storage import create
 from schemas.errors import BusyError, StageFailedError
 from schemas.events import Event, Note
@@ -68,7 +69,7 @@ class Worker:
         """Where this process is. Its first call also tells that it has started."""
         process = psutil.Process()
         return Place(
-            ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), process.pid, process.create_time()
+            ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), process.pid, birth(process)
         )
 
     def meeting_point(self) -> str:
@@ -288,7 +289,7 @@ def _process(place: Place) -> psutil.Process | None:
     """The process, if it is not gone yet."""
     try:
         process = psutil.Process(place.pid)
-        return process if process.create_time() == place.started else None
+        return process if birth(process) == place.started else None
     except psutil.NoSuchProcess:
         return None
 

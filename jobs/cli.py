@@ -5,6 +5,7 @@ A user's mistake is one line on stderr and an exit code (see `schemas.errors`), 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -15,10 +16,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from typer._click.exceptions import UsageError
 
+from cluster.storage.attempts import shortage
+from cluster.storage.redaction import redact
 from jobs import manifest as manifests
-from schemas.errors import IntegrityError, KilobasisError, ManifestError
+from schemas.errors import IntegrityError, KilobasisError, ManifestError, printable
 from schemas.layouts import METRICS, REPORT
 from schemas.manifest import Compute, Manifest
 
@@ -103,7 +107,7 @@ def status(manifest: ManifestPath, set_: Overrides = None, json_: AsJson = False
         return
     alive = {True: "running", False: "not running", None: "on another machine"}[found.alive]
     since = "" if found.seconds_since_event is None else f", last event {found.seconds_since_event:.0f} s ago"
-    table = Table(title=f"run {found.run}: {alive}{since}", title_justify="left")
+    table = _table(f"run {found.run}: {alive}{since}")
     for column in ("stage", "state", "done", "detail"):
         table.add_column(column)
     for stage in found.stages:
@@ -125,26 +129,26 @@ def verify(
 
     root = _root(target, set_)
     wrong = repairs.require_root(root)
-    table = Table(title=f"{root}", title_justify="left")
+    table = _table(str(root))
     for column in ("stage", "state", "units", "objects", "bytes", "problems"):
         table.add_column(column, justify="left" if column in ("stage", "state") else "right")
     lines = [f"{root}/ROOT.json: {wrong}"] if wrong else []
     for found in repairs.verify(root, full):
         state = "committed" if found.committed else "not committed"
         figures = (f"{len(found.units):,}", f"{len(found.entries):,}", size(found.bytes), f"{len(found.findings)}")
-        table.add_row(f"{found.label} {found.path.name}", state, *figures)
+        table.add_row(_text(f"{found.label} {found.path.name}"), state, *figures)
         lines += [str(finding) for finding in found.findings]
     console = _console()
     console.print(table)
     for line in lines:
-        console.print(f"damaged: {line}", markup=False, highlight=False)
+        _say(console, f"damaged: {line}")
     if lines:
         raise IntegrityError(
             f"{_count(len(lines), 'problem')} below {root}",
             "`kilobasis repair` deletes what is damaged, `resume` makes it again",
         )
     how = "every object was read and is what was committed" if full else "everything is there, at its size"
-    console.print(f"{how}{'' if full else '; --full reads it too'}", highlight=False)
+    _say(console, f"{how}{'' if full else '; --full reads it too'}")
 
 
 @app.command()
@@ -155,20 +159,17 @@ def repair(target: Target, set_: Overrides = None) -> None:
     console = _console()
     units = deleted = 0
     seconds = Compute().lease_seconds
-    for done in repairs.repair(_root(target, set_), seconds, lambda text: console.print(text, highlight=False)):
+    for done in repairs.repair(_root(target, set_), seconds, functools.partial(_say, console)):
         for key in done.deleted:
-            console.print(f"deleted: {done.path / key}", markup=False, highlight=False)
+            _say(console, f"deleted: {done.path}/{key}")
         if done.units:
-            console.print(f"{done.label}: to be made again: {', '.join(done.units)}", markup=False, highlight=False)
+            _say(console, f"{done.label}: to be made again: {', '.join(done.units)}")
         deleted, units = deleted + len(done.deleted), units + len(done.units)
     if not deleted:
-        console.print("nothing was damaged", highlight=False)
+        _say(console, "nothing was damaged")
         return
-    console.print(
-        f"{_count(deleted, 'object')} deleted, {_count(units, 'unit')} to be made again: "
-        "continue with `kilobasis resume`",
-        highlight=False,
-    )
+    made = f"{_count(deleted, 'object')} deleted, {_count(units, 'unit')} to be made again"
+    _say(console, f"{made}: continue with `kilobasis resume`")
 
 
 @app.command()
@@ -192,14 +193,12 @@ def gc(
     count = total = 0
     for each in repairs.garbage(root, days * 86400):
         why = "superseded checkpoint" if each.superseded else "unreferenced"
-        console.print(f"{'deleted' if delete else why}: {each.path} ({size(each.size)})", markup=False, highlight=False)
+        _say(console, f"{'deleted' if delete else why}: {each.path} ({size(each.size)})")
         count, total = count + 1, total + each.size
         if delete:
             remove(each.path)
     verb = "deleted" if delete else "can go; --delete deletes them"
-    console.print(
-        f"{_count(count, 'object')}, {size(total)}, {verb}" if count else "nothing to collect", highlight=False
-    )
+    _say(console, f"{_count(count, 'object')}, {size(total)}, {verb}" if count else "nothing to collect")
 
 
 @app.command()
@@ -211,7 +210,7 @@ def report(manifest: ManifestPath, set_: Overrides = None, json_: AsJson = False
     from jobs.workspace import Workspace, label
 
     parsed = manifests.load(manifest, set_ or [])
-    made = planning.make(parsed, Workspace.of(parsed), survey(parsed))
+    made = planning.make(parsed, Workspace.of(parsed, writable=False), survey(parsed))
     done: dict[str, Committed] = {}
     for planned in made.stages:
         if planned.folder is not None and (committed := planned.folder.committed()) is not None:
@@ -267,6 +266,19 @@ def _console() -> Console:
     return console if console.is_terminal else Console(soft_wrap=True, width=max(200, console.width))
 
 
+def _table(title: str) -> Table:
+    return Table(title=_text(title), title_justify="left")
+
+
+def _text(text: str) -> Text:
+    """What is printed as it is, whoever wrote it: nothing in it is markup, or drives the terminal."""
+    return Text(printable(text))
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(_text(text), highlight=False)
+
+
 def _plan_json(made: Plan) -> list[dict[str, Any]]:
     return [
         {
@@ -289,7 +301,7 @@ def _print_plan(made: Plan, parsed: Manifest) -> None:
     from jobs.plan import machine_memory, size
 
     about = "" if made.sources.corpus.exact else "~"
-    table = Table(title=f"{parsed.name} -> {parsed.root}", title_justify="left")
+    table = _table(f"{parsed.name} -> {parsed.root}")
     table.add_column("stage", no_wrap=True)
     table.add_column("", no_wrap=True)
     for column in ("units", "rows", "stored", "objects", "memory"):
@@ -305,22 +317,22 @@ def _print_plan(made: Plan, parsed: Manifest) -> None:
             about + size(estimate.stored_bytes),
             f"{estimate.objects:,}",
             f"{estimate.workers} x {size(estimate.memory)}",
-            planned.reason + (f"; {estimate.note}" if estimate.note else ""),
+            _text(planned.reason + (f"; {estimate.note}" if estimate.note else "")),
         )
     console = _console()
     console.print(table)
     limit = parsed.compute.memory or machine_memory()
     stored = sum(planned.estimate.stored_bytes for planned in made.stages)
-    console.print(f"in all {about}{size(stored)} to store; memory to use: {size(limit)}", highlight=False)
+    _say(console, f"in all {about}{size(stored)} to store; memory to use: {size(limit)}")
 
 
 def _print_results(parsed: Manifest, done: dict[str, Committed], as_json: bool) -> None:
-    from cluster.storage.objects import read_recorded
+    from cluster.storage.formats import read_document
 
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     for dictionary in parsed.dictionaries:
         evaluated, catalog = done[f"evaluate/{dictionary.name}"], done[f"catalog/{dictionary.name}"]
-        judged = json.loads(read_recorded(evaluated.path, evaluated.entry(METRICS)))
+        judged = read_document(evaluated.path, evaluated.entry(METRICS))
         results[dictionary.name] = {"report": str(catalog.path / REPORT), "metrics": judged}
     if as_json:
         print(json.dumps({"digests": {name: each.record.digest for name, each in done.items()}, **results}, indent=1))
@@ -328,7 +340,7 @@ def _print_results(parsed: Manifest, done: dict[str, Committed], as_json: bool) 
     console = _console()
     for name, result in results.items():
         judged = result["metrics"]
-        table = Table(title=f"dictionary {name}, held out on {judged['tokens']:,} tokens", title_justify="left")
+        table = _table(f"dictionary {name}, held out on {judged['tokens']:,} tokens")
         shown = {
             "fvu": "FVU",
             "l0": "L0",
@@ -344,13 +356,14 @@ def _print_results(parsed: Manifest, done: dict[str, Committed], as_json: bool) 
             if who in judged:
                 table.add_row(who, *(f"{judged[who][key]:.4f}" if key in judged[who] else "-" for key in present))
         console.print(table)
-        console.print(f"report: {result['report']}", highlight=False)
+        _say(console, f"report: {result['report']}")
 
 
 def main() -> None:
     """The console command."""
     try:
-        code = app(standalone_mode=False)
+        with shortage("stopped"):
+            code = app(standalone_mode=False)
     except KilobasisError as error:
         _fail(str(error), error.exit_code)
     except UsageError as error:
@@ -362,5 +375,5 @@ def main() -> None:
 
 
 def _fail(line: str, code: int) -> None:
-    print(f"kilobasis: {line}", file=sys.stderr)
+    print(f"kilobasis: {redact(line)}", file=sys.stderr)
     sys.exit(code)

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from cluster.storage.objects import Listed, listing, names, read_bytes, read_checked, read_json, read_recorded
+from cluster.storage.formats import parsing
+from cluster.storage.objects import (
+    Listed,
+    listing,
+    names,
+    read_at_most,
+    read_checked,
+    read_json,
+    read_recorded,
+    require_within,
+)
 from cluster.storage.path import StoragePath
+from jobs.workspace import events_of
 from schemas.errors import IntegrityError
+from schemas.events import StageCommitted
 from schemas.layouts import BEATS, COMMITTED, LOG, RUNS, SPEC, UNITS, slot_key, unit_key
 from schemas.records import (
     CheckpointRecord,
@@ -28,6 +39,8 @@ from schemas.records import (
 # Older checkpoints may go: nothing reads them any more.
 LIVE_CHECKPOINTS = 2
 READERS = 8
+# A slot with a number so far beyond the one before it is no slot of the log: nobody looks for all those between.
+WIDEST_GAP = 1000
 
 
 class Kind(StrEnum):
@@ -37,6 +50,7 @@ class Kind(StrEnum):
     STAGE = "stage record"
     UNIT = "unit record"
     SLOT = "slot of the log"
+    STRAY = "stray slot"
     UNIT_OBJECT = "object of a unit"
     STAGE_OBJECT = "object of the stage"
     CHECKPOINT = "object of a checkpoint"
@@ -98,30 +112,38 @@ def _is_record(key: str) -> bool:
 
 
 def folders(root: StoragePath) -> Iterator[tuple[str, StoragePath]]:
-    """Every stage folder below a root with its label, in the order of the stages."""
-    for stage in ("tokenize", "harvest"):
-        for name in names(root / stage):
-            yield stage, root / stage / name
+    """Every stage folder below a root with its label, in the order of the stages.
+
+    Raises:
+        IntegrityError: a symbolic link leads out of the root. What is behind it is not ours to judge, or to delete.
+    """
+    for label, place in _places(root):
+        require_within(root, [place])
+        for name in names(root / place):
+            require_within(root / place, [name])
+            if _is_folder(root / place / name):
+                yield label, root / place / name
+
+
+def _places(root: StoragePath) -> Iterator[tuple[str, str]]:
+    yield from (("tokenize", "tokenize"), ("harvest", "harvest"))
     for dictionary in names(root / "dictionaries"):
         for stage in ("train", "evaluate", "catalog", "export"):
-            for name in names(root / "dictionaries" / dictionary / stage):
-                yield f"{stage}/{dictionary}", root / "dictionaries" / dictionary / stage / name
+            yield f"{stage}/{dictionary}", f"dictionaries/{dictionary}/{stage}"
+
+
+def _is_folder(path: StoragePath) -> bool:
+    return not path.is_local or path.local.is_dir()
 
 
 def told(root: StoragePath) -> set[str]:
     """Names of the stage folders that a run says it committed: a record that is lost cannot say so itself."""
-    found = set()
-    for run in names(root / RUNS):
-        for segment in names(root / RUNS / run / "events"):
-            for line in read_bytes(root / RUNS / run / "events" / segment).splitlines():
-                try:
-                    event = json.loads(line)
-                    if event["event"] == "StageCommitted":
-                        found.add(StoragePath.parse(event["folder"]).name)
-                except (ValueError, KeyError, TypeError):
-                    # A log of events is for people; a damaged line of it commits nothing.
-                    continue
-    return found
+    return {
+        event.folder.rstrip("/").rpartition("/")[2]
+        for run in names(root / RUNS)
+        for _, event in events_of(root / RUNS / run)
+        if isinstance(event, StageCommitted)
+    }
 
 
 def take(label: str, path: StoragePath, full: bool, told_of: Collection[str] = ()) -> Inventory:
@@ -152,13 +174,15 @@ def _read_spec(found: Inventory) -> None:
         found.note(Kind.SPEC, SPEC, "", "absent")
         return
     try:
-        found.fingerprint = sha256(canonical_json(read_json(found.path / SPEC)))
-        if read_bytes(found.path / SPEC) != canonical_json(read_json(found.path / SPEC)) + b"\n":
+        content = read_json(found.path / SPEC)
+        with parsing("it", "specification"):
+            canonical = canonical_json(content)
+        if read_at_most(found.path / SPEC, len(canonical) + 2) != canonical + b"\n":
             raise IntegrityError("it is not in its one canonical form")
     except IntegrityError as error:
         found.note(Kind.SPEC, SPEC, "", error.what)
-        found.fingerprint = ""
         return
+    found.fingerprint = sha256(canonical)
     if not found.fingerprint.startswith(found.path.name):
         found.note(Kind.SPEC, SPEC, "", f"it is that of fingerprint {found.fingerprint[:16]}")
         found.fingerprint = ""
@@ -214,10 +238,9 @@ def _compare(found: Inventory, stage: StageRecord) -> None:
 
 
 def _read_log(found: Inventory) -> None:
-    numbers = sorted(key[len(LOG) + 1 : -5] for key in found.present if key.startswith(LOG + "/") and _is_record(key))
     slots: list[LeaseRecord | CheckpointRecord | VoidRecord] = []
     tip: str | None = ""
-    for index in range(int(numbers[-1]) + 1 if numbers and numbers[-1].isdigit() else 0):
+    for index in range(_count_slots(found)):
         key = slot_key(index)
         try:
             if key not in found.present:
@@ -244,6 +267,19 @@ def _read_log(found: Inventory) -> None:
             found.entries += [(Kind.CHECKPOINT, str(slot.slot), entry) for entry in slot.objects]
         else:
             found.superseded |= {entry.key for entry in slot.objects}
+
+
+def _count_slots(found: Inventory) -> int:
+    """How many slots the log has, or had; notes what lies among them and is none."""
+    count = 0
+    keys = [key for key in found.present if key.startswith(LOG + "/") and _is_record(key)]
+    for key in sorted(keys, key=lambda key: (len(key), key)):
+        name = key[len(LOG) + 1 : -5]
+        if name.isascii() and name.isdigit() and slot_key(int(name)) == key and int(name) < count + WIDEST_GAP:
+            count = int(name) + 1
+        else:
+            found.note(Kind.STRAY, key, "", f"no slot of this log, which has {count}")
+    return count
 
 
 def _problem(found: Inventory, entry: ObjectEntry, full: bool) -> str:

@@ -22,6 +22,7 @@ from typing import Self
 import psutil
 
 from cluster import interruption
+from cluster.processes import birth
 from cluster.storage.attempts import patience
 from cluster.storage.create import replace
 from cluster.storage.objects import read_json
@@ -49,7 +50,7 @@ def this_process() -> Owner:
         boot=boot,
         namespace=namespace,
         pid=os.getpid(),
-        started=psutil.Process().create_time(),
+        started=birth(psutil.Process()),
     )
 
 
@@ -59,8 +60,10 @@ def state(owner: Owner) -> str:
     if (owner.host, owner.boot, owner.namespace) != (ours.host, ours.boot, ours.namespace):
         return "unknown"
     try:
+        if not 0 < owner.pid < 2**31:
+            return "dead"
         process = psutil.Process(owner.pid)
-        if abs(process.create_time() - owner.started) > 1.0 or process.status() == psutil.STATUS_ZOMBIE:
+        if abs(birth(process) - owner.started) > 1.0 or process.status() == psutil.STATUS_ZOMBIE:
             return "dead"
         return "stopped" if process.status() == psutil.STATUS_STOPPED else "alive"
     except psutil.NoSuchProcess:
@@ -216,6 +219,21 @@ def is_over(
         log.refresh()
         if log.lease is not holder or finished():
             return False
+
+
+def is_held(path: StoragePath) -> bool:
+    """Whether a stage may be being run, as far as can be told at a glance: its lease was not given back.
+
+    Args:
+        path: The stage's folder.
+    """
+    log = SlotLog(path)
+    try:
+        log.refresh()
+    except IntegrityError:
+        # Nobody can tell before it is repaired.
+        return True
+    return log.lease is not None and state(log.lease.owner) != "dead" and not _read_beat(path, log.lease)[1]
 
 
 def _read_beat(path: StoragePath, lease: LeaseRecord) -> tuple[int, bool]:

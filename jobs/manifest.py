@@ -18,15 +18,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from cluster.storage.path import StoragePath
+from cluster.storage.redaction import holds_credential
 from schemas.errors import ManifestError
 from schemas.manifest import Manifest
 
 MAX_BYTES = 2**20
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
-_SECRET = re.compile(
-    r"://[^/@\s]+:[^/@\s]+@|(AKIA|ASIA)[0-9A-Z]{16}|[?&](sig|token|access_token|X-Amz-Signature|X-Goog-Signature)=",
-    re.I,
-)
 
 
 class _Loader(yaml.SafeLoader):
@@ -136,7 +133,7 @@ def _expand(tree: dict[str, Any], path: Path) -> None:
             continue
         field = ".".join(keys)
         expanded = _VARIABLE.sub(functools.partial(_variable, field), value)
-        if _SECRET.search(expanded):
+        if holds_credential(expanded):
             raise ManifestError(
                 f"{field} holds a credential, and manifests are stored with every run",
                 "leave it out; credentials come from the provider's own chain (environment, profile, role)",

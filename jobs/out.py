@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from cluster.pool import Pool, Rank, Resources
+from cluster.storage.attempts import shortage
 from cluster.storage.create import create_or_adopt
 from cluster.storage.path import StoragePath
 from jobs.log import TrainingLog
@@ -90,4 +91,5 @@ def _run_rank(
     fn: Callable[[T, StoragePath, Gang], Any], task: T, path: StoragePath, lease: str, rank: Rank
 ) -> tuple[Any, int]:
     gang = Gang(rank.rank, rank.world_size, rank.init_method, rank.emit, rank.beat, TrainingLog(path, lease))
-    return fn(task, path, gang), peak_memory()
+    with shortage(f"rank {rank.rank} of {rank.world_size}"):
+        return fn(task, path, gang), peak_memory()

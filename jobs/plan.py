@@ -15,7 +15,7 @@ from jobs.state import StageFolder
 from jobs.workspace import Workspace, label
 from pipeline.stage import Committed, Estimate, Params, Sources, Stage
 from pipeline.stages import STAGES
-from schemas.errors import ManifestError
+from schemas.errors import ManifestError, StorageError
 from schemas.manifest import Dictionary, Manifest
 
 # Measured: the driver with torch, transformers and ray imported, and the processes of a local Ray.
@@ -167,11 +167,18 @@ def _changed(
     return "changed " + "; ".join(change.removeprefix("params.") for change in nearest[:3])
 
 
-def refuse(plan: Plan, manifest: Manifest, workspace: Workspace) -> None:
+def refuse(plan: Plan, manifest: Manifest, workspace: Workspace, started: bool = False) -> None:
     """Refuse what cannot fit.
+
+    Args:
+        plan: What is to be done.
+        manifest: What it is for.
+        workspace: Where.
+        started: Something was written already, and the disk held enough when it was.
 
     Raises:
         ManifestError: the memory or the disk is too small; with the numbers.
+        StorageError: the disk has become too small since.
     """
     todo = [planned for planned in plan.stages if planned.action is not Action.SKIP]
     limit = manifest.compute.memory or machine_memory()
@@ -189,10 +196,10 @@ def refuse(plan: Plan, manifest: Manifest, workspace: Workspace) -> None:
     free = free_bytes(workspace.root)
     stored = sum(planned.estimate.stored_bytes for planned in todo)
     if free is not None and stored > free:
-        raise ManifestError(
-            f"the run stores {size(stored)} below {workspace.root}, free there are {size(free)}",
-            "lower harvest.tokens, choose another root, or make room",
-        )
+        what = f"the run stores {size(stored)} below {workspace.root}, free there are {size(free)}"
+        if started:
+            raise StorageError(what, "make room, then resume: everything committed is kept")
+        raise ManifestError(what, "lower harvest.tokens, choose another root, or make room")
 
 
 def _smaller(planned: Planned) -> str:

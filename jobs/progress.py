@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -22,11 +20,15 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event as Drawing
+from tensorboardX.summary import scalar
 
 from cluster.storage.create import create
 from cluster.storage.path import StoragePath
+from cluster.storage.redaction import redact
 from schemas import events
+from schemas.errors import StorageError, printable
 from schemas.events import Event
 
 FLUSH_SECONDS = 5.0
@@ -44,8 +46,7 @@ class EventLog:
 
     def __call__(self, event: Event) -> None:
         """Note an event."""
-        line = {"time": round(time.time(), 3), "event": type(event).__name__, **dataclasses.asdict(event)}
-        self._lines.append(json.dumps(line))
+        self._lines.append(events.line(event, time.time()))
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
 
@@ -59,32 +60,50 @@ class EventLog:
 
 
 class TensorBoard:
-    """Scalars of training and the pace of every stage, in `<run>/tensorboard/`."""
+    """Scalars of training and the pace of every stage, in `<run>/tensorboard/`.
+
+    Written in the caller's thread: tensorboardX's own ends at the first full disk, and its queue then blocks.
+    """
 
     def __init__(self, run: StoragePath) -> None:
         self._target = run / "tensorboard"
         self._scratch = None if run.is_local else tempfile.TemporaryDirectory(prefix="kb-tb-")
         self._folder = Path(self._scratch.name) if self._scratch else self._target.local
-        self._writers: dict[str, SummaryWriter] = {}
+        self._writers: dict[str, EventsWriter] = {}
         self._units: dict[str, int] = {}
+        self._flushed = time.monotonic()
 
     def __call__(self, event: Event) -> None:
-        """Draw an event."""
+        """Draw an event.
+
+        Raises:
+            OSError: the files cannot be written.
+        """
         if isinstance(event, events.Progress):
             for name, value in event.scalars.items():
-                self._writer(event.stage).add_scalar(name, value, event.step)
+                self._draw(event.stage, name, value, event.step)
         elif isinstance(event, events.UnitCommitted):
             count = self._units[event.stage] = self._units.get(event.stage, 0) + 1
-            self._writer(event.stage).add_scalar("rows_per_second", event.rows / max(event.seconds, 1e-9), count)
-            self._writer(event.stage).add_scalar("peak_memory_mib", event.peak_memory / 2**20, count)
+            self._draw(event.stage, "rows_per_second", event.rows / max(event.seconds, 1e-9), count)
+            self._draw(event.stage, "peak_memory_mib", event.peak_memory / 2**20, count)
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self._flushed = time.monotonic()
+            for writer in self._writers.values():
+                writer.flush()
 
-    def _writer(self, stage: str) -> SummaryWriter:
+    def _draw(self, stage: str, name: str, value: float, step: int) -> None:
         if stage not in self._writers:
-            self._writers[stage] = SummaryWriter(str(self._folder / stage), flush_secs=10)
-        return self._writers[stage]
+            folder = self._folder / stage
+            folder.mkdir(parents=True, exist_ok=True)
+            self._writers[stage] = EventsWriter(str(folder / "events"))
+        self._writers[stage].write_event(Drawing(wall_time=time.time(), step=step, summary=scalar(name, value)))
 
     def close(self) -> None:
-        """Finish the files; for a bucket, bring them there."""
+        """Finish the files; for a bucket, bring them there.
+
+        Raises:
+            OSError, StorageError: they cannot be written.
+        """
         for writer in self._writers.values():
             writer.close()
         if self._scratch:
@@ -140,9 +159,8 @@ class Lines:
         return True
 
     def _print(self, stage: str, text: str) -> None:
-        self._console.print(
-            f"{time.strftime('%H:%M:%S')}  {stage:<20} {text}", markup=False, highlight=False, soft_wrap=True
-        )
+        line = printable(f"{time.strftime('%H:%M:%S')}  {stage:<20} {text}")
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 class Bars:
@@ -181,12 +199,15 @@ class Bars:
             )
         elif isinstance(event, events.StageCommitted):
             if event.skipped:
-                bar.console.print(f"{event.stage}: {_closing(event)}", markup=False, highlight=False)
+                self._print(f"{event.stage}: {_closing(event)}")
             else:
                 task = self._tasks[event.stage]
                 bar.update(task, completed=bar.tasks[task].total, detail=_closing(event))
         elif isinstance(event, _TROUBLE):
-            bar.console.print(f"{event.stage}: {_trouble(event)}", markup=False, highlight=False)
+            self._print(f"{event.stage}: {_trouble(event)}")
+
+    def _print(self, text: str) -> None:
+        self._progress.console.print(printable(text), markup=False, highlight=False)
 
     def close(self) -> None:
         """Leave the last state on the screen."""
@@ -224,20 +245,39 @@ def _closing(event: events.StageCommitted) -> str:
     return "committed earlier" if event.skipped else f"committed in {event.seconds:.1f} s, digest {event.digest[:12]}"
 
 
+def _discreet(event: Event) -> Event:
+    """The event without secrets: reasons of failures are what foreign libraries say."""
+    if not isinstance(event, _TROUBLE):
+        return event
+    values = dataclasses.asdict(event)
+    said: dict[str, Any] = {name: redact(text) for name, text in values.items() if isinstance(text, str)}
+    return dataclasses.replace(event, **said)
+
+
 class Watchers:
     """Every reader of one run. A context manager; readers are closed whatever happens."""
 
     def __init__(self, run: StoragePath) -> None:
         console = Console(file=sys.stderr)
         self._log = EventLog(run)
-        self._board = TensorBoard(run)
+        self._board: TensorBoard | None = TensorBoard(run)
         self._screen: Bars | Lines = Bars(console) if console.is_terminal else Lines(console)
 
     def __call__(self, event: Event) -> None:
-        """Tell all of them."""
-        self._log(event)
-        self._board(event)
+        """Tell all of them.
+
+        Raises:
+            StorageError: the log of events cannot be written.
+        """
+        event = _discreet(event)
         self._screen(event)
+        self._log(event)
+        try:
+            if self._board:
+                self._board(event)
+        except OSError as error:
+            self._board = None
+            self(events.Note(event.stage, f"TensorBoard's files cannot be written ({error}): going on without them"))
         if isinstance(event, events.StageCommitted):
             self._log.flush()
 
@@ -249,7 +289,14 @@ class Watchers:
     ) -> None:
         if isinstance(self._screen, Bars):
             self._screen.close()
-        # A full disk must not hide the error that it caused.
-        with suppress(OSError):
+        try:
+            if self._board:
+                self._board.close()
+        except (OSError, StorageError) as failure:
+            self._screen(events.Note("run", redact(f"TensorBoard's files could not be finished ({failure})")))
+        try:
             self._log.flush()
-            self._board.close()
+        except StorageError:
+            # A full disk must not hide the error that it caused.
+            if error is None:
+                raise

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 from cluster.storage import probe
 from cluster.storage.create import create, remove
-from cluster.storage.objects import listing, names, read_checked, read_json
+from cluster.storage.objects import listing, names, read_checked, require_within
 from cluster.storage.path import StoragePath
 from jobs import inventory, lease
 from jobs.inventory import Finding, Inventory, Kind
 from jobs.log import SlotLog
-from jobs.workspace import MANIFEST, OWNER, owner_of
+from jobs.workspace import OWNER, manifest_of, owner_of
 from schemas.errors import IntegrityError, ManifestError
 from schemas.layouts import RUNS, slot_key, unit_key
 from schemas.records import LeaseRecord, RootRecord, VoidRecord, parse_slot
@@ -79,10 +79,9 @@ def repair(root: StoragePath, seconds: float, tell: Callable[[str], None]) -> It
 
 def _name_of(root: StoragePath) -> str:
     for run in reversed(names(root / RUNS)):
-        try:
-            return str(read_json(root / RUNS / run / MANIFEST)["name"])
-        except (FileNotFoundError, IntegrityError, KeyError, TypeError):
-            continue
+        name = (manifest_of(root / RUNS / run) or {}).get("name")
+        if isinstance(name, str):
+            return name
     raise ManifestError(f"{root / OWNER} is damaged, and no run below {root} says whose the root is", "restore a copy")
 
 
@@ -94,14 +93,17 @@ def _bad_orphans(found: Inventory) -> Iterator[str]:
 
 def _repair_stage(found: Inventory, orphans: list[str], seconds: float, tell: Callable[[str], None]) -> Repaired:
     log = SlotLog(found.path)
-    deleted = _mend_log(log, found, seconds, tell)
+    strays = [each.key for each in found.findings if each.kind is Kind.STRAY]
+    for key in strays:
+        remove(found.path / key)
+    deleted = strays + _mend_log(log, found, seconds, tell)
     held = lease.take(found.path, found.label, seconds, False, tell, lambda _: None, finished=lambda: False)
     assert held is not None
     with held:
         log = SlotLog(found.path)
         log.refresh()
         units = {each.owner for each in found.findings if each.kind in (Kind.UNIT, Kind.UNIT_OBJECT)}
-        doomed = {each.key for each in found.findings if each.kind is not Kind.SLOT}
+        doomed = {each.key for each in found.findings if each.kind not in (Kind.SLOT, Kind.STRAY)}
         for each in found.findings:
             if each.kind is Kind.CHECKPOINT and int(each.owner) in {slot.slot for slot in log.checkpoints}:
                 log.void(int(each.owner))
@@ -173,20 +175,27 @@ def garbage(root: StoragePath, older_than: float) -> Iterator[Garbage]:
 
     Args:
         root: The root.
-        older_than: Seconds; younger leftovers may belong to somebody who is still at work.
+        older_than: Seconds; younger leftovers may belong to somebody who is still at work. What lies in a stage
+            that is being run is spared however old it seems: clocks differ.
+
+    Raises:
+        IntegrityError: see `inventory.folders`.
     """
     now = time.time()
     for name in names(root):
         if name.startswith(probe.PREFIX):
+            require_within(root, [name])
             for key, there in sorted(listing(root / name).items()):
                 if there.modified is not None and now - there.modified >= older_than:
                     yield Garbage("probe", root / name / key, there.size, False)
     for label, path in inventory.folders(root):
         found = inventory.take(label, path, full=False)
+        led = found.committed is None and lease.is_held(path)
         for key, there in sorted(found.unreferenced().items()):
             superseded = key in found.superseded
+            old = there.modified is not None and now - there.modified >= older_than
             # The log vouches that a superseded checkpoint is no longer needed, however young it is.
-            if superseded or (there.modified is not None and now - there.modified >= older_than):
+            if superseded or (old and not led):
                 yield Garbage(label, path / key, there.size, superseded)
 
 

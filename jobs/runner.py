@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +26,7 @@ from pipeline.stage import Committed, Sources
 from schemas.errors import FencedError, InterruptedRunError
 from schemas.events import Event, Note, StageCommitted, StageStarted
 from schemas.manifest import Compute, Manifest
+from schemas.records import canonical_json
 
 
 def run(manifest: Manifest, resume: bool = False, wait: bool = False) -> dict[str, Committed]:
@@ -52,7 +51,7 @@ def run(manifest: Manifest, resume: bool = False, wait: bool = False) -> dict[st
     planning.refuse(planned, manifest, workspace)
     workspace.claim(manifest.compute.single_writer)
     folder = workspace.new_run()
-    create(folder / PROCESS, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
+    create(folder / PROCESS, canonical_json(leases.this_process().model_dump()) + b"\n")
     with _interruptible() as stop, Watchers(folder) as emit, ExitStack() as stack:
         pool = _LazyPool(manifest.compute, stack)
         return _run_stages(manifest, workspace, planned.sources, emit, pool, wait, stop)
@@ -103,7 +102,7 @@ def _run_stages(
         if stage.name == "tokenize":
             # Only now the number of rows is known, so what was planned from an estimate is checked again.
             sources = planning.refine(sources, committed)
-            planning.refuse(planning.make(manifest, workspace, sources), manifest, workspace)
+            planning.refuse(planning.make(manifest, workspace, sources), manifest, workspace, started=True)
     return done
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, TypeVar
 
+from cluster.storage.attempts import shortage
 from cluster.storage.create import create, create_or_adopt
 from cluster.storage.objects import names, read_checked, size
 from cluster.storage.path import StoragePath
@@ -137,7 +138,8 @@ def run_unit(fn: Callable[[T, StoragePath], Unit], folder: StageFolder, task: T)
         IntegrityError: the other one made something else.
     """
     began = time.monotonic()
-    made = fn(task, folder.path)
+    with shortage(f"{folder.label} unit {task.unit}"):
+        made = fn(task, folder.path)
     record = UnitRecord(
         fingerprint=folder.fingerprint,
         unit=task.unit,

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
-from cluster.storage.objects import names, read_bytes, read_json
+from pydantic import ValidationError
+
+from cluster.storage.objects import names, read_json
 from cluster.storage.path import StoragePath
+from jobs import lease
 from jobs.log import TrainingLog
 from jobs.state import StageFolder
-from jobs.workspace import PROCESS
-from schemas.errors import ManifestError
+from jobs.workspace import PROCESS, events_of
+from schemas.errors import IntegrityError, ManifestError
+from schemas.events import Event, Progress, StageCommitted, StageStarted
 from schemas.layouts import COMMITTED, RUNS
+from schemas.records import Owner
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,56 +55,41 @@ def read(root: StoragePath, labels: list[str]) -> Status:
     if not runs:
         raise ManifestError(f"root {root} has no run", "start one with `kilobasis run`")
     run = root / RUNS / runs[-1]
-    seen = _events(run)
+    seen = list(events_of(run))
     alive = _alive(run)
-    last = max((event["time"] for event in seen), default=None)
-    stages = tuple(_stage(root, name, seen, alive) for name in labels)
+    last = max((when for when, _ in seen), default=None)
+    stages = tuple(_stage(root, name, [event for _, event in seen if event.stage == name], alive) for name in labels)
     return Status(run.name, alive, None if last is None else max(0.0, time.time() - last), stages)
-
-
-def _events(run: StoragePath) -> list[dict[str, Any]]:
-    found = []
-    for segment in names(run / "events"):
-        found += [json.loads(line) for line in read_bytes(run / "events" / segment).splitlines() if line]
-    return found
 
 
 def _alive(run: StoragePath) -> bool | None:
     """Whether the run's driver lives; None if that cannot be told from here."""
     try:
-        process = read_json(run / PROCESS)
-    except FileNotFoundError:
+        state = lease.state(Owner.model_validate(read_json(run / PROCESS)))
+    except (FileNotFoundError, IntegrityError, ValidationError):
         return None
-    if process["host"] != socket.gethostname():
-        return None
-    try:
-        os.kill(process["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    return None if state == "unknown" else state != "dead"
 
 
-def _stage(root: StoragePath, name: str, seen: list[dict[str, Any]], alive: bool | None) -> StageStatus:
-    ours = [event for event in seen if event["stage"] == name]
-    folders = [event["folder"] for event in ours if "folder" in event]
-    if not folders:
-        return StageStatus(name, "waiting", 0, 0)
+def _stage(root: StoragePath, name: str, ours: list[Event], alive: bool | None) -> StageStatus:
+    folders = [event.folder.rstrip("/") for event in ours if isinstance(event, StageStarted | StageCommitted)]
     # Events name the folder where it was then; a root may be moved.
+    folder = folders[-1].rpartition("/")[2] if folders else ""
+    if folder in ("", ".", ".."):
+        return StageStatus(name, "waiting", 0, 0)
     stage, _, dictionary = name.partition("/")
     base = root / "dictionaries" / dictionary / stage if dictionary else root / stage
-    path = base / StoragePath.parse(folders[-1]).name
+    path = base / folder
     units = len(StageFolder(path, name, "").units())
-    total = max((event["total"] for event in ours if event["event"] == "StageStarted"), default=units)
-    scalars: dict[str, float] = next((event["scalars"] for event in reversed(ours) if event["event"] == "Progress"), {})
+    total = max((event.total for event in ours if isinstance(event, StageStarted)), default=units)
+    progress = [event for event in ours if isinstance(event, Progress)]
+    scalars = progress[-1].scalars if progress else {}
     if COMMITTED in names(path):
         return StageStatus(name, "committed", max(units, total), max(units, total), "", scalars)
     state = "stopped" if alive is False else "running"
     checkpoint = TrainingLog(path).latest()
-    progress = [event for event in ours if event["event"] == "Progress"]
     if progress or checkpoint:
-        tokens = progress[-1] if progress else {"done": 0, "total": 0}
+        done, total = (progress[-1].done, progress[-1].total) if progress else (0, 0)
         detail = f"last checkpoint at step {checkpoint.step}" if checkpoint else "no checkpoint yet"
-        return StageStatus(name, state, tokens["done"], tokens["total"], detail, scalars)
+        return StageStatus(name, state, done, total, detail, scalars)
     return StageStatus(name, state, units, total)

@@ -7,25 +7,35 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from cluster.storage import probe
+from cluster.storage.attempts import shortage
 from cluster.storage.create import create
-from cluster.storage.objects import names, read_checked, read_json, require_writable
+from cluster.storage.objects import (
+    names,
+    read_checked,
+    read_json,
+    read_text_object,
+    require_within,
+    require_writable,
+)
 from cluster.storage.path import StoragePath
 from jobs.fingerprint import differences
 from jobs.manifest import canonical
 from jobs.state import StageFolder
 from pipeline.stage import Stage
-from schemas.errors import KilobasisError, ManifestChangedError, ManifestError
+from schemas.errors import IntegrityError, KilobasisError, ManifestChangedError, ManifestError
+from schemas.events import Event, parse_lines
 from schemas.layouts import RUNS, SPEC
 from schemas.manifest import Dictionary, Manifest
-from schemas.records import RootRecord, parse_record
+from schemas.records import RootRecord, canonical_json, parse_record
 
 OWNER = "ROOT.json"
 MANIFEST = "manifest.json"
 PROCESS = "process.json"
+_STAMP = "%Y%m%dT%H%M%S.%fZ"
 
 
 @contextmanager
@@ -36,7 +46,8 @@ def reaching(what: str, path: StoragePath) -> Iterator[None]:
         ManifestError: instead of what the file system, or a bucket's library with errors of its own, raised.
     """
     try:
-        yield
+        with shortage(what):
+            yield
     except KilobasisError:
         raise
     except Exception as error:
@@ -57,16 +68,23 @@ class Workspace:
     manifest: Manifest
 
     @classmethod
-    def of(cls, manifest: Manifest) -> Workspace:
+    def of(cls, manifest: Manifest, writable: bool = True) -> Workspace:
         """The workspace of a manifest; writes nothing.
+
+        Args:
+            manifest: Whose.
+            writable: Whether it will be written to.
 
         Raises:
             ManifestError: the root cannot be written to, belongs to another manifest, or holds other files.
+            IntegrityError: a symbolic link in it leads out of it.
         """
         workspace = cls(StoragePath.parse(manifest.root), manifest)
         with reaching(f"root {workspace.root}", workspace.root):
-            require_writable(workspace.root)
+            if writable:
+                require_writable(workspace.root)
             workspace._require_ours()
+            require_within(workspace.root, names(workspace.root))
         return workspace
 
     def _require_ours(self) -> None:
@@ -106,20 +124,18 @@ class Workspace:
 
     def new_run(self) -> StoragePath:
         """Note the manifest of a new run; returns the run's folder."""
-        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
+        stamp = datetime.now(UTC).strftime(_STAMP)
+        before = next((found for run in reversed(self.runs()) if (found := _began(run))), None)
+        if before and stamp <= before.strftime(_STAMP):
+            # The clock was set back. The newest run is the last one all the same.
+            stamp = (before + timedelta(microseconds=1)).strftime(_STAMP)
         folder = self.root / RUNS / f"{stamp}-{uuid.uuid4().hex[:6]}"
         create(folder / MANIFEST, json.dumps(canonical(self.manifest), indent=1, sort_keys=True).encode() + b"\n")
         return folder
 
     def last_manifest(self) -> dict[str, Any] | None:
         """The newest run's manifest."""
-        for run in reversed(self.runs()):
-            try:
-                found: dict[str, Any] = read_json(self.root / RUNS / run / MANIFEST)
-            except FileNotFoundError:
-                continue
-            return found
-        return None
+        return next((found for run in reversed(self.runs()) if (found := manifest_of(self.root / RUNS / run))), None)
 
     def require_unchanged(self) -> None:
         """What `resume` asks for.
@@ -146,18 +162,28 @@ class Workspace:
         return self.root / "dictionaries" / dictionary.name / stage.name
 
     def folder(self, stage: Stage, dictionary: Dictionary | None, fingerprint: str) -> StageFolder:
-        """A stage's folder."""
+        """A stage's folder.
+
+        Raises:
+            IntegrityError: a symbolic link on the way to it, or in it, leads out of the root.
+        """
         path = self.stage_root(stage, dictionary) / fingerprint[:16]
+        require_within(self.root, [path.relative_to(self.root)])
+        if path.is_local:
+            require_within(path, names(path))
         return StageFolder(path, label(stage, dictionary), fingerprint)
 
     def specs(self, stage: Stage, dictionary: Dictionary | None) -> Iterator[dict[str, Any]]:
-        """What the folders that are there are for."""
+        """What the folders that are there are for, as far as it can be read: this is for people only."""
         base = self.stage_root(stage, dictionary)
         for name in names(base):
             try:
-                yield read_json(base / name / SPEC)
-            except FileNotFoundError:
+                found = read_json(base / name / SPEC)
+                canonical_json(found)
+            except (FileNotFoundError, IntegrityError, ValueError, RecursionError):
                 continue
+            if isinstance(found, dict):
+                yield found
 
 
 def owner_of(root: StoragePath) -> RootRecord:
@@ -168,6 +194,36 @@ def owner_of(root: StoragePath) -> RootRecord:
         IntegrityError: the record is damaged.
     """
     return read_checked(root / OWNER, lambda body: parse_record(RootRecord, body, str(root / OWNER)))
+
+
+def manifest_of(run: StoragePath) -> dict[str, Any] | None:
+    """The manifest that a run was started with; None where it was not written, or is damaged.
+
+    Args:
+        run: The run's folder.
+    """
+    try:
+        found = read_json(run / MANIFEST)
+    except (FileNotFoundError, IntegrityError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def events_of(run: StoragePath) -> Iterator[tuple[float, Event]]:
+    """What a run told, with the times; what of it cannot be read is left out."""
+    for segment in names(run / "events"):
+        try:
+            yield from parse_lines(read_text_object(run / "events" / segment))
+        except (FileNotFoundError, IntegrityError):
+            continue
+
+
+def _began(run: str) -> datetime | None:
+    """When a run began, by its name."""
+    try:
+        return datetime.strptime(run.partition("-")[0], _STAMP)
+    except ValueError:
+        return None
 
 
 def label(stage: Stage, dictionary: Dictionary | None) -> str:

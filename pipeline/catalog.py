@@ -7,20 +7,17 @@ are picked at the end.
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from pydantic import Field
 
 from cluster.pool import Resources
 from cluster.storage.create import create_or_adopt
-from cluster.storage.objects import read_recorded
+from cluster.storage.formats import read_document, read_table
 from cluster.storage.path import StoragePath
 from pipeline import harvest
 from pipeline.activations.source import open_store
@@ -35,6 +32,7 @@ from pipeline.tokenize import parquet_body
 from schemas.layouts import CURVES, EXAMPLES, FEATURES, METRICS, REPORT
 from schemas.manifest import Dictionary, Manifest, Model
 from schemas.records import ObjectEntry, Outputs, Unit
+from schemas.tables import CURVES as CURVES_SCHEMA
 from schemas.tables import EXAMPLES as EXAMPLES_SCHEMA
 from schemas.tables import FEATURE_STATISTICS
 
@@ -132,7 +130,7 @@ def run(inputs: Mapping[str, Committed], params: CatalogParams, out: Out) -> Out
     collected = [records[unit].made for unit in sorted(records)]
     tokens = sum(unit.rows for unit in collected)
     features = _features(out.path, collected, weights["weights"].made, tokens)
-    examples = _best([_table(out.path, unit.objects[1]) for unit in collected], params.examples, features.num_rows)
+    examples = _best([read_table(out.path, unit.objects[1]) for unit in collected], params.examples, features.num_rows)
     written = [
         out.write(FEATURES, parquet_body(features, 65_536)),
         out.write(EXAMPLES, parquet_body(examples, 65_536)),
@@ -276,18 +274,14 @@ def _direct_effect(settings: CatalogParams, W_dec_FD: torch.Tensor) -> tuple[lis
     return direct_effect(W_dec_FD, head.weight.float(), PROMOTED)
 
 
-def _table(path: StoragePath, entry: ObjectEntry) -> pa.Table:
-    return pq.read_table(io.BytesIO(read_recorded(path, entry)))
-
-
 def _features(path: StoragePath, collected: list[Unit], weights: Unit, tokens: int) -> pa.Table:
     """One row per feature, from the sums of all units and the weights."""
-    described = _table(path, weights.objects[0])
+    described = read_table(path, weights.objects[0])
     count = described.num_rows
     fires, total, square = np.zeros(count, np.int64), np.zeros(count), np.zeros(count)
     largest = np.zeros(count, np.float32)
     for unit in collected:
-        table = _table(path, unit.objects[0])
+        table = read_table(path, unit.objects[0])
         at = table["feature"].to_numpy()
         fires[at] += table["fires"].to_numpy()
         total[at] += table["sum"].to_numpy()
@@ -335,8 +329,8 @@ def _report(
     tokens: int,
 ) -> bytes:
     train = inputs["train"]
-    judged = json.loads(read_recorded(inputs["evaluate"].path, inputs["evaluate"].entry(METRICS)))
-    curves = pq.read_table(io.BytesIO(read_recorded(train.path, train.entry(CURVES))))
+    judged = read_document(inputs["evaluate"].path, inputs["evaluate"].entry(METRICS))
+    curves = read_table(train.path, train.entry(CURVES), CURVES_SCHEMA)
     shown = features
     if features.num_rows > settings.report_features:
         densest = features.sort_by([("fires", "descending"), ("feature", "ascending")])

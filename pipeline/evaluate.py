@@ -19,7 +19,7 @@ from torch.nn.functional import cosine_similarity, log_softmax
 
 from cluster.pool import Resources
 from cluster.storage.create import create_or_adopt
-from cluster.storage.objects import read_recorded
+from cluster.storage.formats import read_tensors
 from cluster.storage.path import StoragePath
 from pipeline import metrics
 from pipeline.activations.source import open_store
@@ -173,7 +173,7 @@ def judge_span(task: SpanTask, path: StoragePath) -> Unit:
 
     contenders: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {OURS: ours}
     if task.baselines is not None:
-        fitted = safetensors.torch.load(read_recorded(path, task.baselines))
+        fitted = read_tensors(path, task.baselines)
         contenders |= {name: baselines.reconstructor(name, fitted, settings.k) for name in settings.baselines}
         mean_D = fitted["mean"]
         contenders["mean"] = lambda x_ND: mean_D.expand_as(x_ND)
@@ -278,7 +278,7 @@ def summarize(params: EvaluateParams, train: Committed, units: list[tuple[Storag
     tensors: dict[str, torch.Tensor] = {}
     numbers: dict[str, float] = {}
     for path, unit in units:
-        for name, value in safetensors.torch.load(read_recorded(path, unit.objects[0])).items():
+        for name, value in read_tensors(path, unit.objects[0]).items():
             tensors[name] = tensors[name] + value if name in tensors else value
         for name, number in unit.facts["sums"].items():
             numbers[name] = numbers.get(name, 0.0) + number

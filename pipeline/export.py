@@ -7,23 +7,22 @@ left to fold on loading.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import safetensors.torch
 import torch
 
-from cluster.storage.objects import read_recorded
+from cluster.storage.formats import read_table
 from pipeline.dictionary.model import DictionaryConfig, TopKDictionary
 from pipeline.dictionary.stored import open_dictionary
 from pipeline.stage import Committed, Estimate, Out, Params, Sources
 from schemas.layouts import FEATURES
 from schemas.manifest import Dictionary, Manifest
 from schemas.records import Outputs
+from schemas.tables import FEATURE_STATISTICS
 
 # The loader migrates files that do not name a version from 6 on.
 SAELENS_VERSION = "6.54.12"
@@ -66,7 +65,7 @@ def run(inputs: Mapping[str, Committed], params: ExportParams, out: Out) -> Outp
     """Write every layout that was asked for."""
     saved = open_dictionary(inputs["train"])
     catalog = inputs["catalog"]
-    features = pq.read_table(io.BytesIO(read_recorded(catalog.path, catalog.entry(FEATURES))), columns=["density"])
+    features = read_table(catalog.path, catalog.entry(FEATURES), FEATURE_STATISTICS)
     density_F = np.asarray(features["density"])
     objects = []
     for name in params.formats:

@@ -36,7 +36,9 @@ from schemas.tables import TOKENS
 SPLITS = ("train", "heldout")
 GROUP_SEQUENCES = 1024
 PART_SEQUENCES = 16 * GROUP_SEQUENCES
+# A tokenizer's block: it works on several documents at once, and takes some 25 times the memory of their text.
 DOCUMENTS_AT_ONCE = 64
+CHARACTERS_AT_ONCE = 4 * 2**20
 
 # Measured: a worker that has imported torch, transformers and pyarrow and holds a tokenizer.
 WORKER_MEMORY = 800 * 2**20
@@ -146,8 +148,7 @@ def tokenize_file(task: FileTask, path: StoragePath) -> Unit:
     source = StoragePath.parse(task.file)
     documents = 0
     with closing(corpus.documents(source, settings.text_field)) as every:
-        texts = islice(every, settings.max_documents)
-        while block := list(islice(texts, DOCUMENTS_AT_ONCE)):
+        for block in _blocks(islice(every, settings.max_documents)):
             encoded = tokenizer(block, add_special_tokens=False, verbose=False)["input_ids"]
             for text, ids in zip(block, encoded, strict=True):
                 document = corpus.document_id(text)
@@ -162,6 +163,18 @@ def tokenize_file(task: FileTask, path: StoragePath) -> Unit:
         rows=sum(group["rows"] for split in SPLITS for group in parts[split].groups),
         facts={"documents": documents, "groups": {split: parts[split].groups for split in SPLITS}},
     )
+
+
+def _blocks(texts: Iterator[str]) -> Iterator[list[str]]:
+    """Some documents at a time: at most so many, and no more text than the last of them brings."""
+    block: list[str] = []
+    for text in texts:
+        block.append(text)
+        if len(block) == DOCUMENTS_AT_ONCE or sum(map(len, block)) >= CHARACTERS_AT_ONCE:
+            yield block
+            block = []
+    if block:
+        yield block
 
 
 _CORPUS_FIELDS = ("text_field", "context", "bos", "eos", "min_tokens", "max_documents", "heldout")

@@ -10,10 +10,17 @@ from __future__ import annotations
 from typing import ClassVar
 
 
+def printable(text: str) -> str:
+    r"""The text with control characters spelled out, so that nothing in it can drive a terminal.
+
+    >>> printable("a\x1b[2Jb")
+    'a\\\\x1b[2Jb'
+    """
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+
+
 def _one_line(text: str) -> str:
-    """Without line breaks, and with control characters spelled out, so that nothing in it can drive a terminal."""
-    line = " ".join(text.split())
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in line)
+    return printable(" ".join(text.split()))
 
 
 class KilobasisError(Exception):

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
 from dataclasses import dataclass, field
+from typing import get_args
+
+from pydantic import TypeAdapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,3 +116,25 @@ Event = (
     | StageCommitted
     | Note
 )
+
+_KINDS = {kind.__name__: TypeAdapter(kind) for kind in get_args(Event)}
+
+
+def line(event: Event, when: float) -> str:
+    """An event as a line of a log; `when` in seconds since 1970."""
+    return json.dumps({"time": round(when, 3), "event": type(event).__name__, **dataclasses.asdict(event)})
+
+
+def parse_lines(body: bytes) -> list[tuple[float, Event]]:
+    """The events of a log, with their times. A log is for people: a line that is damaged says nothing."""
+    found = []
+    for text in body.split(b"\n"):
+        try:
+            content = json.loads(text)
+            when, kind = float(content.pop("time")), _KINDS[content.pop("event")]
+            event = kind.validate_python(content, strict=True)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue
+        if math.isfinite(when):
+            found.append((when, event))
+    return found

@@ -103,8 +103,11 @@ class Model(_Section):
 
     @model_validator(mode="after")
     def _code_needs_a_pin(self) -> Self:
-        if self.trust_remote_code and self.revision is None:
-            raise ValueError("trust_remote_code runs code that can change; pin model.revision to a commit as well")
+        # A branch and a tag can be moved to other code, and what looks like a short commit can be either.
+        if self.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
+            raise ValueError(
+                "trust_remote_code runs code that can change; pin model.revision to a commit (40 hex digits) as well"
+            )
         return self
 
 

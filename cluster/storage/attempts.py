@@ -36,7 +36,7 @@ _LOG = logging.getLogger("kilobasis.storage")
 _patience: ContextVar[float | None] = ContextVar("patience", default=None)
 
 # These are answers, not failures.
-ANSWERS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
+ANSWERS = (FileNotFoundError, FileExistsError)
 _MISTAKES = (ValueError, TypeError, NotImplementedError, AttributeError, KeyError, MemoryError, ImportError)
 _NO_CREDENTIALS = frozenset(
     {
@@ -47,6 +47,17 @@ _NO_CREDENTIALS = frozenset(
         "InvalidRegionError",
     }
 )
+_REMEDIES = {
+    errno.ENOSPC: "make room, then resume",
+    errno.EDQUOT: "make room in the quota, then resume",
+    errno.EMFILE: "raise the limit of open files (ulimit -n), then resume",
+    errno.ENFILE: "raise the machine's limit of open files, then resume",
+    errno.ENOMEM: "make memory free, then resume",
+    errno.EROFS: "make the file system writable, then resume",
+    errno.EACCES: "give this user the permission, then resume",
+}
+# What a machine can run out of, whoever asks for it.
+_SHORTAGES = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _REFUSED = frozenset({errno.EINVAL, errno.ENAMETOOLONG, errno.ENOSYS, errno.EMSGSIZE, errno.EPERM})
 
 
@@ -167,13 +178,40 @@ def disk(path: StoragePath, verb: str) -> Iterator[None]:
         yield
     except ANSWERS:
         raise
+    except NotADirectoryError as error:
+        # A file where a folder should be: nothing is below it.
+        raise FileNotFoundError(errno.ENOENT, "there is a file where a folder should be", str(path)) from error
     except OSError as error:
         number = error.errno or 0
-        remedy = {
-            errno.ENOSPC: "make room, then resume",
-            errno.EDQUOT: "make room in the quota, then resume",
-            errno.EMFILE: "raise the limit of open files (ulimit -n), then resume",
-            errno.EROFS: "make the file system writable, then resume",
-            errno.EACCES: "give this user the permission, then resume",
-        }.get(number, "mend the file system, then resume: everything committed is kept")
+        remedy = _REMEDIES.get(number, "mend the file system, then resume: everything committed is kept")
         raise StorageError(f"cannot {verb} {path}: {os.strerror(number) if number else error}", remedy) from error
+
+
+@contextmanager
+def shortage(what: str) -> Iterator[None]:
+    """Inside, a machine that has run out of something ends whatever library met it as it ends the store itself.
+
+    Raises:
+        StorageError: no room, too many open files, no memory. Names `what` was being done.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        if number := _lacking(error):
+            raise StorageError(f"{what}: {os.strerror(number)}", _REMEDIES[number]) from error
+        raise
+
+
+def _lacking(error: BaseException | None) -> int:
+    """What an error, or one that it came of, says to have run out of; 0 if that is not it."""
+    while error is not None:
+        for number in _SHORTAGES:
+            # Not every library keeps the number.
+            if getattr(error, "errno", None) == number or any(
+                isinstance(argument, str) and os.strerror(number) in argument for argument in error.args
+            ):
+                return number
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return 0

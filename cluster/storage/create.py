@@ -24,7 +24,7 @@ from typing import Any
 
 from cluster import interruption
 from cluster.storage.attempts import attempt, disk, may_pass
-from cluster.storage.objects import forget, kept, once, read_bytes, request
+from cluster.storage.objects import forget, kept, once, read_at_most, request
 from cluster.storage.path import StoragePath
 from schemas.errors import IntegrityError, InterruptedRunError, StorageError
 
@@ -104,7 +104,7 @@ def create(path: StoragePath, body: bytes) -> bool:
     with _gate:
         if path.is_local:
             with disk(path, "create"):
-                return _create_local(path.local, body) or read_bytes(path) == body
+                return _create_local(path.local, body) or read_at_most(path, len(body) + 1) == body
         return _create_remote(path, body)
 
 
@@ -127,7 +127,7 @@ def replace(path: StoragePath, body: bytes) -> None:
         request(path, "write", "pipe_file", path.key, body, size=len(body))
         return
     with disk(path, "write"):
-        path.local.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.local)
         temporary = path.local.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
         temporary.write_bytes(body)
         temporary.replace(path.local)
@@ -140,7 +140,7 @@ def remove(path: StoragePath) -> None:
 
 
 def _create_local(target: Path, body: bytes) -> bool:
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(target)
     temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
     try:
         with open(temporary, "xb") as stream:
@@ -162,6 +162,16 @@ def _create_local(target: Path, body: bytes) -> bool:
             temporary.unlink()
 
 
+def _make_folder(target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise StorageError(
+            f"cannot create {target}: {error.filename} is a file, or below one, where a folder should be",
+            "move that file away, then resume",
+        ) from error
+
+
 class _NotThereError(OSError):
     """A write failed and left nothing: it may be tried again."""
 
@@ -172,10 +182,10 @@ def _create_remote(path: StoragePath, body: bytes) -> bool:
         if ours and kept(path) == (len(body), hashlib.md5(body, usedforsecurity=False).hexdigest()):
             return True
         with contextlib.suppress(FileNotFoundError):
-            there = read_bytes(path)
+            there = read_at_most(path, len(body) + 1)
             if ours and there != body:
                 raise IntegrityError(
-                    f"{path} holds {len(there)} other bytes than the {len(body)} that were sent to create it",
+                    f"{path} holds other bytes than the {len(body)} that were sent to create it",
                     "`kilobasis repair` removes it; then resume, over a better network",
                 )
             return there == body

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -145,6 +145,22 @@ def read_range(path: StoragePath, start: int, end: int | None) -> bytes:
     return cast(bytes, request(path, "read", "cat_file", path.key, size=2**30, start=start, end=end))
 
 
+def read_at_most(path: StoragePath, count: int) -> bytes:
+    """The object, or as many bytes of it: whatever its size is now, that much is read and no more.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        StorageError: the store does not give it.
+    """
+    try:
+        return read_range(path, 0, count)
+    except StorageError:
+        # An empty object has no range that a bucket could give.
+        if size(path):
+            raise
+        return b""
+
+
 def read_text_object(path: StoragePath) -> bytes:
     """A small object, such as a record.
 
@@ -152,13 +168,7 @@ def read_text_object(path: StoragePath) -> bytes:
         FileNotFoundError: nothing is there.
         IntegrityError: it is far larger than anything of its kind.
     """
-    try:
-        body = read_range(path, 0, LARGEST_JSON + 1)
-    except StorageError:
-        # An empty object has no range that a bucket could give.
-        if size(path):
-            raise
-        return b""
+    body = read_at_most(path, LARGEST_JSON + 1)
     if len(body) > LARGEST_JSON:
         raise IntegrityError(
             f"{path} has more than {LARGEST_JSON} bytes, which nothing of its kind has", "restore the file from a copy"
@@ -214,7 +224,7 @@ def read_recorded(folder: StoragePath, entry: ObjectEntry) -> bytes:
     path = locate(folder, entry.key)
     for look in range(SECOND_LOOKS):
         try:
-            body = read_bytes(path)
+            body = read_at_most(path, entry.size + 1)
         except FileNotFoundError as error:
             if look + 1 < SECOND_LOOKS and not path.is_local:
                 continue
@@ -222,7 +232,9 @@ def read_recorded(folder: StoragePath, entry: ObjectEntry) -> bytes:
         # What was garbled on the way is right the second time.
         if sha256(body) == entry.sha256 or path.is_local:
             break
-    if len(body) != entry.size:
+    if len(body) > entry.size:
+        raise IntegrityError(f"{path} has more bytes than the {entry.size} that were committed", REPAIR)
+    if len(body) < entry.size:
         raise IntegrityError(f"{path} has {len(body)} bytes, committed were {entry.size}", REPAIR)
     if sha256(body) != entry.sha256:
         raise IntegrityError(f"{path} is not what was committed (sha256 differs)", REPAIR)
@@ -243,6 +255,17 @@ def locate(folder: StoragePath, key: str) -> StoragePath:
     return path
 
 
+def require_within(folder: StoragePath, keys: Iterable[str]) -> None:
+    """Make sure that what has these keys really is below the folder.
+
+    Raises:
+        IntegrityError: a symbolic link leads elsewhere.
+    """
+    if folder.is_local:
+        for key in keys:
+            locate(folder, key)
+
+
 @contextmanager
 def open_read(path: StoragePath) -> Iterator[BinaryIO]:
     """A buffered binary stream over the object."""
@@ -259,9 +282,11 @@ def names(path: StoragePath) -> list[str]:
     """Sorted names directly below `path`; empty where nothing is there."""
     try:
         listed = request(path, "list", "ls", path.key, detail=False)
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return []
-    found = {str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in listed}
+    # A file is listed as itself, and some stores list the folder, too.
+    below = [str(entry) for entry in listed if str(entry).strip("/") != path.key.strip("/")]
+    found = {entry.rstrip("/").rsplit("/", 1)[-1] for entry in below}
     return sorted(name for name in found if name and not name.startswith("."))
 
 

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.storage.redaction import holds_credential
 from schemas.errors import ManifestError
 
 _WEB = frozenset({"http", "https"})
@@ -42,10 +43,10 @@ class StoragePath:
             local = Path(match[2] if match else text).expanduser()
             absolute = local if local.is_absolute() else (base or Path.cwd()) / local
             return cls("file", os.path.normpath(absolute))
-        if re.match(r"[^/@]*:[^/@]*@", match[2]):
+        if holds_credential(text):
             # Not repeated in the message.
             raise ManifestError(
-                f"a {match[1]}:// URL holds a user name and a password",
+                f"a {match[1]}:// URL holds a credential",
                 "leave them out: credentials come from the provider's own chain (environment, profile, role)",
             )
         segments = [part for part in match[2].split("/") if part not in ("", ".")]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+import urllib.parse
+from collections.abc import Iterator, Mapping
 
 HIDDEN = "***"
 
@@ -13,19 +14,23 @@ _SECRET_NAME = re.compile(
     r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|ACCOUNT_KEY|STORAGE_KEY|ACCESS_KEY|API_KEY|SAS|CONNECTION_STRING"
 )
 _SHORTEST = 6
+_SIGNED = (
+    r"x-amz-(?:signature|credential|security-token)|x-goog-(?:signature|credential)|sig|se|sp|awsaccesskeyid|signature"
+    r"|[a-z_-]*token|[a-z_-]*secret|api_?key|password"
+)
+_CREDENTIAL = re.compile(rf"(?i)://[^/@\s]+:[^/@\s]+@|\b(?:AKIA|ASIA)[0-9A-Z]{{16}}\b|[?&;](?:{_SIGNED})=")
 
 _SHAPES = (
     # https://user:password@host
     re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"),
-    # Signed URLs: S3, Google and Azure.
-    re.compile(
-        r"(?i)(?<=[?&;])((?:x-amz-(?:signature|credential|security-token)|x-goog-(?:signature|credential)|sig|se|sp|awsaccesskeyid|signature|access_token)=)[^&\s'\"]+"
-    ),
+    # Signed URLs: S3, Google, Azure, and whoever calls it a token or a key.
+    re.compile(rf"(?i)(?<=[?&;])((?:{_SIGNED})=)[^&\s'\"]+"),
     re.compile(
         r"(?i)(\b(?:accountkey|sharedaccesssignature|aws_secret_access_key|secret_access_key)\s*[=:]\s*)[^;\s'\",]+"
     ),
     re.compile(
-        r"(?i)(\bauthorization['\"]?\s*[=:]\s*['\"]?(?:bearer\s+|basic\s+|aws4-hmac-sha256\s+|sharedkey\s+)?)[^\s'\"]+"
+        r"(?i)(\bauthorization['\"]?\s*[=:]\s*['\"]?)(?:(?:bearer|basic|aws4-hmac-sha256|sharedkey)\s+)?[^\s'\"]+"
+        r"(?:\s+(?:signedheaders|signature)=[^\s'\"]+)*"
     ),
 )
 
@@ -38,9 +43,28 @@ def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
     >>> redact("denied for s3cr3t-value", {"AWS_SECRET_ACCESS_KEY": "s3cr3t-value"})
     'denied for ***'
     """
-    secrets = [value for name, value in environment.items() if _SECRET_NAME.search(name.upper())]
-    for secret in sorted({value for value in secrets if len(value) >= _SHORTEST}, key=len, reverse=True):
+    values = [value for name, value in environment.items() if _SECRET_NAME.search(name.upper())]
+    secrets = {part for value in values for part in _parts(value)}
+    for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
     for shape in _SHAPES:
         text = shape.sub(lambda found: (found[1] if found.re.groups else "") + HIDDEN, text)
     return text
+
+
+def holds_credential(text: str) -> bool:
+    """Whether a URL brings what should come from the provider's own chain.
+
+    >>> holds_credential("https://host/x.jsonl?sig=abcdef"), holds_credential("s3://bucket/x.jsonl")
+    (True, False)
+    """
+    return _CREDENTIAL.search(text) is not None
+
+
+def _parts(value: str) -> Iterator[str]:
+    """A secret, the values in it where it is a list of them (a connection string), and each as URLs have it."""
+    listed = [field.partition("=")[2] for field in value.split(";") if re.match(r"(?i)[a-z]*(key|signature)=", field)]
+    for each in (value, *listed):
+        for form in (each, urllib.parse.quote(each), urllib.parse.quote(each, safe=""), urllib.parse.unquote(each)):
+            if len(form) >= _SHORTEST:
+                yield form

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
-
-import pyarrow.parquet as pq
-
-from cluster.storage.objects import read_recorded
+from cluster.storage.formats import parsing, read_table
 from pipeline.activations.layout import StoreLayout
 from pipeline.activations.read import ActivationStore
 from pipeline.stage import Committed
 from schemas.layouts import STORE_HASHES, STORE_OBJECTS
 from schemas.records import ObjectEntry
+from schemas.tables import STORE_HASHES as SUMS
 
 
 def open_store(harvest: Committed) -> ActivationStore:
@@ -20,8 +17,11 @@ def open_store(harvest: Committed) -> ActivationStore:
     Raises:
         IntegrityError: the list of objects is not what was committed.
     """
-    listing = pq.read_table(io.BytesIO(read_recorded(harvest.path, harvest.entry(STORE_OBJECTS))))
-    entries = [ObjectEntry(**row) for row in listing.to_pylist()]
-    hashed = pq.read_table(io.BytesIO(read_recorded(harvest.path, harvest.entry(STORE_HASHES))))
+    listing = read_table(harvest.path, harvest.entry(STORE_OBJECTS))
+    with parsing(harvest.path / STORE_OBJECTS, "list of objects"):
+        entries = [ObjectEntry(**row) for row in listing.to_pylist()]
+    hashed = read_table(harvest.path, harvest.entry(STORE_HASHES), SUMS)
     sums = {(row["hook_point"], row["unit"]): row["sums"] for row in hashed.to_pylist()}
-    return ActivationStore(harvest.path, StoreLayout.model_validate(harvest.facts["layout"]), entries, sums)
+    with parsing(harvest.path, "harvest"):
+        layout = StoreLayout.model_validate(harvest.facts["layout"])
+    return ActivationStore(harvest.path, layout, entries, sums)

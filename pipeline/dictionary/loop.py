@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from cluster.storage.formats import parsing
 from pipeline.activations.read import Cursor, Stream
 from pipeline.dictionary import checkpoint, loss
 from pipeline.dictionary.checkpoint import Progress
@@ -174,8 +175,10 @@ def train(
     progress = Progress(0, 0, 1.0, Cursor())
     body: bytes | None = None
     if last is not None:
-        progress = checkpoint.parse_facts(last.facts)
-        body = gang.checkpoints.read(last.objects[0])
+        with parsing(f"slot {last.slot} of {stage}'s log", "checkpoint"):
+            progress = checkpoint.parse_facts(last.facts)
+            entry = last.objects[0]
+        body = gang.checkpoints.read(entry)
     else:
         sample_ND = stream.sample()
         progress = Progress(0, 0, scale_of(sample_ND), Cursor())
@@ -186,7 +189,8 @@ def train(
     with trainer.engine:
         curves: list[list[float]] = []
         if body is not None:
-            since_fired_F, curves = checkpoint.unpack(body, dictionary, trainer.optimizer)
+            with parsing(f"{stage}: {entry.key}", "checkpoint"):
+                since_fired_F, curves = checkpoint.unpack(body, dictionary, trainer.optimizer)
             trainer.since_fired_F = since_fired_F.to(trainer.engine.device)
             del body
         if progress.step < steps:

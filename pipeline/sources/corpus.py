@@ -16,6 +16,7 @@ from contextlib import ExitStack, closing
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import zstandard
 
@@ -26,6 +27,11 @@ from schemas.errors import ManifestError
 TEXT_SUFFIXES = frozenset({".txt", ".md", ".py", ".rst", ".text"})
 LINES_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json"})
 _COMPRESSIONS = (".gz", ".zst")
+
+# Bytes of text. A few MB of a file can hold more than any memory; tokenizers take some 25 times their input.
+LARGEST_DOCUMENT = 16 * 2**20
+# So little of a zstd file is unpacked at once because every 4 bytes of it can become 128 KiB.
+_ZSTD_STEP = 1 << 10
 
 
 def document_id(text: str) -> int:
@@ -127,7 +133,7 @@ class _Frames(io.RawIOBase):
 
     def readinto(self, target: Any) -> int:
         while not self._ready:
-            block = self._left or self._stream.read(1 << 14)
+            block = self._left or self._stream.read(_ZSTD_STEP)
             if not block:
                 if self._frame is not None:
                     raise EOFError("it ends inside a zstd frame")
@@ -144,14 +150,27 @@ class _Frames(io.RawIOBase):
         return count
 
 
-def _text(stream: BinaryIO, _path: StoragePath, _field: str) -> Generator[str]:
-    yield stream.read().decode("utf-8")
+def _text(stream: BinaryIO, path: StoragePath, _field: str) -> Generator[str]:
+    body = stream.read(LARGEST_DOCUMENT + 1)
+    _require_short(len(body), str(path))
+    yield body.decode("utf-8")
 
 
 def _lines(stream: BinaryIO, path: StoragePath, field: str) -> Generator[str]:
-    for number, line in enumerate(stream, start=1):
+    number = 0
+    while line := stream.readline(LARGEST_DOCUMENT + 1):
+        number += 1
+        _require_short(len(line), f"{path} line {number}")
         if line.strip():
             yield _field_of(line, path, number, field)
+
+
+def _require_short(length: int, what: str) -> None:
+    if length > LARGEST_DOCUMENT:
+        raise ManifestError(
+            f"{what} is longer than {LARGEST_DOCUMENT >> 20} MiB, the most of one document",
+            "cut it into documents (one JSON object a line), or leave the file out of corpus.source",
+        )
 
 
 def _field_of(line: bytes, path: StoragePath, number: int, field: str) -> str:
@@ -177,13 +196,17 @@ def _field_of(line: bytes, path: StoragePath, number: int, field: str) -> str:
 
 
 def _parquet(stream: BinaryIO, path: StoragePath, field: str) -> Generator[str]:
-    table = pq.ParquetFile(stream)
-    if field not in table.schema_arrow.names:
-        raise ManifestError(
-            f"{path} has no column {field!r}, it has {table.schema_arrow.names[:8]}", "set corpus.text_field"
-        )
-    column = table.schema_arrow.field(field).type
+    schema = pq.read_schema(stream)
+    if field not in schema.names:
+        raise ManifestError(f"{path} has no column {field!r}, it has {schema.names[:8]}", "set corpus.text_field")
+    column = schema.field(field).type
+    column = column.value_type if pa.types.is_dictionary(column) else column
     if not (pa.types.is_string(column) or pa.types.is_large_string(column) or pa.types.is_string_view(column)):
         raise ManifestError(f"{path} column {field!r} holds {column}, expected string", "set corpus.text_field")
+    # As a dictionary, because a column can repeat one long text by its number.
+    table = pq.ParquetFile(stream, read_dictionary=[field])
     for batch in table.iter_batches(batch_size=256, columns=[field]):
-        yield from (text for text in batch.column(0).to_pylist() if text is not None)
+        texts = batch.column(0)
+        distinct = texts.dictionary if pa.types.is_dictionary(texts.type) else texts
+        _require_short(pc.max(pc.binary_length(distinct)).as_py() or 0, f"a row of {path}")
+        yield from (text.as_py() for text in texts if text.is_valid)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,12 +200,28 @@ def _require_weights(folder: Path, section: Model, model: nn.Module) -> None:
 
 
 def _config(folder: Path, section: Model) -> Any:
+    if section.trust_remote_code:
+        _require_own_code(folder, section)
     try:
         return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=section.trust_remote_code)
     except Exception as error:  # whatever the configuration's own class thinks of the file
         raise ManifestError(
             f"model.source {section.source}: config.json cannot be used: {error}", "check the model folder"
         ) from error
+
+
+def _require_own_code(folder: Path, section: Model) -> None:
+    """Refuse code of another repository, which no revision pins."""
+    for name in ("config.json", "tokenizer_config.json"):
+        found: Any = None
+        # What is wrong with the file is said by whoever needs it.
+        with suppress(OSError, ValueError, RecursionError):
+            found = json.loads((folder / name).read_text("utf-8"))
+        if isinstance(found, dict) and "--" in str(found.get("auto_map")):
+            raise ManifestError(
+                f"model.source {section.source}: {name} takes code from another repository, which is not pinned",
+                "copy the code beside config.json and correct auto_map",
+            )
 
 
 def _is_causal_lm(config: Any) -> bool:

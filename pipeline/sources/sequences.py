@@ -9,15 +9,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from cluster.storage.formats import parsing, read_table
 from cluster.storage.objects import read_recorded
 from cluster.storage.path import StoragePath
 from pipeline.stage import Committed
 from schemas.layouts import TOKEN_INDEX
 from schemas.records import ObjectEntry
+from schemas.tables import TOKEN_INDEX as INDEX
 
 
 class Piece(BaseModel):
@@ -48,17 +51,17 @@ def pieces(tokens: Committed, split: str) -> list[Piece]:
     Raises:
         IntegrityError: the index is absent or not the one that was committed.
     """
-    body = read_recorded(tokens.path, tokens.entry(TOKEN_INDEX))
-    table = pq.read_table(io.BytesIO(body), filters=[("split", "==", split)])
-    return [
-        Piece(
-            file=ObjectEntry(key=row["key"], size=row["size"], sha256=row["sha256"]),
-            row_group=row["row_group"],
-            first_row=row["first_row"],
-            rows=row["rows"],
-        )
-        for row in table.to_pylist()
-    ]
+    table = read_table(tokens.path, tokens.entry(TOKEN_INDEX), INDEX, filters=[("split", "==", split)])
+    with parsing(tokens.path / TOKEN_INDEX, "index of tokens"):
+        return [
+            Piece(
+                file=ObjectEntry(key=row["key"], size=row["size"], sha256=row["sha256"]),
+                row_group=row["row_group"],
+                first_row=row["first_row"],
+                rows=row["rows"],
+            )
+            for row in table.to_pylist()
+        ]
 
 
 def overlapping(all_pieces: Sequence[Piece], first: int, end: int) -> tuple[Piece, ...]:
@@ -72,19 +75,25 @@ def read(path: StoragePath, wanted: Sequence[Piece], first: int, end: int) -> li
     Raises:
         IntegrityError: a token file is absent or not what was committed.
     """
-    found = []
+    found: list[TokenSequence] = []
     for file in dict.fromkeys(piece.file for piece in wanted):
-        table = pq.ParquetFile(io.BytesIO(read_recorded(path, file)))
-        for piece in wanted:
-            if piece.file != file:
-                continue
-            column = table.read_row_group(piece.row_group, columns=["tokens"]).column(0).combine_chunks()
-            offsets, values = column.offsets.to_numpy(), column.values.to_numpy()
-            for start, stop in itertools.pairwise(offsets):
-                row = piece.first_row + int(start - offsets[0])
-                if row < end and row + int(stop - start) > first:
-                    found.append(TokenSequence(row, values[start:stop].astype(np.int32)))
+        body = read_recorded(path, file)
+        with parsing(path / file.key, "Parquet file of tokens"):
+            table = pq.ParquetFile(io.BytesIO(body))
+            for piece in wanted:
+                if piece.file == file:
+                    column = table.read_row_group(piece.row_group, columns=["tokens"]).column(0).combine_chunks()
+                    found += _within(piece, column, first, end)
     return found
+
+
+def _within(piece: Piece, column: pa.ListArray, first: int, end: int) -> Iterator[TokenSequence]:
+    """The sequences of a row group that have rows in [first, end)."""
+    offsets, values = column.offsets.to_numpy(), column.values.to_numpy()
+    for start, stop in itertools.pairwise(offsets):
+        row = piece.first_row + int(start - offsets[0])
+        if row < end and row + int(stop - start) > first:
+            yield TokenSequence(row, values[start:stop].astype(np.int32))
 
 
 def batches(sequences: Sequence[TokenSequence], batch_tokens: int) -> Iterator[list[TokenSequence]]:

@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
+from cluster.processes import birth
 from cluster.storage.path import StoragePath
 from jobs import lease, progress, workspace
 from jobs import manifest as manifests
@@ -33,9 +34,6 @@ from tests.support.hardship import Disk, Ended, Trouble
 
 SEED = int(os.environ.get("KILOBASIS_CHAOS_SEED", "20261122"))
 HOUR = 3600.0
-
-BOARD = "tensorboardX writes in threads, in which a full disk is a traceback; and a flush hides the first error"
-LIBRARY = "an OSError of a library is a traceback or a failed unit, also where the machine has run out of something"
 
 Strike = Callable[["Place"], Callable[[], object]]
 
@@ -111,8 +109,6 @@ MOMENTS = {
 }
 # The first two come before a run is noted, so there is nothing to resume.
 UNNOTED = ("root_record", "manifest_of_the_run")
-# And here TensorBoard's files are open, with something in them that is not written yet.
-DRAWN = tuple(MOMENTS)[tuple(MOMENTS).index("events") :]
 
 # In the last of these, nothing that is written is larger than the limit any more.
 GRID = [
@@ -174,8 +170,6 @@ def cases() -> list[object]:
     found = []
     for fault, moment in [*QUICK, *random.Random(f"{SEED} resources").sample(rest, CHAOS)]:
         marks = [] if (fault, moment) in QUICK else [pytest.mark.chaos]
-        if fault == "disk_full" and moment in DRAWN:
-            marks.append(pytest.mark.xfail(strict=False, reason=BOARD))
         found.append(pytest.param(FAULTS[fault].mounts, fault, moment, id=f"{fault}-{moment}", marks=marks))
     return found
 
@@ -198,7 +192,6 @@ def test_run_that_runs_out_of_something_says_so_and_resumes(
     check(place.root, expected)
 
 
-@pytest.mark.xfail(strict=False, reason=LIBRARY)
 @pytest.mark.parametrize("moment", ["specification", "shard"])
 def test_library_that_gets_no_descriptor_ends_the_run_like_ours(
     moment: str, expected: dict[str, str], finished: SimpleNamespace, tmp_path: Path
@@ -217,7 +210,6 @@ def test_library_that_gets_no_descriptor_ends_the_run_like_ours(
 
 
 @OWN_DISK
-@pytest.mark.xfail(strict=False, reason="the look at the disk after tokenize ends as if nothing was written")
 def test_disk_that_shrinks_while_it_runs_is_no_fault_of_the_manifest(
     place: Place, expected: dict[str, str], finished: SimpleNamespace, tmp_path: Path
 ) -> None:
@@ -233,7 +225,6 @@ def test_disk_that_shrinks_while_it_runs_is_no_fault_of_the_manifest(
     assert ended.code == 75
 
 
-@pytest.mark.xfail(strict=False, reason=BOARD)
 def test_watchers_that_cannot_write_do_not_hide_the_first_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,7 +269,6 @@ def test_commands_on_a_read_only_root_read_it_and_refuse_to_write(
 
 
 @OWN_DISK
-@pytest.mark.xfail(strict=False, reason="whoever only wants the report must be able to write to its root")
 def test_report_of_a_read_only_root_is_given(place: Place, finished: SimpleNamespace, tmp_path: Path) -> None:
     shutil.copytree(finished.root, place.root)
     manifest = write_manifest(tmp_path / "tiny.yaml", finished.tree | {"root": str(place.root)})
@@ -299,7 +289,8 @@ def test_run_whose_clock_jumps_goes_on(
     ended = kilobasis("run", finished.manifest, root, tmp_path / "first", trouble=trouble)
     assert (ended.code, ended.struck) == (0, True), ended.err
     check(root, expected)
-    assert list(repairs.garbage(StoragePath.parse(root), 7 * 86400)) == []
+    leftovers = repairs.garbage(StoragePath.parse(root), 7 * 86400)
+    assert [each for each in leftovers if not each.superseded] == []
     assert kilobasis("status", finished.manifest, root, tmp_path / "status").code == 0
 
 
@@ -349,13 +340,12 @@ def test_waiting_run_whose_clock_jumps_judges_a_lease_by_its_beats(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems keep the time of a start as it was")
-@pytest.mark.xfail(strict=False, reason="psutil's create_time moves with the clock of the wall, so an owner seems dead")
 @pytest.mark.parametrize("hours", [1, -1])
 def test_owner_that_began_before_the_clock_jumped_is_alive(hours: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel keeps when a process began as seconds since boot, and the moment of the boot is now minus uptime."""
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         owner = lease.this_process().model_copy(
-            update={"pid": process.pid, "started": psutil.Process(process.pid).create_time()}
+            update={"pid": process.pid, "started": birth(psutil.Process(process.pid))}
         )
         assert lease.state(owner) == "alive"
         real = psutil._pslinux.boot_time
@@ -365,7 +355,6 @@ def test_owner_that_began_before_the_clock_jumped_is_alive(hours: int, monkeypat
     assert found == "alive"
 
 
-@pytest.mark.xfail(strict=False, reason="the newest run is the one with the latest clock, not the one that began last")
 def test_newest_run_is_the_last_one_also_where_the_clock_was_set_back(
     tiny_manifest: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -383,7 +372,6 @@ def test_newest_run_is_the_last_one_also_where_the_clock_was_set_back(
     assert space.runs() == [first, last]
 
 
-@pytest.mark.xfail(strict=False, reason="gc looks at how old a leftover is, and not at whether its stage is being run")
 def test_gc_whose_clock_is_ahead_takes_nothing_from_a_run_that_lives(
     expected: dict[str, str], finished: SimpleNamespace, tmp_path: Path
 ) -> None:

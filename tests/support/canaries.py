@@ -124,7 +124,9 @@ class _Echo(http.server.BaseHTTPRequestHandler):
     def _refuse(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.server.heard.append(f"{self.path} {self.headers}")
-        told = " ".join(f"{self.path} {self.headers}".split())
+        # Messages are cut somewhere, so what matters comes first.
+        names = sorted(self.headers, key=lambda name: not ("token" in name.lower() or "auth" in name.lower()))
+        told = " ".join([*(f"{name}: {self.headers[name]}" for name in names), self.path])
         message = xml.sax.saxutils.escape(f"you sent {told}")
         body = f"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>{message}</Message></Error>".encode()
         if "json" in self.headers.get("Accept", "") or self.path.startswith(("/storage", "/token", "/api")):

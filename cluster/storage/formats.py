@@ -1,0 +1,90 @@
+"""Committed objects as what they hold: tables, tensors, JSON.
+
+A record vouches for bytes, not for their meaning. Whoever can write to a root can commit anything, so what
+does not parse is damage like any other: an error with the object's name in it. Nothing here can run code.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors.torch
+import torch
+
+from cluster.storage.objects import read_recorded
+from cluster.storage.path import StoragePath
+from schemas.errors import IntegrityError, KilobasisError
+from schemas.records import REPAIR, ObjectEntry
+
+
+@contextmanager
+def parsing(where: object, kind: str) -> Iterator[None]:
+    """While inside, whatever a parser makes of an object's content is damage of that object.
+
+    Args:
+        where: The object.
+        kind: What it should be, for the message.
+
+    Raises:
+        IntegrityError: the content is no such thing.
+    """
+    try:
+        yield
+    except (KilobasisError, MemoryError):
+        raise
+    except Exception as error:
+        # Every parser has errors of its own, and an index out of range is one of them.
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise IntegrityError(f"{where} is no {kind} that a stage here makes ({first[:160]})", REPAIR) from error
+
+
+def read_table(folder: StoragePath, entry: ObjectEntry, schema: pa.Schema | None = None, **options: Any) -> pa.Table:
+    """A committed Parquet file.
+
+    Args:
+        folder: Where the entry's key starts.
+        entry: The object, as a record names it.
+        schema: The columns that it must have; None where the columns differ from run to run.
+        options: See `pyarrow.parquet.read_table`; `columns` is not among them.
+
+    Raises:
+        IntegrityError: it is absent, not what was committed, or no such table.
+    """
+    body = read_recorded(folder, entry)
+    with parsing(folder / entry.key, "Parquet file"):
+        table = pq.read_table(io.BytesIO(body), **options)
+        if schema is not None and not table.schema.equals(schema):
+            raise ValueError(f"columns {', '.join(table.schema.names)}, expected {', '.join(schema.names)}")
+    return table
+
+
+def read_tensors(folder: StoragePath, entry: ObjectEntry) -> dict[str, torch.Tensor]:
+    """A committed safetensors file.
+
+    Raises:
+        IntegrityError: it is absent, not what was committed, or no such file.
+    """
+    body = read_recorded(folder, entry)
+    with parsing(folder / entry.key, "safetensors file"):
+        tensors: dict[str, torch.Tensor] = safetensors.torch.load(body)
+    return tensors
+
+
+def read_document(folder: StoragePath, entry: ObjectEntry) -> dict[str, Any]:
+    """A committed JSON object.
+
+    Raises:
+        IntegrityError: it is absent, not what was committed, or no JSON object.
+    """
+    body = read_recorded(folder, entry)
+    with parsing(folder / entry.key, "JSON object"):
+        found = json.loads(body)
+        if not isinstance(found, dict):
+            raise TypeError(f"found {type(found).__name__}")
+    return found
