@@ -132,7 +132,7 @@ def parse_lines(body: bytes) -> list[tuple[float, Event]]:
         try:
             content = json.loads(text)
             when, kind = float(content.pop("time")), _KINDS[content.pop("event")]
-            event = kind.validate_python(content, strict=True)
+            event = kind.validate_python(content)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
         if math.isfinite(when):

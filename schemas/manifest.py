@@ -98,13 +98,16 @@ class Model(_Section):
         default="float32", description="Precision of the forward pass."
     )
     trust_remote_code: bool = Field(
-        default=False, description="Run the model's own Python code; needs a pinned revision."
+        default=False,
+        description="Run the model's own Python code; one of the hub then needs a revision of 40 hex digits.",
     )
 
     @model_validator(mode="after")
     def _code_needs_a_pin(self) -> Self:
-        # A branch and a tag can be moved to other code, and what looks like a short commit can be either.
-        if self.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
+        # A branch and a tag can be moved to other code, and what looks like a short commit can be either. A local
+        # folder needs none: its code is part of the fingerprint.
+        local = self.source.startswith(("/", ".", "~"))
+        if self.trust_remote_code and not local and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
             raise ValueError(
                 "trust_remote_code runs code that can change; pin model.revision to a commit (40 hex digits) as well"
             )

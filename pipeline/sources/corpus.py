@@ -117,7 +117,10 @@ def _decompressed(path: StoragePath, stream: BinaryIO, stack: ExitStack) -> Bina
         return cast(BinaryIO, stack.enter_context(gzip.open(stream, "rb")))
     if path.name.endswith(".zst"):
         return cast(BinaryIO, io.BufferedReader(_Frames(stream), 1 << 20))
-    return stream
+    if path.name.endswith(".parquet"):
+        return stream
+    # What fsspec opens far away cannot read a line of a limited length.
+    return cast(BinaryIO, stack.enter_context(io.BufferedReader(cast(Any, stream))))
 
 
 class _Frames(io.RawIOBase):

@@ -219,7 +219,10 @@ FIELDS: dict[str, tuple[Change, tuple[str, ...]]] = {
     ),
     "context_above_the_model": (at("corpus.context", 64), ("corpus.context is 64", "at most 32")),
     "filter_above_context": (at(FIRST + "train.filter.skip_positions", 32), ("skip_positions 32", "set it below 32")),
-    "code_without_a_pin": (at("model.trust_remote_code", True), ("model", "pin model.revision")),
+    "code_without_a_pin": (
+        at("model", {"source": "nobody/nothing", "trust_remote_code": True}),
+        ("model", "pin model.revision"),
+    ),
     # Hook points
     "hook_point_of_nothing": (
         at("harvest.hook_points.1", "gpt_neox.layer.1"),

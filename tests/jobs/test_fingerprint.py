@@ -200,7 +200,7 @@ def test_fingerprint_of_another_tokenizer_changes_tokenize(tiny_tree: Tree, tmp_
 @pytest.mark.parametrize("trusted", [False, True])
 def test_fingerprint_of_the_models_own_code_counts_if_it_is_run(trusted: bool, tiny_tree: Tree, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_tree["model"]["source"], tmp_path / "model")
-    tiny_tree["model"] |= {"source": str(folder), "trust_remote_code": trusted, "revision": "pinned"}
+    tiny_tree["model"] |= {"source": str(folder), "trust_remote_code": trusted}
     path = write_manifest(tmp_path / "m.yaml", tiny_tree)
     (folder / "modeling.py").write_text("VERSION = 1\n")
     before = fingerprints(path)["harvest"]

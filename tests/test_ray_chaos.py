@@ -1,0 +1,170 @@
+"""Whole runs on a cluster of two nodes, of which workers, ranks, raylets and the driver are killed.
+
+`make test` has one of each kind, `make chaos` twenty random schedules. The cluster of every case is that of a
+process of its own, because Ray reads how patient it is when it starts.
+"""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from cluster.storage.path import StoragePath
+from jobs import repair as repairs
+from schemas.events import UnitFailed, UnitQuarantined, WorkerLost, parse_lines
+from tests.cluster.test_node_loss import QUICK, Nodes
+from tests.support import runs
+from tests.support.fixtures import make_corpus, manifest_tree, write_manifest
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+
+SEED = int(os.environ.get("KILOBASIS_CHAOS_SEED", "20261122"))
+UNITS = 24
+SECONDS = 400.0
+
+
+@dataclass(frozen=True, order=True)
+class Strike:
+    """What is killed, and when: behind so many units of the harvest, or so many slots of the training's log."""
+
+    stage: str
+    behind: int
+    whom: str
+
+
+# One of each kind, and the raylet's in both stages.
+FIXED = {
+    "harvest": [Strike("harvest", 3, "worker"), Strike("harvest", 8, "raylet")],
+    "training": [Strike("train", 2, "worker"), Strike("train", 4, "raylet")],
+    "driver": [Strike("harvest", 6, "driver"), Strike("train", 3, "driver")],
+}
+
+
+def schedule(seed: str) -> list[Strike]:
+    """Three strikes or four, anywhere in harvest and training."""
+    rng = random.Random(seed)
+    made = {("harvest", rng.randrange(1, UNITS - 4)): rng.choice(("worker", "raylet", "driver")) for _ in range(2)}
+    made |= {("train", rng.randrange(1, 7)): rng.choice(("worker", "raylet", "driver")) for _ in range(2)}
+    return sorted(Strike(stage, behind, whom) for (stage, behind), whom in made.items())
+
+
+SCHEDULES = {**FIXED, **{f"random_{index}": schedule(f"{SEED} ray {index}") for index in range(17)}}
+
+
+@pytest.fixture(scope="module")
+def tree(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A manifest whose harvest and training last long enough to be hit."""
+    corpus = make_corpus(tmp_path_factory.mktemp("long") / "corpus", count=1500, files=4)
+    made = manifest_tree(tiny_model, corpus, Path("unset"))
+    made["harvest"] |= {"unit_rows": 1536, "chunk_rows": 256, "tokens": UNITS * 1536}
+    made["dictionaries"][0]["features"] = 256
+    made["dictionaries"][0]["train"] |= {"tokens": 200_000, "batch": 256}
+    made["compute"] = {
+        "pool": "ray", "workers": 2, "ranks": 2, "threads": 1, "rank_threads": 1, "checkpoint_seconds": 0.5,
+        "lease_seconds": 15,
+    }  # fmt: skip
+    return made
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Root of a run that nothing happens to, on a Ray of its own."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    manifest = write_manifest(folder / "m.yaml", {**tree, "root": str(folder / "root")})
+    process = runs.start("run", str(manifest), log=folder / "log")
+    assert process.wait(timeout=280) == 0, (folder / "log").read_text()
+    return folder / "root"
+
+
+def progress(root: Path, stage: str) -> int:
+    """Units that are committed, or slots of the training's log."""
+    pattern = "harvest/*/units/*.json" if stage == "harvest" else "dictionaries/tiny/train/*/log/*.json"
+    return len(list(root.glob(pattern)))
+
+
+def over(root: Path, stage: str) -> bool:
+    pattern = "harvest/*/COMMITTED.json" if stage == "harvest" else "dictionaries/tiny/train/*/COMMITTED.json"
+    return bool(list(root.glob(pattern)))
+
+
+def workers(raylet: int) -> list[psutil.Process]:
+    """The processes of a node that do our work."""
+    found = []
+    for process in psutil.Process(raylet).children():
+        try:
+            if process.cmdline()[0].startswith("ray::Worker"):
+                found.append(process)
+        except (psutil.NoSuchProcess, IndexError):
+            continue
+    return found
+
+
+def scenario(manifest: Path, name: str) -> None:
+    """Runs in a process of its own: a cluster, a run on it, and what befalls them."""
+    nodes = Nodes()
+    root = Path(yaml.safe_load(manifest.read_text())["root"])
+    log = manifest.with_name("log")
+    address = ("--set", f"compute.address={nodes.cluster.address}")
+    going = runs.start("run", str(manifest), *address, log=log)
+    deadline = time.monotonic() + SECONDS
+    struck = []
+
+    def wait(until: Callable[[], bool]) -> None:
+        nonlocal going
+        while not until():
+            assert time.monotonic() < deadline, log.read_text()[-4000:]
+            assert going.poll() in (None, 0), log.read_text()[-4000:]
+            time.sleep(0.02)
+
+    for strike in SCHEDULES[name]:
+        wait(lambda strike=strike: progress(root, strike.stage) >= strike.behind or over(root, strike.stage))
+        hit = not over(root, strike.stage)
+        if strike.whom == "raylet":
+            nodes.kill()
+            time.sleep(4.0)
+            nodes.add()
+        elif strike.whom == "driver":
+            going.kill()
+            going.wait(timeout=30)
+            going = runs.start("resume", str(manifest), *address, log=log)
+        else:
+            raylets = [node.all_processes["raylet"][0].process.pid for node in nodes.cluster.list_all_nodes()]
+            for process in [each for raylet in raylets for each in workers(raylet)][:1]:
+                process.kill()
+        struck.append(f"{strike.whom} in {strike.stage}{'' if hit else ' (over)'}")
+    wait(lambda: going.poll() is not None)
+    print(", ".join(struck))
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FIXED else pytest.param(name, marks=pytest.mark.chaos) for name in SCHEDULES]
+)
+def test_run_on_a_cluster_that_loses_what_it_has_loses_no_row(
+    name: str, tree: dict[str, Any], undisturbed: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    manifest = write_manifest(tmp_path / "m.yaml", {**tree, "root": str(root)})
+    code = f"from tests.test_ray_chaos import *; scenario(Path({str(manifest)!r}), {name!r})"
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=runs.ROOT, env={**os.environ, **QUICK}, capture_output=True, text=True,
+        timeout=SECONDS + 60, check=False,
+    )  # fmt: skip
+    log = (tmp_path / "log").read_text()
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-3000:] + log[-2000:]
+    print(f"\nseed {SEED}, {name}: {process.stdout.strip()}", file=sys.stderr)
+    assert runs.digests(root) == runs.digests(undisturbed)
+    assert runs.contents(root) == runs.contents(undisturbed)
+    assert repairs.findings(StoragePath.parse(root), full=True) == []
+    seen = [event for path in root.glob("runs/*/events/*.jsonl") for _, event in parse_lines(path.read_bytes())]
+    assert not [event for event in seen if isinstance(event, UnitFailed | UnitQuarantined)]
+    lost = [event for event in seen if isinstance(event, WorkerLost)]
+    assert name not in ("harvest", "training") or lost
