@@ -375,5 +375,5 @@ def main() -> None:
 
 
 def _fail(line: str, code: int) -> None:
-    print(f"kilobasis: {redact(line)}", file=sys.stderr)
+    print(f"kilobasis: {printable(redact(line))}", file=sys.stderr)
     sys.exit(code)

@@ -58,6 +58,7 @@ _REMEDIES = {
 }
 # What a machine can run out of, whoever asks for it.
 _SHORTAGES = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_NOWHERE = frozenset({errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP})
 _REFUSED = frozenset({errno.EINVAL, errno.ENAMETOOLONG, errno.ENOSYS, errno.EMSGSIZE, errno.EPERM})
 
 
@@ -178,13 +179,17 @@ def disk(path: StoragePath, verb: str) -> Iterator[None]:
         yield
     except ANSWERS:
         raise
-    except NotADirectoryError as error:
-        # A file where a folder should be: nothing is below it.
-        raise FileNotFoundError(errno.ENOENT, "there is a file where a folder should be", str(path)) from error
     except OSError as error:
-        number = error.errno or 0
-        remedy = _REMEDIES.get(number, "mend the file system, then resume: everything committed is kept")
-        raise StorageError(f"cannot {verb} {path}: {os.strerror(number) if number else error}", remedy) from error
+        if error.errno not in _NOWHERE:
+            raise _unwell(path, verb, error) from error
+        # A file where a folder should be, or a name that no file can have: nothing is there.
+        raise FileNotFoundError(errno.ENOENT, os.strerror(error.errno), str(path)) from error
+
+
+def _unwell(path: StoragePath, verb: str, error: OSError) -> StorageError:
+    number = error.errno or 0
+    remedy = _REMEDIES.get(number, "mend the file system, then resume: everything committed is kept")
+    return StorageError(f"cannot {verb} {path}: {os.strerror(number) if number else error}", remedy)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import functools
 import hashlib
 import os
@@ -170,6 +171,10 @@ def _make_folder(target: Path) -> None:
             f"cannot create {target}: {error.filename} is a file, or below one, where a folder should be",
             "move that file away, then resume",
         ) from error
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise StorageError(f"cannot create {target}: {os.strerror(error.errno)}", "choose another root") from error
+        raise
 
 
 class _NotThereError(OSError):

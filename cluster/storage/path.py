@@ -33,11 +33,16 @@ class StoragePath:
         """Read a URL or a local path; a relative local path is taken from `base`.
 
         Raises:
-            ManifestError: the text is empty, or a URL climbs with `..` or holds a password.
+            ManifestError: the text is empty or no path, or a URL climbs with `..` or holds a credential.
         """
         text = os.fspath(text)
         if not text.strip():
             raise ManifestError("an empty path was given, expected a folder or a URL", "name a path")
+        try:
+            if b"\0" in os.fsencode(text):
+                raise ManifestError(f"the path {text!r} has a null character", "name another path")
+        except UnicodeEncodeError as error:
+            raise ManifestError(f"the path {text!r} is no text that a file name can be", "name another path") from error
         match = _SCHEME.match(text)
         if match is None or match[1] in ("file", "local"):
             local = Path(match[2] if match else text).expanduser()

@@ -389,6 +389,20 @@ def test_run_bad_manifest_is_one_line_and_writes_nothing(case: str, tiny_tree: T
     refused(tmp_path, tiny_tree, change, *fragments, command="run")
 
 
+@pytest.mark.chaos
+@pytest.mark.parametrize("case", FIELDS)
+def test_every_other_command_refuses_a_bad_manifest_and_writes_nothing(
+    case: str, tiny_tree: Tree, tmp_path: Path
+) -> None:
+    """`run` says what `plan` says. Where the manifest itself is right, the others find that nothing was ever run."""
+    change, fragments = FIELDS[case]
+    refused(tmp_path, tiny_tree, change, *fragments, command="run")
+    before = snapshot(tmp_path)
+    for verb in ("resume", "status", "report", "verify", "repair", "gc"):
+        assert_refused(invoke(verb, tmp_path / "manifest.yaml"), " -> ")
+        assert snapshot(tmp_path) == before
+
+
 FILES: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "empty": (b"", ("holds NoneType, expected a mapping",)),
     "list": (b"- a\n- b\n", ("holds list, expected a mapping",)),

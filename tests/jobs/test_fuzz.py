@@ -1,16 +1,21 @@
-"""Whatever stands in a manifest, loading it gives a manifest or one line that says what is wrong."""
+"""Whatever stands in a manifest, or on the command line, it works or gives one line that says what is wrong.
+
+Each test has a share of `make test` and nine times as much in `make chaos`.
+"""
 
 import copy
 import string
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jobs import manifest as manifests
 from schemas.errors import KilobasisError
 from schemas.manifest import Manifest
+from tests.support.command import invoke, snapshot
 from tests.support.fixtures import manifest_tree, write_manifest
 
 TREE = manifest_tree(Path("/nowhere/model"), Path("/nowhere/corpus"), Path("/nowhere/root"))
@@ -19,8 +24,9 @@ FUZZ = settings(
     derandomize=True,
     deadline=None,
     database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    suppress_health_check=[HealthCheck.too_slow],
 )
+SHARES = pytest.mark.parametrize("share", [1, pytest.param(9, marks=[pytest.mark.chaos, pytest.mark.timeout(3600)])])
 
 NUMBERS = st.one_of(
     st.integers(),
@@ -92,17 +98,25 @@ def load(path: Path, *overrides: str) -> None:
         assert error.remedy
 
 
-@settings(FUZZ, max_examples=220)
-@given(tree=mutated())
-def test_load_mutated_manifest_is_a_manifest_or_one_line(tree: Any, tmp_path: Path) -> None:
-    load(write_manifest(tmp_path / "m.yaml", tree))
+@SHARES
+def test_load_mutated_manifest_is_a_manifest_or_one_line(share: int, tmp_path: Path) -> None:
+    @settings(FUZZ, max_examples=220 * share)
+    @given(tree=mutated())
+    def check(tree: Any) -> None:
+        load(write_manifest(tmp_path / "m.yaml", tree))
+
+    check()
 
 
-@settings(FUZZ, max_examples=80)
-@given(body=st.binary(max_size=200))
-def test_load_random_bytes_are_a_manifest_or_one_line(body: bytes, tmp_path: Path) -> None:
-    (tmp_path / "m.yaml").write_bytes(body)
-    load(tmp_path / "m.yaml")
+@SHARES
+def test_load_random_bytes_are_a_manifest_or_one_line(share: int, tmp_path: Path) -> None:
+    @settings(FUZZ, max_examples=80 * share)
+    @given(body=st.binary(max_size=200))
+    def check(body: bytes) -> None:
+        (tmp_path / "m.yaml").write_bytes(body)
+        load(tmp_path / "m.yaml")
+
+    check()
 
 
 PIECES = st.sampled_from(
@@ -113,11 +127,15 @@ PIECES = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(FUZZ, max_examples=120)
-@given(text=st.one_of(st.lists(PIECES, max_size=14).map("".join), st.text(max_size=60)))
-def test_load_random_text_is_a_manifest_or_one_line(text: str, tmp_path: Path) -> None:
-    (tmp_path / "m.yaml").write_bytes(text.encode("utf-8"))
-    load(tmp_path / "m.yaml")
+@SHARES
+def test_load_random_text_is_a_manifest_or_one_line(share: int, tmp_path: Path) -> None:
+    @settings(FUZZ, max_examples=120 * share)
+    @given(text=st.one_of(st.lists(PIECES, max_size=14).map("".join), st.text(max_size=60)))
+    def check(text: str) -> None:
+        (tmp_path / "m.yaml").write_bytes(text.encode("utf-8"))
+        load(tmp_path / "m.yaml")
+
+    check()
 
 
 FIELDS = st.sampled_from([".".join(map(str, place)) for place in places(TREE)])
@@ -126,17 +144,58 @@ VALUES = st.one_of(
 )
 
 
-@settings(FUZZ, max_examples=120)
-@given(
-    overrides=st.lists(
-        st.one_of(
-            st.text(max_size=30),
-            st.tuples(FIELDS, VALUES).map("=".join),
-            st.tuples(FIELDS, WORDS, VALUES).map(lambda parts: f"{parts[0]}.{parts[1]}={parts[2]}"),
-        ),
-        min_size=1,
-        max_size=2,
-    )
+OVERRIDES = st.lists(
+    st.one_of(
+        st.text(max_size=30),
+        st.tuples(FIELDS, VALUES).map("=".join),
+        st.tuples(FIELDS, WORDS, VALUES).map(lambda parts: f"{parts[0]}.{parts[1]}={parts[2]}"),
+    ),
+    min_size=1,
+    max_size=2,
 )
-def test_load_random_override_is_a_manifest_or_one_line(overrides: list[str], tmp_path: Path) -> None:
-    load(write_manifest(tmp_path / "m.yaml", TREE), *overrides)
+
+
+@SHARES
+def test_load_random_override_is_a_manifest_or_one_line(share: int, tmp_path: Path) -> None:
+    @settings(FUZZ, max_examples=120 * share)
+    @given(overrides=OVERRIDES)
+    def check(overrides: list[str]) -> None:
+        load(write_manifest(tmp_path / "m.yaml", TREE), *overrides)
+
+    check()
+
+
+VERBS = ("plan", "run", "resume", "status", "report", "verify", "repair", "gc", "schema")
+OPTIONS = ("--set", "--json", "--full", "--delete", "--older-than", "--on-busy", "wait", "--help", "--", "-h", "m.yaml")
+# No URL of a store, which would be asked for two minutes.
+ARGUMENTS = st.one_of(
+    st.sampled_from(OPTIONS),
+    st.tuples(FIELDS, VALUES).map("=".join),
+    WORDS.filter(lambda word: "://" not in word and "\0" not in word),
+    st.sampled_from(["none.yaml", ".", "/", "..", "-1", "1e400", "nan", "\ud800"]),
+)
+
+
+@SHARES
+def test_command_with_random_arguments_is_one_line_and_writes_nothing(
+    share: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest names a model that is not there, so nothing can really begin."""
+    write_manifest(tmp_path / "m.yaml", TREE)
+    monkeypatch.chdir(tmp_path)
+    before = snapshot(tmp_path)
+
+    @settings(FUZZ, max_examples=120 * share)
+    @given(words=st.tuples(st.sampled_from(VERBS), st.lists(ARGUMENTS, max_size=4)))
+    def check(words: tuple[str, list[str]]) -> None:
+        result = invoke(words[0], *words[1])
+        if result.code:
+            assert result.code == 2, result
+            (line,) = result.err.splitlines()
+            assert line.startswith("kilobasis: ")
+            assert line.isprintable()
+        else:
+            assert words[0] == "schema" or {"--help", "-h"} & set(words[1]), words
+        assert snapshot(tmp_path) == before
+
+    check()
