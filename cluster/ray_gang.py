@@ -28,6 +28,7 @@ from cluster.ray_worker import (
     fetch,
     hire,
     let_finish,
+    require_node,
     rest,
     started,
     wait_for,
@@ -157,6 +158,7 @@ def run(
                 backoff.reset()
             committed = False
             emit(WorkerLost(stage, error.reason, lost, error.who))
+            require_node()
             if barren >= FAILURES:
                 raise StageFailedError(
                     f"{stage}: the gang of {world_size} failed {barren} times in a row without a new checkpoint, "

@@ -31,6 +31,7 @@ from cluster.ray_worker import (
     fetch,
     hire,
     let_finish,
+    require_node,
     rest,
     started,
     wait_for,
@@ -233,6 +234,7 @@ class _Crew:
         if now >= self._not_before:
             self._not_before = now + self._backoff.wait()
         self._emit(WorkerLost(self._stage, outcome.reason, self._lost, doing))
+        require_node()
 
     def _silent(self, now: float) -> list[tuple[_Flight, Returned | Raised | Gone]]:
         """Tell what is in flight when nothing lands; ask those that take long whether they are there.

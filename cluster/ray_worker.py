@@ -176,6 +176,20 @@ def started(reference: Any) -> Place | Gone:
     return outcome
 
 
+def require_node() -> None:
+    """After a loss: make sure that it was not this process's own node. Nobody could be hired from it any more.
+
+    Raises:
+        BusyError: it is gone.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    if any(node["NodeID"] == here and not node["Alive"] for node in ray.nodes()):
+        raise BusyError(
+            "Ray on this machine has died (its raylet is gone), so no worker can be started any more",
+            "look for what killed it (memory, for example), then resume: everything committed is kept",
+        )
+
+
 def wait_for(references: Sequence[Any], seconds: float) -> tuple[list[Any], list[Any]]:
     """Wait until all calls have ended, though no longer than that; (ended, not ended). A safe place to stop."""
     deadline = time.monotonic() + seconds

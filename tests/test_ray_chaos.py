@@ -168,3 +168,24 @@ def test_run_on_a_cluster_that_loses_what_it_has_loses_no_row(
     assert not [event for event in seen if isinstance(event, UnitFailed | UnitQuarantined)]
     lost = [event for event in seen if isinstance(event, WorkerLost)]
     assert name not in ("harvest", "training") or lost
+
+
+@pytest.mark.chaos
+def test_run_whose_own_raylet_is_killed_ends_with_75_and_resumes(
+    tree: dict[str, Any], undisturbed: Path, tmp_path: Path
+) -> None:
+    """A Ray of one node has nowhere else to go. The run says so, and soon, instead of waiting for workers."""
+    root = tmp_path / "root"
+    manifest = write_manifest(tmp_path / "m.yaml", {**tree, "root": str(root)})
+    process = runs.start("run", str(manifest), log=tmp_path / "log")
+    deadline = time.monotonic() + 120
+    while progress(root, "harvest") < 3:
+        assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+        time.sleep(0.02)
+    (raylet,) = [each for each in psutil.Process(process.pid).children() if each.name() == "raylet"]
+    raylet.kill()
+    assert process.wait(timeout=90) == 75, (tmp_path / "log").read_text()
+    assert (tmp_path / "log").read_text().strip().splitlines()[-1].startswith("kilobasis: Ray on this machine has died")
+    process = runs.start("resume", str(manifest), log=tmp_path / "log")
+    assert process.wait(timeout=280) == 0, (tmp_path / "log").read_text()
+    assert runs.contents(root) == runs.contents(undisturbed)
