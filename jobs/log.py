@@ -54,13 +54,18 @@ class SlotLog:
             if there != [f"{number:06d}" for number in range(len(there))]:
                 raise IntegrityError(f"{self.path / LOG} has slots {there[:8]}, one is missing", REPAIR)
             self._listed = True
+            while len(self.slots) < len(there):
+                slot = self._read(len(self.slots), listed=True)
+                if slot is None:
+                    raise IntegrityError(f"{self.path / slot_key(len(self.slots))} is listed, but absent", REPAIR)
+                self._follow(slot)
         while (slot := self._read(len(self.slots))) is not None:
             self._follow(slot)
 
-    def _read(self, number: int) -> AnySlot | None:
+    def _read(self, number: int, listed: bool = False) -> AnySlot | None:
         where = self.path / slot_key(number)
         try:
-            return read_checked(where, lambda body: parse_slot(body, str(where)))
+            return read_checked(where, lambda body: parse_slot(body, str(where)), listed)
         except FileNotFoundError:
             return None
 

@@ -30,7 +30,7 @@ def require_root(root: StoragePath) -> str:
     if OWNER not in there and RUNS not in there:
         raise ManifestError(f"{root} is no Kilobasis root", "name a manifest, or the folder or URL of a root")
     try:
-        owner_of(root)
+        owner_of(root, listed=OWNER in there)
     except FileNotFoundError:
         return "absent"
     except IntegrityError as error:

@@ -78,7 +78,7 @@ class StageFolder:
         """
         where = self.path / unit_key(name)
         try:
-            record = read_checked(where, lambda body: parse_record(UnitRecord, body, str(where)))
+            record = read_checked(where, lambda body: parse_record(UnitRecord, body, str(where)), listed=True)
         except FileNotFoundError as error:
             raise IntegrityError(f"{where} is in a list of its folder, but absent", "resume") from error
         if (record.unit, record.fingerprint) != (name, self.fingerprint):

@@ -96,7 +96,7 @@ class Workspace:
                 f"root {self.root} holds other files ({', '.join(present[:4])}) and is no Kilobasis root",
                 "choose an empty or a new folder",
             )
-        name = owner_of(self.root).name
+        name = owner_of(self.root, listed=True).name
         if name != self.manifest.name:
             last = self.last_manifest()
             changes = (
@@ -186,14 +186,18 @@ class Workspace:
                 yield found
 
 
-def owner_of(root: StoragePath) -> RootRecord:
+def owner_of(root: StoragePath, listed: bool = False) -> RootRecord:
     """Whose a root is.
+
+    Args:
+        root: The root.
+        listed: See `read_checked`.
 
     Raises:
         FileNotFoundError: it is nobody's.
         IntegrityError: the record is damaged.
     """
-    return read_checked(root / OWNER, lambda body: parse_record(RootRecord, body, str(root / OWNER)))
+    return read_checked(root / OWNER, lambda body: parse_record(RootRecord, body, str(root / OWNER)), listed)
 
 
 def manifest_of(run: StoragePath) -> dict[str, Any] | None:

@@ -59,7 +59,7 @@ _REMEDIES = {
 # What a machine can run out of, whoever asks for it.
 _SHORTAGES = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _NOWHERE = frozenset({errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP})
-_REFUSED = frozenset({errno.EINVAL, errno.ENAMETOOLONG, errno.ENOSYS, errno.EMSGSIZE, errno.EPERM})
+_REFUSED = frozenset({errno.EINVAL, errno.ENAMETOOLONG, errno.ENOSYS, errno.EMSGSIZE, errno.EPERM, errno.ENXIO})
 
 
 @contextmanager

@@ -20,6 +20,7 @@ import hashlib
 import os
 import threading
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,8 @@ def create_or_adopt(path: StoragePath, body: bytes) -> None:
 def replace(path: StoragePath, body: bytes) -> None:
     """Write an object whether its name is taken or not. For heartbeats alone, which have one writer each."""
     if not path.is_local:
-        request(path, "write", "pipe_file", path.key, body, size=len(body))
+        write = functools.partial(once, path, "pipe_file", path.key, body, size=len(body))
+        attempt(path, "write", functools.partial(_placed, write), forget)
         return
     with disk(path, "write"):
         _make_folder(path.local)
@@ -205,13 +207,9 @@ def _put(path: StoragePath, body: bytes) -> bool:
     if _present(path):
         return False
     try:
-        put_if_absent(path, body)
+        _placed(functools.partial(put_if_absent, path, body))
     except FileExistsError:
         return False
-    except FileNotFoundError as error:
-        raise StorageError(
-            f"cannot create {path}: there is no such bucket or container", "create it, or mend the URL, then resume"
-        ) from error
     except Exception as error:
         if not may_pass(error):
             raise
@@ -220,6 +218,14 @@ def _put(path: StoragePath, body: bytes) -> bool:
             return False
         raise _NotThereError(getattr(error, "errno", None), str(error)) from error
     return True
+
+
+def _placed(write: Callable[[], object]) -> None:
+    """One write. A store that knows no such place may mean it, or only say so for a moment."""
+    try:
+        write()
+    except FileNotFoundError as error:
+        raise OSError(errno.ENXIO, "there is no such bucket or container") from error
 
 
 def put_if_absent(path: StoragePath, body: bytes) -> None:

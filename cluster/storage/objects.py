@@ -176,13 +176,14 @@ def read_text_object(path: StoragePath) -> bytes:
     return body
 
 
-def read_checked(path: StoragePath, parse: Callable[[bytes], R]) -> R:
+def read_checked(path: StoragePath, parse: Callable[[bytes], R], listed: bool = False) -> R:
     """A small object that can tell whether it is whole, parsed.
 
     Args:
         path: Where.
         parse: Reads it; raises IntegrityError where it is damaged. What was garbled on the way from a bucket
             is right the next time.
+        listed: A listing has it, so a bucket that denies to have it is asked again.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -193,6 +194,9 @@ def read_checked(path: StoragePath, parse: Callable[[bytes], R]) -> R:
             return parse(read_text_object(path))
         except IntegrityError:
             continue
+        except FileNotFoundError:
+            if not listed:
+                raise
     return parse(read_text_object(path))
 
 

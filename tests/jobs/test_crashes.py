@@ -76,7 +76,8 @@ def begun(place: str) -> set[str]:
     found = set()
     for each in repairs.verify(StoragePath.parse(place), full=False):
         for key in each.unreferenced():
-            named = re.search(r"/c/(\d+)|(\d{6})", key)
+            # A temporary file has a dot in front, and a random name behind.
+            named = re.search(r"/c/\.?(\d+)|(?:^|/)\.?(\d{6})", key)
             # What a stage writes itself, and a temporary file of a record, is no work of a unit.
             if named and not key.startswith(("checkpoints/", "log/", "units/", ".")):
                 found.add(f"{each.label} {int(named[1] or named[2])}")
