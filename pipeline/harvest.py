@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 
 from cluster.pool import Resources
-from cluster.storage.objects import read_bytes
+from cluster.storage.objects import read_recorded
 from cluster.storage.path import StoragePath
 from cluster.storage.zarr_store import metadata
 from pipeline.activations.layout import StoreLayout
@@ -251,8 +251,9 @@ def compare_plainly(
     tolerance = max(ROUNDING[layout.dtype], ROUNDING[settings.model_dtype])
     worst: dict[str, Any] = {}
     for hook_point in layout.widths:
-        name = array_name(hook_point)
-        body = read_bytes(path / shard_key(name, 0, 2))
+        key = shard_key(array_name(hook_point), 0, 2)
+        (entry,) = [each for each in unit.objects if each.key == key]
+        body = read_recorded(path, entry)
         for sequence in chosen:
             rows = np.arange(sequence.first_row, min(sequence.first_row + len(sequence), end))
             with torch.inference_mode():

@@ -161,29 +161,32 @@ def read_at_most(path: StoragePath, count: int) -> bytes:
         return b""
 
 
-def read_text_object(path: StoragePath) -> bytes:
-    """A small object, such as a record.
+def read_text_object(path: StoragePath, largest: int = LARGEST_JSON) -> bytes:
+    """An object of a limited size, such as a record.
 
     Raises:
         FileNotFoundError: nothing is there.
         IntegrityError: it is far larger than anything of its kind.
     """
-    body = read_at_most(path, LARGEST_JSON + 1)
-    if len(body) > LARGEST_JSON:
+    body = read_at_most(path, largest + 1)
+    if len(body) > largest:
         raise IntegrityError(
-            f"{path} has more than {LARGEST_JSON} bytes, which nothing of its kind has", "restore the file from a copy"
+            f"{path} has more than {largest} bytes, which nothing of its kind has", "restore the file from a copy"
         )
     return body
 
 
-def read_checked(path: StoragePath, parse: Callable[[bytes], R], listed: bool = False) -> R:
-    """A small object that can tell whether it is whole, parsed.
+def read_checked(
+    path: StoragePath, parse: Callable[[bytes], R], listed: bool = False, largest: int = LARGEST_JSON
+) -> R:
+    """An object that can tell whether it is whole, parsed.
 
     Args:
         path: Where.
         parse: Reads it; raises IntegrityError where it is damaged. What was garbled on the way from a bucket
             is right the next time.
         listed: A listing has it, so a bucket that denies to have it is asked again.
+        largest: The most bytes that one of its kind has.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -191,13 +194,13 @@ def read_checked(path: StoragePath, parse: Callable[[bytes], R], listed: bool = 
     """
     for _ in range(0 if path.is_local else SECOND_LOOKS - 1):
         try:
-            return parse(read_text_object(path))
+            return parse(read_text_object(path, largest))
         except IntegrityError:
             continue
         except FileNotFoundError:
             if not listed:
                 raise
-    return parse(read_text_object(path))
+    return parse(read_text_object(path, largest))
 
 
 def read_json(path: StoragePath) -> Any:

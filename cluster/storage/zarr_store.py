@@ -96,7 +96,7 @@ def encode_shard(spec: ArraySpec, block: npt.NDArray[Any]) -> bytes:
     return body.to_bytes()
 
 
-def decode_shard(spec: ArraySpec, body: bytes, where: str = "a shard") -> npt.NDArray[Any]:
+def decode_shard(spec: ArraySpec, body: bytes, where: str) -> npt.NDArray[Any]:
     """A shard's block, from its bytes; `where` it lies is for the message.
 
     Raises:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from cluster.storage.create import create
-from cluster.storage.objects import read_bytes
+from cluster.storage.objects import read_checked
 from cluster.storage.path import StoragePath
 from cluster.storage.zarr_store import ArraySpec, decode_shard, encode_shard
 from pipeline.activations.layout import StoreLayout, chunk_sums, restored, row_hashes, stored
@@ -65,9 +65,13 @@ def write_unit(
         body = encode_shard(arrays[name], _scattered(arrays[name], slots, values))
         key = shard_key(name, unit, values.ndim)
         if not create(path / key, body):
-            body = read_bytes(path / key)
-            there = decode_shard(arrays[name], body, str(path / key))[slots]
-            values = _adopted(path / key, there, values, layout.dtype, tolerance)
+            body, block = read_checked(
+                path / key,
+                lambda body: (body, decode_shard(arrays[name], body, str(path / key))),
+                listed=True,
+                largest=len(body),
+            )
+            values = _adopted(path / key, block[slots], values, layout.dtype, tolerance)
         objects[name] = ObjectEntry.of(key, body)
         return values
 
@@ -121,7 +125,7 @@ def read_back(
     order = unit_order(layout.seed, unit, end - first)
     place = np.empty(end - first, np.int64)
     place[order] = layout.geometry.shard_positions(unit)
-    block = decode_shard(layout.arrays()[array_name(hook_point)], body)
+    block = decode_shard(layout.arrays()[array_name(hook_point)], body, shard_key(array_name(hook_point), unit, 2))
     return restored(block[place[rows - first]], layout.dtype).float()
 
 

@@ -179,4 +179,5 @@ def test_run_in_bad_weather_has_the_same_digests(
     ]
     ended, injected = faulty_run(bucket, fault_proxy, finished, rules, f"seed {SEED}, round {round_}")
     print(f"\nround {round_}: {sum(injected.values())} faults: {ended}", file=sys.stderr)
-    assert sum(injected.values()) >= 10
+    # A run that ends with an error has not met all of the weather.
+    assert sum(injected.values()) >= (10 if ended == "same digests" else 1)

@@ -82,7 +82,7 @@ def test_encode_shard_of_fill_values_alone_is_written_all_the_same() -> None:
     block = np.full((UNIT_ROWS, WIDTH), np.nan, np.float32)
     body = encode_shard(SPECS["x"], block)
     assert len(body) == INDEX_BYTES + CHUNKS * (CHUNK_ROWS * WIDTH * 4 + 4)
-    np.testing.assert_array_equal(decode_shard(SPECS["x"], body), block)
+    np.testing.assert_array_equal(decode_shard(SPECS["x"], body, "x"), block)
 
 
 @pytest.mark.parametrize("shape", [(UNIT_ROWS - 1, WIDTH), (UNIT_ROWS, WIDTH + 1), (UNIT_ROWS,)])
@@ -105,7 +105,7 @@ def test_shard_encoded_and_decoded_is_the_same_block(
     spec = ArraySpec(1, chunks * chunk_rows, chunk_rows, (width,) if width else (), dtype, 0, {})
     bits = np.random.default_rng(seed).integers(0, 256, (*spec.shard, np.dtype(dtype).itemsize), np.uint8)
     block: npt.NDArray[Any] = bits.view(dtype).reshape(spec.shard)
-    decoded = decode_shard(spec, encode_shard(spec, block))
+    decoded = decode_shard(spec, encode_shard(spec, block), "x")
     assert decoded.dtype == block.dtype
     assert decoded.tobytes() == block.tobytes()
 
@@ -114,7 +114,7 @@ def test_decode_shard_cut_short_is_an_integrity_error() -> None:
     body = encode_shard(SPECS["x"], VALUES["x"][:UNIT_ROWS])
     for length in (0, 1, INDEX_BYTES - 1, INDEX_BYTES, INDEX_BYTES + 1, len(body) // 2, len(body) - 1):
         with pytest.raises(IntegrityError):
-            decode_shard(SPECS["x"], body[:length])
+            decode_shard(SPECS["x"], body[:length], "x")
 
 
 def test_decode_shard_any_flipped_bit_is_an_integrity_error() -> None:
@@ -124,7 +124,7 @@ def test_decode_shard_any_flipped_bit_is_an_integrity_error() -> None:
         damaged = bytearray(body)
         damaged[place] ^= 1 << int(rng.integers(8))
         with pytest.raises(IntegrityError):
-            decode_shard(SPECS["x"], bytes(damaged))
+            decode_shard(SPECS["x"], bytes(damaged), "x")
 
 
 def test_recorded_store_reads_what_the_records_name(written: tuple[StoragePath, list[ObjectEntry]]) -> None:
