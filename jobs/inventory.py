@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from cluster.storage.formats import parsing
 from cluster.storage.objects import (
     Listed,
     listing,
     names,
+    parsing,
     read_at_most,
     read_checked,
     read_json,

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -17,31 +15,9 @@ import pyarrow.parquet as pq
 import safetensors.torch
 import torch
 
-from cluster.storage.objects import read_recorded
+from cluster.storage.objects import parsing, read_recorded
 from cluster.storage.path import StoragePath
-from schemas.errors import IntegrityError, KilobasisError
-from schemas.records import REPAIR, ObjectEntry
-
-
-@contextmanager
-def parsing(where: object, kind: str) -> Iterator[None]:
-    """While inside, whatever a parser makes of an object's content is damage of that object.
-
-    Args:
-        where: The object.
-        kind: What it should be, for the message.
-
-    Raises:
-        IntegrityError: the content is no such thing.
-    """
-    try:
-        yield
-    except (KilobasisError, MemoryError):
-        raise
-    except Exception as error:
-        # Every parser has errors of its own, and an index out of range is one of them.
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise IntegrityError(f"{where} is no {kind} that a stage here makes ({first[:160]})", REPAIR) from error
+from schemas.records import ObjectEntry
 
 
 def read_table(folder: StoragePath, entry: ObjectEntry, schema: pa.Schema | None = None, **options: Any) -> pa.Table:

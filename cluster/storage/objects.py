@@ -23,7 +23,7 @@ from fsspec.asyn import sync
 
 from cluster.storage.attempts import attempt
 from cluster.storage.path import StoragePath
-from schemas.errors import IntegrityError, ManifestError, StorageError
+from schemas.errors import IntegrityError, KilobasisError, ManifestError, StorageError
 from schemas.records import REPAIR, ObjectEntry, sha256
 
 R = TypeVar("R")
@@ -246,6 +246,27 @@ def read_recorded(folder: StoragePath, entry: ObjectEntry) -> bytes:
     if sha256(body) != entry.sha256:
         raise IntegrityError(f"{path} is not what was committed (sha256 differs)", REPAIR)
     return body
+
+
+@contextmanager
+def parsing(where: object, kind: str) -> Iterator[None]:
+    """While inside, whatever a parser makes of an object's content is damage of that object.
+
+    Args:
+        where: The object.
+        kind: What it should be, for the message.
+
+    Raises:
+        IntegrityError: the content is no such thing.
+    """
+    try:
+        yield
+    except (KilobasisError, MemoryError):
+        raise
+    except Exception as error:
+        # Every parser has errors of its own, and an index out of range is one of them.
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise IntegrityError(f"{where} is no {kind} that a stage here makes ({first[:160]})", REPAIR) from error
 
 
 def locate(folder: StoragePath, key: str) -> StoragePath:

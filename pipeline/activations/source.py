@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from cluster.storage.formats import parsing, read_table
+from cluster.storage.formats import read_table
+from cluster.storage.objects import parsing
 from pipeline.activations.layout import StoreLayout
 from pipeline.activations.read import ActivationStore
 from pipeline.stage import Committed

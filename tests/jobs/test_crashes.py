@@ -6,10 +6,12 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import pytest
@@ -20,6 +22,8 @@ from jobs import repair as repairs
 from tests.support import dying, runs
 from tests.support.dying import Point
 from tests.support.stores import reach
+
+T = TypeVar("T")
 
 SEED = int(os.environ.get("KILOBASIS_CHAOS_SEED", random.SystemRandom().randrange(10**6)))
 PLACES = ("file", "ceph")
@@ -58,8 +62,14 @@ def expected(finished: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory
     return SimpleNamespace(manifest=finished.manifest, digests=runs.digests(finished.root), operations=operations)
 
 
-def begin(expected: SimpleNamespace, place: str, tmp_path: Path, *more: str, **options: Any) -> dying.Going:
-    return dying.start(expected.manifest, *QUICK, f"root={place}", *more, log=tmp_path / "log", **options)
+def begin(expected: SimpleNamespace, place: str, log: Path, **options: Any) -> dying.Going:
+    return dying.start(expected.manifest, *QUICK, f"root={place}", log=log, **options)
+
+
+def beside(case: Callable[[int], T], count: int) -> list[T]:
+    """Every case, two at a time: much of it is waiting for a store."""
+    with ThreadPoolExecutor(2) as executor:
+        return list(executor.map(case, range(count)))
 
 
 def check(expected: SimpleNamespace, place: str) -> None:
@@ -101,14 +111,36 @@ def test_run_killed_around_a_storage_operation_resumes_to_the_same_digests(
     few = 46 if "://" not in place else 14
     chosen = points(10**6 if every else few, expected.operations, place.partition("://")[0])
     print(f"\nseed {SEED}: {len(chosen)} of {2 * expected.operations} points", file=sys.stderr)
-    for index, point in enumerate(chosen):
-        root = f"{place}-{index}"
-        going = begin(expected, root, tmp_path, point=point)
-        assert going.wait() == -signal.SIGKILL, f"seed {SEED}, {point}: {going.log.read_text()}"
+
+    def die_at(index: int) -> bool:
+        root, point, log = f"{place}-{index}", chosen[index], tmp_path / f"log-{index}"
+        going = begin(expected, root, log, point=point)
+        hit = going.wait() == -signal.SIGKILL
+        # Heartbeats count as operations, and a run that was quick has fewer of them.
+        assert hit or going.process.exitcode == 0, f"seed {SEED}, {point}: {log.read_text()}"
         assert len(begun(root)) <= 1, f"seed {SEED}, {point}: more than one unit has to be made again"
-        going = begin(expected, root, tmp_path)
-        assert going.wait() == 0, f"seed {SEED}, {point}: {going.log.read_text()}"
+        assert begin(expected, root, log).wait() == 0, f"seed {SEED}, {point}: {log.read_text()}"
         check(expected, root)
+        return hit
+
+    hits = beside(die_at, len(chosen))
+    assert sum(hits) >= 0.9 * len(chosen)
+
+
+def stopped(going: dying.Going) -> bool:
+    """Wait until a signal has stopped a run; whether it did not end first.
+
+    Raises:
+        AssertionError: it failed, or neither comes.
+    """
+    deadline = time.monotonic() + 60
+    while going.runs():
+        if psutil.Process(going.process.pid).status() == psutil.STATUS_STOPPED:
+            return True
+        assert time.monotonic() < deadline, going.log.read_text()
+        time.sleep(0.01)
+    assert going.wait() == 0, going.log.read_text()
+    return False
 
 
 @MANY
@@ -116,13 +148,17 @@ def test_run_killed_again_while_it_resumes_reaches_the_same_digests(
     number: int, place: str, expected: SimpleNamespace, tmp_path: Path
 ) -> None:
     rng = random.Random(f"{SEED} twice {place.partition('://')[0]}")
-    for index in range(number):
-        root = f"{place}-{index}"
-        for point in (Point(rng.randint(1, expected.operations)), Point(rng.randint(1, 20), "after")):
-            code = begin(expected, root, tmp_path, point=point).wait()
-            assert code in (0, -signal.SIGKILL), f"seed {SEED}, {point}: {(tmp_path / 'log').read_text()}"
-        assert begin(expected, root, tmp_path).wait() == 0, f"seed {SEED}: {(tmp_path / 'log').read_text()}"
+    pairs = [(Point(rng.randint(1, expected.operations)), Point(rng.randint(1, 20), "after")) for _ in range(number)]
+
+    def die_twice(index: int) -> None:
+        root, log = f"{place}-{index}", tmp_path / f"log-{index}"
+        for point in pairs[index]:
+            code = begin(expected, root, log, point=point).wait()
+            assert code in (0, -signal.SIGKILL), f"seed {SEED}, {point}: {log.read_text()}"
+        assert begin(expected, root, log).wait() == 0, f"seed {SEED}: {log.read_text()}"
         check(expected, root)
+
+    beside(die_twice, number)
 
 
 @MANY
@@ -131,28 +167,34 @@ def test_run_stopped_beyond_its_lease_and_woken_overwrites_nothing(
 ) -> None:
     """A zombie: SIGSTOP at an operation, another run takes over and finishes, SIGCONT."""
     rng = random.Random(f"{SEED} zombie {place.partition('://')[0]}")
-    endings = []
-    for index in range(number):
-        root = f"{place}-{index}"
-        point = Point(rng.randint(3, expected.operations), rng.choice(["before", "after"]), signal.SIGSTOP)
-        zombie = dying.start(expected.manifest, *QUICK, f"root={root}", log=tmp_path / "zombie", point=point)
-        sleeping = psutil.Process(zombie.process.pid)
-        deadline = time.monotonic() + 60
-        while sleeping.status() != psutil.STATUS_STOPPED:
-            assert time.monotonic() < deadline, (tmp_path / "zombie").read_text()
-            time.sleep(0.01)
-        assert begin(expected, root, tmp_path, wait=True).wait() == 0, (tmp_path / "log").read_text()
+    moments = [
+        Point(rng.randint(3, expected.operations), rng.choice(["before", "after"]), signal.SIGSTOP)
+        for _ in range(number)
+    ]
+
+    def sleep_at(index: int) -> int | None:
+        root, point, log = f"{place}-{index}", moments[index], tmp_path / f"log-{index}"
+        zombie = begin(expected, root, tmp_path / f"zombie-{index}", point=point)
+        if not stopped(zombie):
+            # Heartbeats count as operations, and a run that was quick has fewer of them.
+            check(expected, root)
+            return None
+        assert begin(expected, root, log, wait=True).wait() == 0, log.read_text()
         before = {each.path: dict(each.present) for each in repairs.verify(StoragePath.parse(root), full=False)}
-        sleeping.send_signal(signal.SIGCONT)
-        endings.append(zombie.wait())
-        assert endings[-1] in (0, 70, 75), f"seed {SEED}, {point}: {(tmp_path / 'zombie').read_text()}"
+        psutil.Process(zombie.process.pid).send_signal(signal.SIGCONT)
+        code = zombie.wait()
+        assert code in (0, 70, 75), f"seed {SEED}, {point}: {zombie.log.read_text()}"
         check(expected, root)
         for each in repairs.verify(StoragePath.parse(root), full=False):
             for key, was in before[each.path].items():
                 # The zombie's own temporary file is no object, and goes when it wakes.
                 if "beats/" not in key and not key.endswith(".tmp"):
                     assert each.present[key] == was, f"{each.path / key} was overwritten"
-    print(f"\nseed {SEED}: {number} zombies ended with {sorted(endings)}", file=sys.stderr)
+        return code
+
+    endings = Counter(beside(sleep_at, number))
+    print(f"\nseed {SEED}: {number} zombies ended with {dict(endings)}", file=sys.stderr)
+    assert endings[None] <= 0.2 * number
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])
@@ -191,7 +233,7 @@ def test_second_runner_is_told_that_the_first_one_is_alive(
     while sleeping.status() != psutil.STATUS_STOPPED:
         time.sleep(0.01)
     sleeping.send_signal(signal.SIGCONT)
-    second = begin(expected, place, tmp_path)
+    second = begin(expected, place, tmp_path / "log")
     assert second.wait() in (0, 75)
     if second.process.exitcode == 75:
         assert "is being run by" in second.log.read_text()

@@ -7,6 +7,8 @@ what its work costs.
 import multiprocessing
 import os
 import signal
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +27,9 @@ from cluster.storage import objects
 from jobs import manifest as manifests
 from pipeline.stages import STAGES  # noqa: F401
 from schemas.errors import KilobasisError
+
+# Starting one looks after the others, and two threads must not both hear how a process ended.
+_ONE_AT_A_TIME = threading.Lock()
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.support.dying"])
@@ -51,9 +56,17 @@ class Going:
 
     def wait(self, timeout: float = 120.0) -> int:
         """Its exit code; the signal that killed it, negative."""
-        self.process.join(timeout)
-        assert self.process.exitcode is not None, f"still running after {timeout} s: {self.log.read_text()}"
+        deadline = time.monotonic() + timeout
+        while self.runs():
+            assert time.monotonic() < deadline, f"still running after {timeout} s: {self.log.read_text()}"
+            time.sleep(0.01)
+        assert self.process.exitcode is not None
         return self.process.exitcode
+
+    def runs(self) -> bool:
+        """Whether it has not ended yet."""
+        with _ONE_AT_A_TIME:
+            return self.process.is_alive()
 
 
 def start(
@@ -77,7 +90,8 @@ def start(
     process = CONTEXT.Process(
         target=_run, args=(str(manifest), overrides, str(log), point, wait, dict(os.environ), reads)
     )
-    process.start()
+    with _ONE_AT_A_TIME:
+        process.start()
     return Going(process, log)
 
 
