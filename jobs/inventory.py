@@ -11,13 +11,13 @@ from cluster.storage.objects import (
     Listed,
     listing,
     names,
-    parsing,
     read_at_most,
     read_checked,
     read_json,
     read_recorded,
     require_within,
 )
+from cluster.storage.parsing import parsing
 from cluster.storage.path import StoragePath
 from jobs.workspace import events_of
 from schemas.errors import IntegrityError

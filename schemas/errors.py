@@ -14,7 +14,7 @@ def printable(text: str) -> str:
     r"""The text with control characters spelled out, so that nothing in it can drive a terminal.
 
     >>> printable("a\x1b[2Jb")
-    'a\\\\x1b[2Jb'
+    'a\\x1b[2Jb'
     """
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 

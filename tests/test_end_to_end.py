@@ -78,6 +78,7 @@ def test_two_ranks_train_what_one_rank_trains(undisturbed: Path, two_ranks: Path
     assert 0 < difference < 0.05 * float(one["b_dec"].abs().max())
 
 
+@pytest.mark.chaos
 def test_gang_of_two_killed_in_training_resumes_to_the_same_bits(
     tree: dict[str, Any], two_ranks: Path, tmp_path: Path
 ) -> None:

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import safetensors.torch
 import torch
 
-from cluster.storage.objects import parsing, read_recorded
+from cluster.storage.objects import read_recorded
+from cluster.storage.parsing import parsing
 from cluster.storage.path import StoragePath
 from schemas.records import ObjectEntry
 

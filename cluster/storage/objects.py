@@ -23,7 +23,7 @@ from fsspec.asyn import sync
 
 from cluster.storage.attempts import attempt
 from cluster.storage.path import StoragePath
-from schemas.errors import IntegrityError, KilobasisError, ManifestError, StorageError
+from schemas.errors import IntegrityError, ManifestError, StorageError
 from schemas.records import REPAIR, ObjectEntry, sha256
 
 R = TypeVar("R")
@@ -161,13 +161,14 @@ def read_at_most(path: StoragePath, count: int) -> bytes:
         return b""
 
 
-def read_text_object(path: StoragePath, largest: int = LARGEST_JSON) -> bytes:
+def read_text_object(path: StoragePath, largest: int | None = None) -> bytes:
     """An object of a limited size, such as a record.
 
     Raises:
         FileNotFoundError: nothing is there.
         IntegrityError: it is far larger than anything of its kind.
     """
+    largest = LARGEST_JSON if largest is None else largest
     body = read_at_most(path, largest + 1)
     if len(body) > largest:
         raise IntegrityError(
@@ -177,7 +178,7 @@ def read_text_object(path: StoragePath, largest: int = LARGEST_JSON) -> bytes:
 
 
 def read_checked(
-    path: StoragePath, parse: Callable[[bytes], R], listed: bool = False, largest: int = LARGEST_JSON
+    path: StoragePath, parse: Callable[[bytes], R], listed: bool = False, largest: int | None = None
 ) -> R:
     """An object that can tell whether it is whole, parsed.
 
@@ -186,7 +187,7 @@ def read_checked(
         parse: Reads it; raises IntegrityError where it is damaged. What was garbled on the way from a bucket
             is right the next time.
         listed: A listing has it, so a bucket that denies to have it is asked again.
-        largest: The most bytes that one of its kind has.
+        largest: The most bytes that one of its kind has; those of JSON if left out.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -246,27 +247,6 @@ def read_recorded(folder: StoragePath, entry: ObjectEntry) -> bytes:
     if sha256(body) != entry.sha256:
         raise IntegrityError(f"{path} is not what was committed (sha256 differs)", REPAIR)
     return body
-
-
-@contextmanager
-def parsing(where: object, kind: str) -> Iterator[None]:
-    """While inside, whatever a parser makes of an object's content is damage of that object.
-
-    Args:
-        where: The object.
-        kind: What it should be, for the message.
-
-    Raises:
-        IntegrityError: the content is no such thing.
-    """
-    try:
-        yield
-    except (KilobasisError, MemoryError):
-        raise
-    except Exception as error:
-        # Every parser has errors of its own, and an index out of range is one of them.
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise IntegrityError(f"{where} is no {kind} that a stage here makes ({first[:160]})", REPAIR) from error
 
 
 def locate(folder: StoragePath, key: str) -> StoragePath:

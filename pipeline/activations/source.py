@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cluster.storage.formats import read_table
-from cluster.storage.objects import parsing
+from cluster.storage.parsing import parsing
 from pipeline.activations.layout import StoreLayout
 from pipeline.activations.read import ActivationStore
 from pipeline.stage import Committed

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cluster.storage.objects import parsing
+from cluster.storage.parsing import parsing
 from pipeline.activations.read import Cursor, Stream
 from pipeline.dictionary import checkpoint, loss
 from pipeline.dictionary.checkpoint import Progress

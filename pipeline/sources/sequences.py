@@ -15,7 +15,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from cluster.storage.formats import read_table
-from cluster.storage.objects import parsing, read_recorded
+from cluster.storage.objects import read_recorded
+from cluster.storage.parsing import parsing
 from cluster.storage.path import StoragePath
 from pipeline.stage import Committed
 from schemas.layouts import TOKEN_INDEX
