@@ -177,9 +177,7 @@ def read_text_object(path: StoragePath, largest: int | None = None) -> bytes:
     return body
 
 
-def read_checked(
-    path: StoragePath, parse: Callable[[bytes], R], listed: bool = False, largest: int | None = None
-) -> R:
+def read_checked(path: StoragePath, parse: Callable[[bytes], R], listed: bool = False, largest: int | None = None) -> R:
     """An object that can tell whether it is whole, parsed.
 
     Args:
