@@ -36,7 +36,7 @@ from schemas.tables import TOKENS
 SPLITS = ("train", "heldout")
 GROUP_SEQUENCES = 1024
 PART_SEQUENCES = 16 * GROUP_SEQUENCES
-# A tokenizer's block: it works on several documents at once, and takes some 25 times the memory of their text.
+# A tokenizer works on several documents at once, and takes many times the memory of their text.
 DOCUMENTS_AT_ONCE = 64
 CHARACTERS_AT_ONCE = 4 * 2**20
 
@@ -168,11 +168,13 @@ def tokenize_file(task: FileTask, path: StoragePath) -> Unit:
 def _blocks(texts: Iterator[str]) -> Iterator[list[str]]:
     """Some documents at a time: at most so many, and no more text than the last of them brings."""
     block: list[str] = []
+    characters = 0
     for text in texts:
         block.append(text)
-        if len(block) == DOCUMENTS_AT_ONCE or sum(map(len, block)) >= CHARACTERS_AT_ONCE:
+        characters += len(text)
+        if len(block) == DOCUMENTS_AT_ONCE or characters >= CHARACTERS_AT_ONCE:
             yield block
-            block = []
+            block, characters = [], 0
     if block:
         yield block
 

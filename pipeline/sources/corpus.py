@@ -28,7 +28,7 @@ TEXT_SUFFIXES = frozenset({".txt", ".md", ".py", ".rst", ".text"})
 LINES_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json"})
 _COMPRESSIONS = (".gz", ".zst")
 
-# Bytes of text. A few MB of a file can hold more than any memory; tokenizers take some 25 times their input.
+# Bytes of text. A few MB of a file can hold more than any memory, and tokenizers take many times their input.
 LARGEST_DOCUMENT = 16 * 2**20
 # So little of a zstd file is unpacked at once because every 4 bytes of it can become 128 KiB.
 _ZSTD_STEP = 1 << 10

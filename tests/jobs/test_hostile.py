@@ -239,6 +239,16 @@ def test_code_of_a_model_folder_is_not_run_unless_trusted(known: bool, tiny_tree
     assert known or result.code == 2
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_code_of_another_repository_is_refused_though_trusted(name: str, tiny_tree: Tree, tmp_path: Path) -> None:
+    """A revision pins the code of its own repository alone."""
+    model = given_model(tiny_tree, tmp_path)
+    edit(model / name, auto_map={"AutoConfig": "somebody/else--evil.Evil"})
+    tiny_tree["model"]["trust_remote_code"] = True
+    result = invoke("plan", write_manifest(tmp_path / "m.yaml", tiny_tree))
+    assert f"{name} takes code from another repository" in one_line(result, 2)
+
+
 def test_chat_template_of_a_tokenizer_is_not_rendered(tiny_tree: Tree, tmp_path: Path) -> None:
     model = given_model(tiny_tree, tmp_path)
     payload = "{{ cycler.__init__.__globals__.os.mkdir('" + str(tmp_path / "marker") + "') }}"
