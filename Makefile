@@ -19,8 +19,9 @@ demo-minilm: $(VENV)/ready ## the same on all-MiniLM-L6-v2, from its PyPI wheel
 	$(BIN)/python jobs/manifests/minilm/prepare.py
 	$(BIN)/kilobasis run $(MINILM)
 
+# Much of a test is waiting for a store or for a process to start: two at a time. PYTEST='-k harvest' is a part of them.
 test: $(VENV)/ready $(PEERS)/ready browser servers ## all tests but the long ones
-	KILOBASIS_REQUIRE_PEERS=1 $(REQUIRE_SERVERS) $(BIN)/python -m pytest
+	KILOBASIS_REQUIRE_PEERS=1 $(REQUIRE_SERVERS) $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
 
 # Some hours. CHAOS=tests/jobs/test_corruption.py is a part of it, KILOBASIS_CHAOS_SEED repeats one.
 chaos: $(VENV)/ready servers ## kill and break things at length

@@ -9,4 +9,9 @@ os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-pytest_plugins = ["tests.support.fixtures", "tests.support.servers.fixtures", "tests.support.stores"]
+pytest_plugins = [
+    "tests.support.fixtures",
+    "tests.support.long_runs",
+    "tests.support.servers.fixtures",
+    "tests.support.stores",
+]

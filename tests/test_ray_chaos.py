@@ -23,13 +23,14 @@ from jobs import repair as repairs
 from schemas.events import UnitFailed, UnitQuarantined, WorkerLost, parse_lines
 from tests.cluster.test_node_loss import QUICK, Nodes
 from tests.support import runs
-from tests.support.fixtures import make_corpus, manifest_tree, write_manifest
+from tests.support.fixtures import write_manifest
+from tests.support.long_runs import UNITS
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 SEED = int(os.environ.get("KILOBASIS_CHAOS_SEED", "20261122"))
-UNITS = 24
 SECONDS = 400.0
+TWO_RANKS = ("--set", "compute.ranks=2")
 
 
 @dataclass(frozen=True, order=True)
@@ -60,31 +61,6 @@ def schedule(seed: str) -> list[Strike]:
 SCHEDULES = {**FIXED, **{f"random_{index}": schedule(f"{SEED} ray {index}") for index in range(17)}}
 
 
-@pytest.fixture(scope="module")
-def tree(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A manifest whose harvest and training last long enough to be hit."""
-    corpus = make_corpus(tmp_path_factory.mktemp("long") / "corpus", count=1500, files=4)
-    made = manifest_tree(tiny_model, corpus, Path("unset"))
-    made["harvest"] |= {"unit_rows": 1536, "chunk_rows": 256, "tokens": UNITS * 1536}
-    made["dictionaries"][0]["features"] = 256
-    made["dictionaries"][0]["train"] |= {"tokens": 200_000, "batch": 256}
-    made["compute"] = {
-        "pool": "ray", "workers": 2, "ranks": 2, "threads": 1, "rank_threads": 1, "checkpoint_seconds": 0.5,
-        "lease_seconds": 15,
-    }  # fmt: skip
-    return made
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Root of a run that nothing happens to, on a Ray of its own."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    manifest = write_manifest(folder / "m.yaml", {**tree, "root": str(folder / "root")})
-    process = runs.start("run", str(manifest), log=folder / "log")
-    assert process.wait(timeout=280) == 0, (folder / "log").read_text()
-    return folder / "root"
-
-
 def progress(root: Path, stage: str) -> int:
     """Units that are committed, or slots of the training's log."""
     pattern = "harvest/*/units/*.json" if stage == "harvest" else "dictionaries/tiny/train/*/log/*.json"
@@ -113,7 +89,7 @@ def scenario(manifest: Path, name: str) -> None:
     nodes = Nodes()
     root = Path(yaml.safe_load(manifest.read_text())["root"])
     log = manifest.with_name("log")
-    address = ("--set", f"compute.address={nodes.cluster.address}")
+    address = ("--set", f"compute.address={nodes.cluster.address}", *TWO_RANKS)
     going = runs.start("run", str(manifest), *address, log=log)
     deadline = time.monotonic() + SECONDS
     struck = []
@@ -149,10 +125,10 @@ def scenario(manifest: Path, name: str) -> None:
     "name", [name if name in FIXED else pytest.param(name, marks=pytest.mark.chaos) for name in SCHEDULES]
 )
 def test_run_on_a_cluster_that_loses_what_it_has_loses_no_row(
-    name: str, tree: dict[str, Any], undisturbed: Path, tmp_path: Path
+    name: str, long_tree: dict[str, Any], two_ranks: Path, tmp_path: Path
 ) -> None:
     root = tmp_path / "root"
-    manifest = write_manifest(tmp_path / "m.yaml", {**tree, "root": str(root)})
+    manifest = write_manifest(tmp_path / "m.yaml", {**long_tree, "root": str(root)})
     code = f"from tests.test_ray_chaos import *; scenario(Path({str(manifest)!r}), {name!r})"
     process = subprocess.run(
         [sys.executable, "-c", code], cwd=runs.ROOT, env={**os.environ, **QUICK}, capture_output=True, text=True,
@@ -162,8 +138,8 @@ def test_run_on_a_cluster_that_loses_what_it_has_loses_no_row(
     assert "(raylet)" not in log, "what Ray says is between our own lines"
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-3000:] + log[-2000:]
     print(f"\nseed {SEED}, {name}: {process.stdout.strip().splitlines()[-1]}", file=sys.stderr)
-    assert runs.digests(root) == runs.digests(undisturbed)
-    assert runs.contents(root) == runs.contents(undisturbed)
+    assert runs.digests(root) == runs.digests(two_ranks)
+    assert runs.contents(root) == runs.contents(two_ranks)
     assert repairs.findings(StoragePath.parse(root), full=True) == []
     seen = [event for path in root.glob("runs/*/events/*.jsonl") for _, event in parse_lines(path.read_bytes())]
     assert not [event for event in seen if isinstance(event, UnitFailed | UnitQuarantined)]
@@ -173,12 +149,12 @@ def test_run_on_a_cluster_that_loses_what_it_has_loses_no_row(
 
 @pytest.mark.chaos
 def test_run_whose_own_raylet_is_killed_ends_with_75_and_resumes(
-    tree: dict[str, Any], undisturbed: Path, tmp_path: Path
+    long_tree: dict[str, Any], two_ranks: Path, tmp_path: Path
 ) -> None:
     """A Ray of one node has nowhere else to go. The run says so, and soon, instead of waiting for workers."""
     root = tmp_path / "root"
-    manifest = write_manifest(tmp_path / "m.yaml", {**tree, "root": str(root)})
-    process = runs.start("run", str(manifest), log=tmp_path / "log")
+    manifest = write_manifest(tmp_path / "m.yaml", {**long_tree, "root": str(root)})
+    process = runs.start("run", str(manifest), *TWO_RANKS, log=tmp_path / "log")
     deadline = time.monotonic() + 120
     while progress(root, "harvest") < 3:
         assert time.monotonic() < deadline, (tmp_path / "log").read_text()
@@ -190,6 +166,6 @@ def test_run_whose_own_raylet_is_killed_ends_with_75_and_resumes(
     assert said.strip().splitlines()[-1].startswith("kilobasis: Ray on this machine has died")
     assert "Traceback" not in said
     assert "(raylet)" not in said
-    process = runs.start("resume", str(manifest), log=tmp_path / "log")
+    process = runs.start("resume", str(manifest), *TWO_RANKS, log=tmp_path / "log")
     assert process.wait(timeout=280) == 0, (tmp_path / "log").read_text()
-    assert runs.contents(root) == runs.contents(undisturbed)
+    assert runs.contents(root) == runs.contents(two_ranks)

@@ -49,6 +49,17 @@ def kill_tree(process: subprocess.Popen[bytes]) -> None:
     psutil.wait_procs(tree, timeout=20)
 
 
+def titles(processes: list[psutil.Process]) -> set[str]:
+    """What those that are still there call themselves."""
+    found = set()
+    for process in processes:
+        try:
+            found |= set(process.cmdline()[:1])
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
 def digests(root: Path) -> dict[str, str]:
     """Digest of every committed stage below a root, computed from the records."""
     from schemas.records import StageRecord, parse_record
