@@ -42,7 +42,7 @@ bench: $(VENV)/ready $(PEERS)/ready ## side by side with the peers
 	$(BIN)/python benchmarks/train.py
 
 # What is installed is decided by these files alone.
-$(VENV)/ready: pyproject.toml constraints.txt
+$(VENV)/ready: pyproject.toml constraints.txt pipeline/dictionary/kernels/native.cpp
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install $(PIP) -c constraints.txt -e '.[dev,s3,gs,az]' 2>&1 | grep -v 'is ignored: it is neither' || true
 	$(BIN)/kilobasis --help > /dev/null
@@ -96,4 +96,4 @@ $(SWIFT)/ready: tests/support/servers/swift-constraints.txt | $(VENV)/ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) .servers *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf pipeline/dictionary/kernels/*.so $(VENV) $(PEERS) .servers *.egg-info .mypy_cache .ruff_cache .pytest_cache

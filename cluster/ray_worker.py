@@ -248,7 +248,7 @@ class Lobby:
         if left is not None and left <= 0:
             raise BusyError(
                 f"{self._stage}: {missing} workers did not start within {START_SECONDS:.0f} s; {self._lack()}{last}",
-                "lower compute.threads, compute.rank_threads, compute.ranks or compute.gpus, or resume when it is free",
+                "lower compute.threads, rank_threads, sharding or gpus, or resume when it is free",
             )
         if self._reminder.due(waited):
             then = "the others go on" if left is None else f"giving up in {left:.0f} s"

@@ -7,7 +7,7 @@ gets the next slot, that nobody else has written in between; a lease in that slo
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from cluster.storage.create import create, create_or_adopt
@@ -161,8 +161,21 @@ class TrainingLog:
         """
         return read_recorded(self._log.path, entry)
 
-    def commit(self, step: int, bodies: Mapping[str, bytes], facts: dict[str, Any]) -> CheckpointRecord:
-        """Write a checkpoint: the objects, then the record in the next slot.
+    def write(self, step: int, name: str, body: bytes) -> ObjectEntry:
+        """Write an object of a checkpoint; nothing refers to it yet.
+
+        Raises:
+            FencedError: another run leads this stage now.
+        """
+        self._log.refresh()
+        self._require_ours()
+        # A name of its own for every attempt: a crash before the record leaves bytes that nobody refers to.
+        entry = ObjectEntry.of(f"{CHECKPOINTS}/{step:09d}-{uuid.uuid4().hex[:8]}/{name}", body)
+        create_or_adopt(self._log.path / entry.key, body)
+        return entry
+
+    def commit(self, step: int, entries: Sequence[ObjectEntry], facts: dict[str, Any]) -> CheckpointRecord:
+        """Commit objects that are written as a checkpoint, by a record in the next slot.
 
         Raises:
             FencedError: another run leads this stage now.
@@ -170,15 +183,7 @@ class TrainingLog:
         """
         self._log.refresh()
         self._require_ours()
-        # A name of its own for every attempt: a crash before the record leaves bytes that nobody refers to.
-        nonce = uuid.uuid4().hex
-        folder = f"{CHECKPOINTS}/{step:09d}-{nonce[:8]}"
-        entries = []
-        for name, body in bodies.items():
-            entry = ObjectEntry.of(f"{folder}/{name}", body)
-            create_or_adopt(self._log.path / entry.key, body)
-            entries.append(entry)
-        record = self._log.checkpoint(step, tuple(entries), facts, nonce)
+        record = self._log.checkpoint(step, tuple(entries), facts, uuid.uuid4().hex)
         if record is None:
             self._require_ours()
             raise IntegrityError(

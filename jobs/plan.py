@@ -204,7 +204,7 @@ def refuse(plan: Plan, manifest: Manifest, workspace: Workspace, started: bool =
 
 def _smaller(planned: Planned) -> str:
     return {
-        "train": "lower train.batch, features, harvest.loader_memory or compute.ranks",
+        "train": "lower train.batch, features, harvest.loader_memory or compute.sharding.data",
         "harvest": "lower compute.workers, harvest.batch_tokens or harvest.unit_rows",
     }.get(planned.stage.name, "lower compute.workers")
 

@@ -147,7 +147,7 @@ class _LazyPool:
             return InlinePool(compute.attempts)
         from cluster.ray_cluster import ray_session
 
-        cpus = max(compute.workers * compute.threads, compute.ranks * compute.rank_threads)
+        cpus = max(compute.workers * compute.threads, compute.sharding.ranks * compute.rank_threads)
         self._stack.enter_context(ray_session(compute.address, cpus))
         # Imports ray, which must not happen before the session has set its environment.
         from cluster.ray_pool import RayPool

@@ -115,8 +115,11 @@ class Checkpoints(Protocol):
     def read(self, entry: ObjectEntry) -> bytes:
         """An object of a checkpoint, checked against its record."""
 
-    def commit(self, step: int, bodies: Mapping[str, bytes], facts: dict[str, Any]) -> CheckpointRecord:
-        """Write the objects, then the record that makes them a checkpoint."""
+    def write(self, step: int, name: str, body: bytes) -> ObjectEntry:
+        """Write an object; it is no checkpoint yet."""
+
+    def commit(self, step: int, entries: Sequence[ObjectEntry], facts: dict[str, Any]) -> CheckpointRecord:
+        """Write the record that makes the objects a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)

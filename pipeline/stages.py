@@ -10,16 +10,16 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "harvest", 1, ("tokenize",), harvest.params, harvest.run, harvest.estimate, harvest.check, per_dictionary=False
     ),
-    Stage("train", 1, ("harvest",), train.params, train.run, train.estimate, train.check),
+    Stage("train", 2, ("harvest",), train.params, train.run, train.estimate, train.check),
     Stage(
         "evaluate",
-        1,
+        2,
         ("tokenize", "harvest", "train"),
         evaluate.params,
         evaluate.run,
         evaluate.estimate,
         evaluate.check,
     ),
-    Stage("catalog", 1, ("harvest", "train", "evaluate"), catalog.params, catalog.run, catalog.estimate, catalog.check),
+    Stage("catalog", 2, ("harvest", "train", "evaluate"), catalog.params, catalog.run, catalog.estimate, catalog.check),
     Stage("export", 1, ("train", "catalog"), export.params, export.run, export.estimate, export.check),
 )

@@ -16,7 +16,7 @@ from pipeline import harvest
 from pipeline.activations.read import Stream
 from pipeline.activations.source import open_store
 from pipeline.dictionary import loop, model
-from pipeline.dictionary.model import DictionaryConfig, TopKDictionary
+from pipeline.dictionary.model import DictionaryConfig
 from pipeline.stage import Committed, Estimate, Gang, Out, Params, Sources, Task
 from pipeline.tokenize import parquet_body
 from schemas.errors import ManifestError
@@ -27,6 +27,8 @@ from schemas.tables import CURVES as CURVES_SCHEMA
 
 # Measured: a rank that has imported torch, deepspeed, zarr and pyarrow and joined its group.
 RANK_MEMORY = 750 * 2**20
+# Scores of a block of features for a block of tokens, where torch alone searches.
+SEARCH_MEMORY = 2**27
 
 
 class TrainParams(Params):
@@ -47,6 +49,7 @@ class TrainTask(Task):
     params: TrainParams
     stage: str
     checkpoint_seconds: float
+    feature_ranks: int
     deterministic: bool
 
 
@@ -73,6 +76,14 @@ def check(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -
             f"dictionary {dictionary.name!r}: k {settings.k} exceeds its {settings.features} features",
             f"set k to {settings.features} or less",
         )
+    parts = manifest.compute.sharding.features
+    if settings.features % parts:
+        below = settings.features - settings.features % parts
+        raise ManifestError(
+            f"dictionary {dictionary.name!r}: {settings.features} features cannot be shared evenly by "
+            f"compute.sharding.features {parts}",
+            f"set features to {below or parts} or {below + parts}",
+        )
     if dictionary.train.filter.skip_positions >= manifest.corpus.context:
         raise ManifestError(
             f"dictionary {dictionary.name!r}: train.filter.skip_positions {dictionary.train.filter.skip_positions} "
@@ -84,9 +95,9 @@ def check(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -
 def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -> Estimate:
     """See `Stage.estimate`.
 
-    A rank holds weights, gradients and two moments in float32, a checkpoint being packed, three slabs
-    (one streamed, one read ahead, one being permuted), and the step: pre-activations, a copy of the rows
-    that top-k orders, the gather, and the batch in a few forms.
+    A rank holds weights and what the optimizer adds to them in float32 (dense Adam a gradient and two moments,
+    RowAdam one moment), a checkpoint being packed, three slabs (one streamed, one read ahead, one being permuted), and
+    the step: scores of a block of features, candidates, the gather, and the whole batch in a few forms.
     """
     assert dictionary is not None
     settings = params(manifest, dictionary, sources)
@@ -95,18 +106,26 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
     weights = (2 * width + 1) * settings.features * 4
     slab = max(layout.geometry.slab_count(0), 1) * (layout.row_bytes(dictionary.hook_point) + 16)
     sample = layout.geometry.slab_count(0) * width * 4
-    batch = settings.settings.batch // manifest.compute.ranks
-    aux = settings.settings.aux_k if settings.settings.aux_k is not None else width // 2
-    step = batch * (2 * settings.features + 16 * width + 24 * (settings.k + aux)) * 4 + 2**26
+    train = settings.settings
+    aux = train.aux_k if train.aux_k is not None else width // 2
+    sharding = manifest.compute.sharding
+    share = train.batch // sharding.data
+    step = (train.batch * (16 * width + 24 * (settings.k + aux)) + share * 1024) * 4 + SEARCH_MEMORY
+    # Kept, and saved: weights and moments. A gradient is kept only.
+    kept, saved = {("adam", "full"): (4, 3), ("row_adam", "full"): (2, 2), ("row_adam", "row"): (1, 1)}[
+        train.optimizer, train.second_moment
+    ]
+    # The dictionary is put together on rank 0.
+    whole = 3 * (1 + saved) * weights if sharding.features > 1 else 0
     steps = -(-settings.settings.tokens // settings.settings.batch)
     return Estimate(
         units=1,
         rows=settings.settings.tokens,
-        stored_bytes=3 * weights,
+        stored_bytes=(1 + saved) * weights,
         objects=5,
-        # Weights, gradient, two moments, one being packed twice over (tensor and bytes).
-        memory=RANK_MEMORY + 10 * weights + 3 * slab + 3 * sample + step,
-        workers=manifest.compute.ranks,
+        # What is saved is packed twice over (tensors and bytes).
+        memory=RANK_MEMORY + (kept + 2 * saved) * weights // sharding.features + whole + 3 * slab + 3 * sample + step,
+        workers=sharding.ranks,
         note=f"F {settings.features} (F/d {settings.features / width:g}), k {settings.k}, {steps} steps",
     )
 
@@ -119,15 +138,16 @@ def run(inputs: Mapping[str, Committed], params: TrainParams, out: Out) -> Outpu
         params=params,
         stage=out.stage,
         checkpoint_seconds=out.compute.checkpoint_seconds,
+        feature_ranks=out.compute.sharding.features,
         deterministic=out.compute.deterministic,
     )
     resources = Resources(threads=out.compute.rank_threads, gpus=out.compute.gpus)
-    made: Outputs = out.gang(train_rank, task, out.compute.ranks, resources)
+    made: Outputs = out.gang(train_rank, task, out.compute.sharding.ranks, resources)
     return made
 
 
-def train_rank(task: TrainTask, path: StoragePath, gang: Gang) -> Outputs:
-    """One rank of the gang; rank 0 writes what comes of it."""
+def train_rank(task: TrainTask, path: StoragePath, gang: Gang) -> Outputs | None:
+    """One rank of the gang; rank 0 writes what comes of it, and says so."""
     settings = task.params
     if task.deterministic:
         torch.use_deterministic_algorithms(True)
@@ -137,10 +157,6 @@ def train_rank(task: TrainTask, path: StoragePath, gang: Gang) -> Outputs:
         store, settings.hook_point, settings.settings.seed, settings.settings.batch, settings.settings.filter, expected
     )
     width = store.layout.widths[settings.hook_point]
-    dictionary = TopKDictionary(width, settings.features, settings.k)
-    dictionary, curves, progress, since_fired_F = loop.train(
-        task.stage, stream, dictionary, settings.settings, task.checkpoint_seconds, gang
-    )
     config = DictionaryConfig(
         width=width,
         features=settings.features,
@@ -149,20 +165,24 @@ def train_rank(task: TrainTask, path: StoragePath, gang: Gang) -> Outputs:
         model=settings.model,
         model_digest=settings.model_digest,
     )
-    columns = dict(zip(CURVES_SCHEMA.names, zip(*curves, strict=True), strict=True))
+    trained = loop.train(
+        task.stage, stream, config, settings.settings, task.checkpoint_seconds, task.feature_ranks, gang
+    )
+    if trained is None:
+        return None
+    columns = dict(zip(CURVES_SCHEMA.names, zip(*trained.curves, strict=True), strict=True))
     table = pa.Table.from_pydict({name: list(values) for name, values in columns.items()}).cast(CURVES_SCHEMA)
     bodies = {
-        DICTIONARY: model.to_bytes(dictionary),
+        DICTIONARY: model.to_bytes(trained.dictionary),
         DICTIONARY_CONFIG: config.model_dump_json(indent=1).encode(),
         CURVES: parquet_body(table),
     }
-    if gang.rank == 0:
-        for key, body in bodies.items():
-            create_or_adopt(path / key, body)
+    for key, body in bodies.items():
+        create_or_adopt(path / key, body)
     facts: dict[str, Any] = {
-        **loop.describe(dictionary, since_fired_F, settings.settings),
-        "steps": progress.step,
-        "tokens": progress.tokens,
-        "scale": progress.scale,
+        **loop.describe(trained.dictionary, trained.since_fired_F, settings.settings),
+        "steps": trained.progress.step,
+        "tokens": trained.progress.tokens,
+        "scale": trained.progress.scale,
     }
     return Outputs(objects=tuple(ObjectEntry.of(key, body) for key, body in bodies.items()), facts=facts)

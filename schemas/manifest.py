@@ -193,7 +193,14 @@ class Train(_Section):
     )
     warmup: Fraction = Field(default=0.02, description="Share of the steps over which the rate rises from zero.")
     decay: Fraction = Field(default=0.2, description="Share of the steps over which the rate falls to zero at the end.")
-    beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    optimizer: Literal["row_adam", "adam"] = Field(
+        default="row_adam",
+        description="row_adam has no first moment (beta1 is 0) and visits only the features that fired; adam is dense.",
+    )
+    second_moment: Literal["full", "row"] = Field(
+        default="full", description="row: a feature's row shares one number, which takes a third of the memory away."
+    )
+    beta1: float | None = Field(default=None, ge=0.0, lt=1.0, description="Of adam; 0.9 if left out.")
     beta2: float = Field(default=0.999, gt=0.0, lt=1.0)
     clip: float = Field(default=1.0, ge=0.0, description="Largest norm of the gradient; 0 does not clip.")
     aux_k: Steps | None = Field(
@@ -205,6 +212,14 @@ class Train(_Section):
     )
     seed: Seed = 0
     filter: Filter = Filter()
+
+    @model_validator(mode="after")
+    def _optimizer_fits(self) -> Self:
+        if self.optimizer == "row_adam" and self.beta1:
+            raise ValueError(f"beta1 {self.beta1} needs a first moment, row_adam has none; leave it out, or use adam")
+        if self.optimizer == "adam" and self.second_moment == "row":
+            raise ValueError("second_moment row is row_adam's; leave it out, or use row_adam")
+        return self
 
     @model_validator(mode="after")
     def _phases_fit(self) -> Self:
@@ -261,6 +276,18 @@ class Dictionary(_Section):
         return self.features if self.features is not None else width * (self.expansion or 0)
 
 
+class Sharding(_Section):
+    """The mesh of training ranks, features x data: each has a part of the features and a part of each batch."""
+
+    features: Processes = Field(default=1, description="Ranks that share the features of a dictionary.")
+    data: Processes = Field(default=1, description="Ranks that share a batch.")
+
+    @property
+    def ranks(self) -> int:
+        """All of them."""
+        return self.features * self.data
+
+
 class Compute(_Section):
     """Where the run happens. Nothing here can change a result, so nothing here enters a fingerprint."""
 
@@ -273,7 +300,7 @@ class Compute(_Section):
     workers: Processes = Field(default=2, description="Workers for tokenize, harvest, evaluate and catalog.")
     threads: Processes = Field(default=1, description="CPU threads of each worker.")
     gpus: float = Field(default=0.0, ge=0.0, description="GPUs of each worker and training rank.")
-    ranks: Processes = Field(default=1, description="Training ranks.")
+    sharding: Sharding = Sharding()
     rank_threads: Processes = Field(default=2, description="CPU threads of each training rank.")
     memory: Bytes | None = Field(
         default=None, description="Memory that the run may take; that of the machine if left out."
@@ -316,8 +343,12 @@ class Manifest(_Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.compute.pool == "inline" and self.compute.ranks > 1:
-            raise ValueError(f"compute.ranks is {self.compute.ranks}, the inline pool has 1; use compute.pool ray")
+        sharding = self.compute.sharding
+        if self.compute.pool == "inline" and sharding.ranks > 1:
+            raise ValueError(
+                f"compute.sharding has {sharding.ranks} ranks ({sharding.features} x {sharding.data}), the inline pool "
+                f"has 1; use compute.pool ray"
+            )
         names = [dictionary.name for dictionary in self.dictionaries]
         for name in names:
             if names.count(name) > 1:
@@ -329,10 +360,15 @@ class Manifest(_Section):
                     f"{where}.hook_point {dictionary.hook_point!r} is not harvested; "
                     f"harvest.hook_points has {list(self.harvest.hook_points)}"
                 )
-            if dictionary.train.batch % self.compute.ranks:
+            if dictionary.train.batch % sharding.data:
                 raise ValueError(
                     f"{where}.train.batch {dictionary.train.batch} is not divisible by "
-                    f"compute.ranks {self.compute.ranks}"
+                    f"compute.sharding.data {sharding.data}"
+                )
+            if dictionary.train.optimizer == "adam" and sharding.features > 1:
+                raise ValueError(
+                    f"{where}.train.optimizer adam is dense; "
+                    f"compute.sharding.features {sharding.features} needs row_adam"
                 )
         return self
 

@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 SEED = int(os.environ.get("KILOBASIS_CHAOS_SEED", "20261122"))
 SECONDS = 400.0
-TWO_RANKS = ("--set", "compute.ranks=2")
+TWO_RANKS = ("--set", "compute.sharding.data=2")
 
 
 @dataclass(frozen=True, order=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from cluster.pool import free_port
 from pipeline.dictionary.loop import Trainer, scale_of
 from pipeline.dictionary.model import TopKDictionary
+from pipeline.dictionary.parallel import joined
 from schemas.manifest import Train
 
 STEPS = 10**6
@@ -26,7 +27,6 @@ dictionary = TopKDictionary(setting.width, setting.features, setting.k)
 dictionary.initialize(session.sample * scale, setting.seed)
 # Without a rise of the rate, so that the few steps of a benchmark show that it learns.
 settings = Train(tokens=STEPS * setting.batch, batch=setting.batch, warmup=0.0, seed=setting.seed)
-trainer = Trainer(dictionary, settings, STEPS, 0, 1, f"tcp://127.0.0.1:{free_port()}")
 
 
 def reconstruct(x_BD: Tensor) -> Tensor:
@@ -34,6 +34,8 @@ def reconstruct(x_BD: Tensor) -> Tensor:
     return dictionary.decode(*dictionary.encode(x_BD * scale)) / scale
 
 
-with trainer.engine:
-    for step, x_BD in enumerate(session.batches(reconstruct)):
-        trainer.step(step, x_BD * scale)()
+with joined(0, 1, 1, f"tcp://127.0.0.1:{free_port()}") as ranks:
+    trainer = Trainer(dictionary, settings, STEPS, ranks)
+    with trainer.engine:
+        for step, x_BD in enumerate(session.batches(reconstruct)):
+            trainer.step(step, x_BD * scale)()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -205,7 +205,7 @@ class Stream:
             )
         return Cursor(cursor.epoch + 1)
 
-    def batches(self, cursor: Cursor) -> Iterator[tuple[torch.Tensor, Cursor]]:
+    def batches(self, cursor: Cursor) -> Generator[tuple[torch.Tensor, Cursor]]:
         """Yield (B, D) batches in the store's type, each with the cursor behind it, without end.
 
         Raises:

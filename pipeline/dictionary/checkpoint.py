@@ -1,20 +1,34 @@
-"""What training must remember to go on with the same bits: weights, both moments, counters, curves, cursor."""
+"""What training must remember to go on with the same bits: weights, moments, counters, curves, cursor.
+
+Ranks that share the features save a part each; the parts are read back by any number of ranks. A checkpoint is written
+behind training's back, from a copy of the state.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import safetensors.torch
 import torch
 
 from pipeline.activations.read import Cursor
 from pipeline.dictionary.model import TopKDictionary
-from pipeline.dictionary.optimizer import SphereAdam
+from pipeline.dictionary.optimizer import DictionaryOptimizer
+from pipeline.dictionary.ranks import Ranks
+from pipeline.stage import Checkpoints
 from schemas.errors import IntegrityError
+from schemas.records import ObjectEntry
 
 STATE = "state.safetensors"
+# Tensors with a row for every feature; dense Adam's are called after their weights.
+ROWS = ("model.W_enc", "model.W_dec", "model.b_enc", "adam.encoder_v", "adam.decoder_v", "adam.bias_v", "adam.stamps_F")
+DENSE_ROWS = ("adam.W_enc.exp", "adam.W_dec.exp", "adam.b_enc.exp")
+SINCE_FIRED, CURVES = "since_fired", "curves"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +41,10 @@ class Progress:
     cursor: Cursor
 
 
-def pack(
-    dictionary: TopKDictionary, optimizer: SphereAdam, since_fired_F: torch.Tensor, curves: list[list[float]]
-) -> bytes:
-    """Every tensor of the state, as safetensors.
+def state(
+    dictionary: TopKDictionary, optimizer: DictionaryOptimizer, since_fired_F: torch.Tensor, curves: list[list[float]]
+) -> dict[str, torch.Tensor]:
+    """Every tensor of this rank's state, copied.
 
     Args:
         dictionary: Weights.
@@ -39,37 +53,56 @@ def pack(
         curves: Rows of `schemas.tables.CURVES`.
     """
     tensors = {f"model.{name}": value for name, value in dictionary.state_dict().items()}
-    for name, parameter in dictionary.named_parameters():
-        for field, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"adam.{name}.{field}"] = torch.as_tensor(value)
-    tensors["since_fired"] = since_fired_F
-    tensors["curves"] = torch.tensor(curves, dtype=torch.float64)
-    body: bytes = safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
-    return body
+    tensors |= {f"adam.{name}": value for name, value in optimizer.tensors().items()}
+    tensors |= {SINCE_FIRED: since_fired_F, CURVES: torch.tensor(curves, dtype=torch.float64)}
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
 
 
-def unpack(
-    body: bytes, dictionary: TopKDictionary, optimizer: SphereAdam | None
+def read(bodies: Sequence[bytes], first: int, count: int) -> dict[str, torch.Tensor]:
+    """The state of some features out of the parts of a checkpoint.
+
+    Args:
+        bodies: The parts, in order.
+        first: The first feature wanted.
+        count: How many.
+
+    Raises:
+        IntegrityError: they are not there.
+    """
+    parts = [safetensors.torch.load(body) for body in bodies]
+    made = dict(parts[0])
+    sizes = [len(part[SINCE_FIRED]) for part in parts]
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    if first + count > sum(sizes):
+        raise IntegrityError(
+            f"the checkpoint has {sum(sizes)} features, expected {first + count}", "delete the train stage's folder"
+        )
+    for name in made:
+        if name in ROWS or name.startswith(DENSE_ROWS) or name == SINCE_FIRED:
+            pieces = [
+                part[name][max(0, first - start) : max(0, first + count - start)]
+                for part, start in zip(parts, starts, strict=True)
+            ]
+            made[name] = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+    return made
+
+
+def restore(
+    tensors: Mapping[str, torch.Tensor], dictionary: TopKDictionary, optimizer: DictionaryOptimizer | None
 ) -> tuple[torch.Tensor, list[list[float]]]:
     """Put a state back into the dictionary and the optimizer; returns the counters and the curves.
 
     Raises:
         IntegrityError: the state belongs to another dictionary.
     """
-    tensors = safetensors.torch.load(body)
     weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
     try:
         dictionary.load_state_dict(weights)
     except RuntimeError as error:
         raise IntegrityError(f"the checkpoint does not fit: {error}", "delete the train stage's folder") from error
     if optimizer is not None:
-        for name, parameter in dictionary.named_parameters():
-            prefix = f"adam.{name}."
-            fields = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device) for key, value in fields.items()
-            }
-    return tensors["since_fired"], tensors["curves"].tolist()
+        optimizer.load({key.removeprefix("adam."): each for key, each in tensors.items() if key.startswith("adam.")})
+    return tensors[SINCE_FIRED], tensors[CURVES].tolist()
 
 
 def facts(progress: Progress) -> dict[str, Any]:
@@ -84,3 +117,87 @@ def parse_facts(numbers: Mapping[str, Any]) -> Progress:
     cursor = dict(numbers["cursor"])
     cursor["hash"] = int(cursor["hash"], 16)
     return Progress(int(numbers["step"]), int(numbers["tokens"]), float(numbers["scale"]), Cursor(**cursor))
+
+
+class Saver:
+    """Writes checkpoints in a thread, one at a time. Collective: what is called on one rank is called on all.
+
+    The first rank of every part of the features writes its state; when all have, rank 0 commits them together.
+
+    Args:
+        checkpoints: Where to.
+        ranks: This rank's place.
+        seconds: Time between the beginnings of two.
+        committed: Told the step and the seconds that a checkpoint took, on rank 0.
+    """
+
+    def __init__(
+        self, checkpoints: Checkpoints, ranks: Ranks, seconds: float, committed: Callable[[int, float], None]
+    ) -> None:
+        self._checkpoints, self._ranks, self._seconds, self._committed = checkpoints, ranks, seconds, committed
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._began = time.monotonic()
+        self._progress: Progress | None = None
+        self._writing: Future[str] | None = None
+        self._committing: Future[Progress] | None = None
+
+    def turn(self, progress: Progress, snapshot: Callable[[], dict[str, torch.Tensor]], last: bool) -> None:
+        """Behind every step: go on with a checkpoint that is being written, or begin one when it is time.
+
+        Args:
+            progress: Where training is.
+            snapshot: Copies the state.
+            last: Training is over: write this state, and wait for it.
+
+        Raises:
+            KilobasisError: a checkpoint could not be written.
+        """
+        self._go_on(wait=last)
+        due = last or (self._idle and time.monotonic() - self._began >= self._seconds)
+        if self._ranks.first(float(due)) and self._idle:
+            self._begin(progress, snapshot)
+        if last:
+            self._go_on(wait=True)
+
+    @property
+    def _idle(self) -> bool:
+        return self._writing is None and self._committing is None
+
+    def _begin(self, progress: Progress, snapshot: Callable[[], dict[str, torch.Tensor]]) -> None:
+        self._began, self._progress = time.monotonic(), progress
+        state_ = snapshot() if self._ranks.data_rank == 0 else None
+        self._writing = self._thread.submit(self._write, progress.step, state_)
+
+    def _write(self, step: int, tensors: dict[str, torch.Tensor] | None) -> str:
+        if tensors is None:
+            return ""
+        part = self._ranks.feature_rank
+        name = STATE if self._ranks.features == 1 else f"state-{part:05d}-of-{self._ranks.features:05d}.safetensors"
+        return self._checkpoints.write(step, name, safetensors.torch.save(tensors)).model_dump_json()
+
+    def _commit(self, progress: Progress, entries: list[ObjectEntry]) -> Progress:
+        self._checkpoints.commit(progress.step, entries, facts(progress))
+        return progress
+
+    def _go_on(self, wait: bool) -> None:
+        if self._writing is not None:
+            done = wait or self._writing.done()
+            said = self._writing.result() if done else ""
+            if self._ranks.least(float(done)):
+                entries = [ObjectEntry.model_validate_json(each) for each in self._ranks.texts(said) if each]
+                self._writing = None
+                if self._ranks.rank == 0:
+                    assert self._progress is not None
+                    self._committing = self._thread.submit(self._commit, self._progress, entries)
+        if self._committing is not None and (wait or self._committing.done()):
+            self._committed(self._committing.result().step, time.monotonic() - self._began)
+            self._committing = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """What is not committed is left; nobody refers to it."""
+        self._thread.shutdown(wait=True, cancel_futures=True)

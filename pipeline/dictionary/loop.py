@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +17,18 @@ import torch
 
 from cluster.storage.parsing import parsing
 from pipeline.activations.read import Cursor, Stream
-from pipeline.dictionary import checkpoint, loss
-from pipeline.dictionary.checkpoint import Progress
-from pipeline.dictionary.model import TopKDictionary
-from pipeline.dictionary.optimizer import SphereAdam, peak_rate, rate
+from pipeline.dictionary import checkpoint, parallel
+from pipeline.dictionary.checkpoint import Progress, Saver
+from pipeline.dictionary.model import DictionaryConfig, TopKDictionary
+from pipeline.dictionary.objective import DenseObjective, Made, RowObjective
+from pipeline.dictionary.optimizer import RowAdam, SphereAdam, peak_rate, rate
 from pipeline.dictionary.parallel import Engine
+from pipeline.dictionary.ranks import Ranks
 from pipeline.stage import Gang
 from schemas import events
 from schemas.errors import NonFiniteError
 from schemas.manifest import Train
+from schemas.records import CheckpointRecord
 
 CURVE_POINTS = 400
 EVENT_SECONDS = 1.0
@@ -49,22 +53,31 @@ class Trainer:
     """One dictionary, its optimizer and its engine: everything of a step but the data.
 
     Args:
-        dictionary: Initialized weights, the same on every rank.
+        dictionary: This rank's features, with initialized weights, the same on every rank of a data group.
         settings: The manifest's `train`.
         steps: Steps of the whole run, for the schedule.
-        rank: This rank.
-        world_size: Ranks.
-        init_method: Where ranks meet.
+        ranks: This rank's place.
     """
 
-    def __init__(
-        self, dictionary: TopKDictionary, settings: Train, steps: int, rank: int, world_size: int, init_method: str
-    ) -> None:
-        self.dictionary, self.settings, self.steps = dictionary, settings, steps
-        self._peak = peak_rate(settings, dictionary.features)
-        self.optimizer = SphereAdam(dictionary, self._peak, (settings.beta1, settings.beta2))
-        self.engine = Engine(dictionary, self.optimizer, settings.batch, settings.clip, rank, world_size, init_method)
-        self.aux_k = dictionary.width // 2 if settings.aux_k is None else settings.aux_k
+    def __init__(self, dictionary: TopKDictionary, settings: Train, steps: int, ranks: Ranks) -> None:
+        self.dictionary, self.settings, self.steps, self.ranks = dictionary, settings, steps, ranks
+        self.features = dictionary.features * ranks.features
+        self._peak = peak_rate(settings, self.features)
+        aux_k = dictionary.width // 2 if settings.aux_k is None else settings.aux_k
+        dictionary.to(parallel.device(ranks.rank))
+        self.optimizer: RowAdam | SphereAdam
+        if settings.optimizer == "row_adam":
+            rows = RowObjective(dictionary, aux_k, settings.aux_weight, ranks)
+            row_wise = settings.second_moment == "row"
+            # It clips by itself, because the engine sees no gradient but that of b_dec.
+            self.optimizer = RowAdam(rows, self._peak, settings.beta2, settings.clip, row_wise)
+            self.engine = Engine(rows, self.optimizer, settings.batch, 0.0, ranks)
+        else:
+            dense = DenseObjective(dictionary, aux_k, settings.aux_weight)
+            self.optimizer = SphereAdam(
+                dictionary, self._peak, (0.9 if settings.beta1 is None else settings.beta1, settings.beta2)
+            )
+            self.engine = Engine(dense, self.optimizer, settings.batch, settings.clip, ranks)
         self.since_fired_F = torch.zeros(dictionary.features, dtype=torch.int64, device=self.engine.device)
         self.skipped = 0
 
@@ -86,46 +99,46 @@ class Trainer:
         learning_rate = rate(index, self.steps, self._peak, self.settings.warmup, self.settings.decay)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        has_dead = bool(dead_F.any())
-        code = self.engine(x_BD, dead_F if has_dead else None, self.aux_k if has_dead else 0)
-        main = loss.reconstruction(x_BD, code.x_hat_BD)
-        auxiliary = loss.auxiliary(x_BD, code)
-        total = main + self.settings.aux_weight * auxiliary
-        self.engine.backward(total)
-        norm = self.engine.gradient_norm()
-        if not (torch.isfinite(total) and norm < float("inf")):
+        dead = self.ranks.total(dead_F.sum(), "scalars")
+        made: Made = self.engine(x_BD, dead_F if int(dead) else None)
+        self.engine.backward(made.total)
+        rows = self.optimizer if isinstance(self.optimizer, RowAdam) else None
+        norm = self.engine.gradient_norm() if rows is None else rows.norm_bound()
+        if not (torch.isfinite(made.total) and norm < float("inf")):
             raise NonFiniteError(
-                f"train: loss {total.item()}, gradient norm {norm} in step {index}",
+                f"train: loss {made.total.item()}, gradient norm {norm} in step {index}",
                 "lower train.learning_rate; the last good checkpoint is kept",
             )
         self.skipped = 0 if self.engine.step() else self.skipped + 1
         if self.skipped >= MOST_SKIPPED:
             raise NonFiniteError(
                 f"train: DeepSpeed skipped {self.skipped} steps in a row, the last one step {index} on rank "
-                f"{self.engine.rank}: gradients overflow",
+                f"{self.ranks.rank}: gradients overflow",
                 "lower train.learning_rate; the last good checkpoint is kept",
             )
+        norm = norm if rows is None else rows.gradient_norm
         self.optimizer.zero_grad(set_to_none=True)
-        self._count(code.z_BK, code.indices_BK)
+        self._count(made.z_BK, made.indices_BK)
 
         def scalars() -> StepScalars:
             x_BD_centred = x_BD - x_BD.mean(0)
             local = torch.stack(
                 [
-                    main.detach(),
-                    auxiliary.detach(),
-                    (x_BD - code.x_hat_BD.detach()).square().mean(),
+                    made.main.detach(),
+                    made.auxiliary.detach(),
                     x_BD_centred.square().mean(),
-                    (code.z_BK > 0).float().sum(1).mean(),
+                    (made.z_BK > 0).float().sum(1).mean(),
                 ]
             )
-            loss_, aux, error, variance, l0 = self.engine.mean(local).tolist()
+            main, auxiliary, variance, l0 = self.ranks.mean(local).tolist()
+            l0 = float(self.ranks.total(torch.tensor(l0), "scalars"))
+            dead = self.ranks.total((self.since_fired_F > self.settings.dead_after).sum(), "scalars")
             return StepScalars(
-                loss=loss_ + self.settings.aux_weight * aux,
-                fvu=error / max(variance, 1e-12),
+                loss=main + self.settings.aux_weight * auxiliary,
+                fvu=main / max(variance, 1e-12),
                 l0=l0,
-                dead=float((self.since_fired_F > self.settings.dead_after).float().mean()),
-                aux_loss=aux,
+                dead=int(dead) / self.features,
+                aux_loss=auxiliary,
                 learning_rate=learning_rate,
                 gradient_norm=norm,
             )
@@ -136,7 +149,7 @@ class Trainer:
         """Tokens since each feature fired, over the batches of all ranks."""
         fired_F = torch.zeros(len(self.since_fired_F), dtype=torch.uint8, device=z_BK.device)
         fired_F[indices_BK[z_BK > 0]] = 1
-        fired_F = self.engine.any(fired_F)
+        fired_F = self.ranks.any(fired_F)
         self.since_fired_F += self.settings.batch
         self.since_fired_F[fired_F.bool()] = 0
 
@@ -147,57 +160,89 @@ def scale_of(sample_ND: torch.Tensor) -> float:
     return float(centred_ND.square().mean().clamp_min(1e-30).rsqrt())
 
 
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What training ends with, the same on every rank but for the dictionary, which is this rank's part of it."""
+
+    dictionary: TopKDictionary
+    since_fired_F: torch.Tensor
+    curves: list[list[float]]
+    progress: Progress
+
+
 def train(
     stage: str,
     stream: Stream,
-    dictionary: TopKDictionary,
+    shape: DictionaryConfig,
     settings: Train,
     checkpoint_seconds: float,
+    features: int,
     gang: Gang,
-) -> tuple[TopKDictionary, list[list[float]], Progress, torch.Tensor]:
+) -> Trained | None:
     """Train to the end, from the last checkpoint if there is one.
 
     Args:
         stage: Label for events.
         stream: The shuffled activations.
-        dictionary: Its shape counts, its weights are set here.
+        shape: Width, features and k of the dictionary.
         settings: The manifest's `train`.
         checkpoint_seconds: Time between checkpoints.
+        features: Ranks that share the features.
         gang: This rank's place, and where checkpoints go.
 
     Returns:
-        The dictionary of raw activations, the curves (rows of `schemas.tables.CURVES`), where training
-        ended, and the tokens since each feature fired. The same on every rank, from a committed checkpoint.
+        On rank 0 the dictionary of raw activations, the tokens since each feature fired, the curves (rows of
+        `schemas.tables.CURVES`) and where training ended, from a committed checkpoint. Nothing on the others.
     """
     steps = -(-settings.tokens // settings.batch)
     gang.beat(0, "data")
-    last = gang.checkpoints.latest()
-    progress = Progress(0, 0, 1.0, Cursor())
-    body: bytes | None = None
-    if last is not None:
-        with parsing(f"slot {last.slot} of {stage}'s log", "checkpoint"):
-            progress = checkpoint.parse_facts(last.facts)
-            entry = last.objects[0]
-        body = gang.checkpoints.read(entry)
-    else:
-        sample_ND = stream.sample()
-        progress = Progress(0, 0, scale_of(sample_ND), Cursor())
-        dictionary.initialize(sample_ND * progress.scale, settings.seed)
-        del sample_ND
-    gang.beat(progress.step, "starting")
-    trainer = Trainer(dictionary, settings, steps, gang.rank, gang.world_size, gang.init_method)
-    with trainer.engine:
-        curves: list[list[float]] = []
-        if body is not None:
-            with parsing(f"{stage}: {entry.key}", "checkpoint"):
-                since_fired_F, curves = checkpoint.unpack(body, dictionary, trainer.optimizer)
-            trainer.since_fired_F = since_fired_F.to(trainer.engine.device)
-            del body
-        if progress.step < steps:
-            progress = _loop(stage, stream, trainer, progress, curves, checkpoint_seconds, gang)
-        gang.beat(progress.step, "saving")
-        dictionary.cpu().rescale(progress.scale)
-        return dictionary, curves, progress, trainer.since_fired_F.cpu()
+    with parallel.joined(gang.rank, gang.world_size, features, gang.init_method) as ranks:
+        count = shape.features // features
+        dictionary = TopKDictionary(shape.width, count, shape.k)
+        last = gang.checkpoints.latest()
+        progress, curves = Progress(0, 0, 1.0, Cursor()), list[list[float]]()
+        state = None
+        if last is not None:
+            progress, state = _read(stage, last, gang, ranks.feature_rank * count, count)
+        else:
+            sample_ND = stream.sample()
+            progress = Progress(0, 0, scale_of(sample_ND), Cursor())
+            dictionary.initialize(sample_ND * progress.scale, settings.seed, ranks)
+            del sample_ND
+        gang.beat(progress.step, "starting")
+        trainer = Trainer(dictionary, settings, steps, ranks)
+        with trainer.engine:
+            if state is not None:
+                with parsing(f"{stage}: slot {last.slot if last else 0} of the log", "checkpoint"):
+                    since_fired_F, curves = checkpoint.restore(state, dictionary, trainer.optimizer)
+                trainer.since_fired_F = since_fired_F.to(trainer.engine.device)
+                del state
+            if progress.step < steps:
+                progress = _loop(stage, stream, trainer, progress, curves, checkpoint_seconds, gang)
+            gang.beat(progress.step, "saving")
+            since_fired_F = trainer.since_fired_F.cpu()
+        if gang.rank != 0:
+            return None
+        dictionary.cpu()
+        if features > 1:
+            last = gang.checkpoints.latest()
+            assert last is not None
+            _, state = _read(stage, last, gang, 0, shape.features)
+            dictionary = TopKDictionary(shape.width, shape.features, shape.k)
+            since_fired_F, _ = checkpoint.restore(state, dictionary, None)
+        dictionary.rescale(progress.scale)
+        return Trained(dictionary, since_fired_F, curves, progress)
+
+
+def _read(
+    stage: str, last: CheckpointRecord, gang: Gang, first: int, count: int
+) -> tuple[Progress, dict[str, torch.Tensor]]:
+    """Where a checkpoint is, and its state of some features."""
+    with parsing(f"slot {last.slot} of {stage}'s log", "checkpoint"):
+        progress = checkpoint.parse_facts(last.facts)
+    bodies = [gang.checkpoints.read(entry) for entry in last.objects]
+    with parsing(f"{stage}: {last.objects[0].key}", "checkpoint"):
+        return progress, checkpoint.read(bodies, first, count)
 
 
 def _loop(
@@ -209,54 +254,52 @@ def _loop(
     checkpoint_seconds: float,
     gang: Gang,
 ) -> Progress:
-    settings, steps = trainer.settings, trainer.steps
-    share = settings.batch // gang.world_size
-    mine = slice(gang.rank * share, (gang.rank + 1) * share)
+    settings, steps, ranks = trainer.settings, trainer.steps, trainer.ranks
+    share = settings.batch // ranks.data
+    mine = slice(ranks.data_rank * share, (ranks.data_rank + 1) * share)
     every = max(1, steps // CURVE_POINTS)
-    saved, told, waited, began = time.monotonic(), time.monotonic(), 0.0, progress.tokens
-    started = saved
+    told, waited, began = time.monotonic(), 0.0, progress.tokens
+    started = told
     batches = stream.batches(progress.cursor)
-    for index in range(progress.step, steps):
-        asked = time.monotonic()
-        gang.beat(index, "data")
-        x_BD, cursor = next(batches)
-        gang.beat(index, "step")
-        waited += time.monotonic() - asked
-        # The scale is applied in float32: in the store's type it would round.
-        scalars = trainer.step(index, x_BD[mine].to(trainer.engine.device, torch.float32) * progress.scale)
-        if trainer.skipped and gang.rank == 0:
-            gang.emit(events.Note(stage, f"DeepSpeed skipped step {index}, {trainer.skipped} in a row"))
-        progress = Progress(index + 1, progress.tokens + settings.batch, progress.scale, cursor)
-        if index % every == 0 or index == steps - 1:
-            now = scalars()
-            curves.append([progress.step, progress.tokens, *_values(now)])
-            if gang.rank == 0 and (time.monotonic() - told >= EVENT_SECONDS or index == steps - 1):
-                told = time.monotonic()
-                rates = {
-                    "tokens_per_second": (progress.tokens - began) / (told - started),
-                    "data_wait": waited / (told - started),
-                }
-                named = {name: getattr(now, name) for name in StepScalars.__slots__}
-                gang.emit(events.Progress(stage, progress.step, progress.tokens, steps * settings.batch, named | rates))
-        due = time.monotonic() - saved >= checkpoint_seconds or index == steps - 1
-        if gang.rank == 0 and due:
-            saved = _save(stage, trainer, progress, curves, gang)
-    batches.close()  # type: ignore[attr-defined]
+
+    def snapshot() -> dict[str, torch.Tensor]:
+        return checkpoint.state(trainer.dictionary, trainer.optimizer, trainer.since_fired_F, curves)
+
+    def committed(step: int, seconds: float) -> None:
+        gang.emit(events.CheckpointCommitted(stage, step, seconds))
+
+    with closing(batches), Saver(gang.checkpoints, ranks, checkpoint_seconds, committed) as saver:
+        for index in range(progress.step, steps):
+            asked = time.monotonic()
+            gang.beat(index, "data")
+            x_BD, cursor = next(batches)
+            gang.beat(index, "step")
+            waited += time.monotonic() - asked
+            # The scale is applied in float32: in the store's type it would round.
+            scalars = trainer.step(index, x_BD[mine].to(trainer.engine.device, torch.float32) * progress.scale)
+            if trainer.skipped and gang.rank == 0:
+                gang.emit(events.Note(stage, f"DeepSpeed skipped step {index}, {trainer.skipped} in a row"))
+            progress = Progress(index + 1, progress.tokens + settings.batch, progress.scale, cursor)
+            if index % every == 0 or index == steps - 1:
+                now = scalars()
+                curves.append([progress.step, progress.tokens, *_values(now)])
+                if gang.rank == 0 and (time.monotonic() - told >= EVENT_SECONDS or index == steps - 1):
+                    told = time.monotonic()
+                    rates = {
+                        "tokens_per_second": (progress.tokens - began) / (told - started),
+                        "data_wait": waited / (told - started),
+                    }
+                    named = {name: getattr(now, name) for name in StepScalars.__slots__}
+                    whole = steps * settings.batch
+                    gang.emit(events.Progress(stage, progress.step, progress.tokens, whole, named | rates))
+            if index == steps - 1:
+                gang.beat(progress.step, "saving")
+            saver.turn(progress, snapshot, last=index == steps - 1)
     return progress
 
 
 def _values(scalars: StepScalars) -> list[float]:
     return [getattr(scalars, name) for name in StepScalars.__slots__]
-
-
-def _save(stage: str, trainer: Trainer, progress: Progress, curves: list[list[float]], gang: Gang) -> float:
-    began = time.monotonic()
-    gang.beat(progress.step, "saving")
-    body = checkpoint.pack(trainer.dictionary, trainer.optimizer, trainer.since_fired_F, curves)
-    gang.checkpoints.commit(progress.step, {checkpoint.STATE: body}, checkpoint.facts(progress))
-    ended = time.monotonic()
-    gang.emit(events.CheckpointCommitted(stage, progress.step, ended - began))
-    return ended
 
 
 def describe(dictionary: TopKDictionary, since_fired_F: torch.Tensor, settings: Train) -> dict[str, Any]:

@@ -9,16 +9,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from torch import nn
 
+from pipeline.dictionary import sharding
+from pipeline.dictionary.ranks import Ranks
 from pipeline.dictionary.topk import Decode, EncodeTopK, decode, top_k
 from schemas.errors import IntegrityError
 
 FORMAT = 1
+# So many rows of the start come from one seed: any part of the features can be made without the rest.
+ROWS_OF_A_SEED = 256
 
 
 class DictionaryConfig(BaseModel):
@@ -45,8 +50,18 @@ class Code(NamedTuple):
     error_hat_BD: torch.Tensor | None
 
 
+def random_rows(first: int, count: int, width: int, seed: int) -> torch.Tensor:
+    """Unit vectors in random directions for features from `first` on. Shape (count, D)."""
+    blocks = []
+    for block in range(first // ROWS_OF_A_SEED, -(-(first + count) // ROWS_OF_A_SEED)):
+        rows = np.random.default_rng([seed, block]).standard_normal((ROWS_OF_A_SEED, width), dtype=np.float32)
+        blocks.append(torch.from_numpy(rows))
+    start = first % ROWS_OF_A_SEED
+    return nn.functional.normalize(torch.cat(blocks)[start : start + count], dim=1)
+
+
 class TopKDictionary(nn.Module):
-    """A TopK dictionary.
+    """A TopK dictionary, or a rank's part of one.
 
     Args:
         width: d, width of the hook point.
@@ -73,7 +88,7 @@ class TopKDictionary(nn.Module):
         return self.W_enc.shape[1]
 
     @torch.no_grad()
-    def initialize(self, x_ND: torch.Tensor, seed: int) -> None:
+    def initialize(self, x_ND: torch.Tensor, seed: int, ranks: Ranks | None = None) -> None:
         """Start from data: random unit decoder rows, b_dec the mean, the encoder tied and scaled to fit.
 
         The scale is the one with the least squared error on the sample. A tied encoder of scale 1
@@ -81,10 +96,11 @@ class TopKDictionary(nn.Module):
 
         Args:
             x_ND: Sample of activations.
-            seed: Of the decoder rows.
+            seed: Of the decoder rows. A row depends on its feature alone, not on the rank that holds it.
+            ranks: Those that share the features; none if left out.
         """
-        generator = torch.Generator().manual_seed(seed)
-        W_FD = nn.functional.normalize(torch.randn(self.W_dec.shape, generator=generator), dim=1)
+        ranks = ranks or Ranks()
+        W_FD = random_rows(ranks.feature_rank * self.features, self.features, self.width, seed)
         self.W_dec.copy_(W_FD)
         self.b_dec.copy_(x_ND.double().mean(0).float())
         self.W_enc.copy_(W_FD)
@@ -92,8 +108,8 @@ class TopKDictionary(nn.Module):
         dot, square = 0.0, 0.0
         for x_BD in torch.split(sample_ND, 1024):
             centred_BD = x_BD - self.b_dec
-            z_BK, indices_BK = top_k(centred_BD @ W_FD.T, self.k)
-            x_hat_BD = decode(z_BK, indices_BK, W_FD)
+            z_BK, indices_BK = sharding.top_k(centred_BD, W_FD, self.b_enc, self.k, ranks)
+            x_hat_BD = ranks.total(decode(z_BK, indices_BK, W_FD), "start")
             dot += float((x_hat_BD * centred_BD).sum())
             square += float(x_hat_BD.square().sum())
         self.W_enc.mul_(dot / max(square, 1e-12))
@@ -112,12 +128,12 @@ class TopKDictionary(nn.Module):
     @torch.no_grad()
     def encode(self, x_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Active features of each token and their values. Shapes (B, K), (B, K); some values may be 0."""
-        return top_k(torch.addmm(self.b_enc, x_BD - self.b_dec, self.W_enc.T), self.k)
+        return top_k(x_BD - self.b_dec, self.W_enc, self.b_enc, self.k)
 
     @torch.no_grad()
     def decode(self, z_BK: torch.Tensor, indices_BK: torch.Tensor) -> torch.Tensor:
         """Reconstruction from active features. Shape (B, D)."""
-        return decode(z_BK, indices_BK, self.W_dec) + self.b_dec
+        return decode(z_BK, indices_BK, self.W_dec, self.b_dec)
 
     @torch.no_grad()
     def rescale(self, scale: float) -> None:

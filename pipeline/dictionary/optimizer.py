@@ -3,13 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 
+from pipeline.dictionary.kernels.portable import Adam, Rows
 from pipeline.dictionary.model import TopKDictionary
+from pipeline.dictionary.objective import RowObjective
+from pipeline.dictionary.topk import kernels
 from schemas.manifest import Train
+
+
+class DictionaryOptimizer(Protocol):
+    """What the loop and its checkpoints need of an optimizer."""
+
+    param_groups: list[dict[str, Any]]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What it remembers, by name."""
+        ...
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Remember `tensors` of another one."""
+        ...
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+        ...
+
+
+EPSILON = 1e-8
+# What a row remembers besides its weights: fields of `Rows`.
+MOMENTS = ("encoder_v", "decoder_v", "bias_v", "stamps_F")
 
 
 class SphereAdam(torch.optim.Adam):
@@ -26,8 +52,24 @@ class SphereAdam(torch.optim.Adam):
     """
 
     def __init__(self, dictionary: TopKDictionary, learning_rate: float, betas: tuple[float, float]) -> None:
-        super().__init__(dictionary.parameters(), lr=learning_rate, betas=betas, eps=1e-8, fused=True)
-        self._W_dec = dictionary.W_dec
+        super().__init__(dictionary.parameters(), lr=learning_rate, betas=betas, eps=EPSILON, fused=True)
+        self._dictionary, self._W_dec = dictionary, dictionary.W_dec
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What it remembers, by name."""
+        return {
+            f"{name}.{field}": torch.as_tensor(value)
+            for name, parameter in self._dictionary.named_parameters()
+            for field, value in self.state.get(parameter, {}).items()
+        }
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Remember `tensors` of another one."""
+        for name, parameter in self._dictionary.named_parameters():
+            fields = {key.partition(".")[2]: value for key, value in tensors.items() if key.startswith(f"{name}.")}
+            self.state[parameter] = {
+                key: value if key == "step" else value.to(parameter.device) for key, value in fields.items()
+            }
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
@@ -39,6 +81,90 @@ class SphereAdam(torch.optim.Adam):
         result = super().step(closure)
         W_FD.div_(torch.linalg.vector_norm(W_FD, dim=1, keepdim=True).clamp_min_(1e-12))
         return result
+
+
+class RowAdam(torch.optim.Optimizer):
+    """Adam with beta1 = 0 that visits only the rows that fired; equal to one that visits all. See `portable.update`.
+
+    Without a first moment nothing moves a row that has no gradient. The second moment may be one number a row.
+    Gradients are clipped by their norm over everything, which is computed only where a cheap bound does not show that
+    there is nothing to clip.
+
+    Args:
+        objective: Holds the dictionary, and behind each pass what its rows' gradients are made of.
+        learning_rate: Initial rate.
+        beta2: Decay of the second moment.
+        clip: Largest gradient norm; 0 does not clip.
+        row_wise: Whether a row shares one second moment.
+    """
+
+    def __init__(
+        self, objective: RowObjective, learning_rate: float, beta2: float, clip: float, row_wise: bool
+    ) -> None:
+        dictionary = objective.dictionary
+        super().__init__([dictionary.b_dec], {"lr": learning_rate})
+        self.beta2, self.clip, self.objective = beta2, clip, objective
+        self.gradient_norm = 0.0
+        self.steps = 0
+        self.b_dec_v = torch.zeros_like(dictionary.b_dec)
+        W_enc_FD, W_dec_FD = dictionary.W_enc.data, dictionary.W_dec.data
+        self.rows = Rows(
+            W_enc=W_enc_FD,
+            W_dec=W_dec_FD,
+            b_enc=dictionary.b_enc.data,
+            encoder_v=torch.zeros_like(W_enc_FD[:, 0] if row_wise else W_enc_FD),
+            decoder_v=torch.zeros_like(W_dec_FD[:, 0] if row_wise else W_dec_FD),
+            bias_v=torch.zeros_like(dictionary.b_enc.data),
+            stamps_F=torch.zeros(dictionary.features, dtype=torch.int32, device=W_enc_FD.device),
+        )
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What it remembers, by name."""
+        moments = {name: getattr(self.rows, name) for name in MOMENTS}
+        return {**moments, "b_dec_v": self.b_dec_v, "steps": torch.tensor(self.steps)}
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Remember `tensors` of another one."""
+        for name, own in self.tensors().items():
+            own.copy_(tensors[name])
+        self.steps = int(tensors["steps"])
+
+    @torch.no_grad()
+    def norm_bound(self) -> float:
+        """No less than the norm of the gradient, and not finite where that is not."""
+        gradient, b_dec = self.objective.pending, self.objective.dictionary.b_dec
+        assert gradient is not None
+        assert b_dec.grad is not None
+        of_rows = kernels(gradient.x_BD, self.rows.W_enc).norm_bound(gradient, self.rows)
+        return math.sqrt(self._everywhere(of_rows**2) + float(b_dec.grad.double().square().sum()))
+
+    def _everywhere(self, square: float) -> float:
+        """A sum over features, over those of all ranks."""
+        part = torch.tensor([square], dtype=torch.float64, device=self.rows.W_enc.device)
+        return float(self.objective.ranks.total(part, "scalars"))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """One update."""
+        gradient, b_dec = self.objective.pending, self.objective.dictionary.b_dec
+        assert gradient is not None
+        assert b_dec.grad is not None
+        self.steps += 1
+        with_ = kernels(gradient.x_BD, self.rows.W_enc)
+        square = float(b_dec.grad.double().square().sum())
+        clip = 1.0
+        if self.clip and self.norm_bound() > self.clip:
+            norm = math.sqrt(self._everywhere(float(with_.squares(gradient, self.rows).sum())) + square)
+            clip = min(1.0, self.clip / (norm + 1e-6))
+        rate = self.param_groups[0]["lr"]
+        adam = Adam(self.steps, rate, self.beta2, EPSILON, clip)
+        squares_F = with_.update(gradient, self.rows, adam)
+        self.gradient_norm = math.sqrt(self._everywhere(float(squares_F.sum())) + square)
+        b_dec.grad.mul_(clip)
+        self.b_dec_v.mul_(self.beta2).addcmul_(b_dec.grad, b_dec.grad, value=1 - self.beta2)
+        root_D = (self.b_dec_v / (1 - self.beta2**self.steps)).sqrt_().add_(EPSILON)
+        b_dec.addcdiv_(b_dec.grad, root_D, value=-rate)
+        self.objective.pending = None
 
 
 def peak_rate(settings: Train, features: int) -> float:

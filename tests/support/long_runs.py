@@ -27,7 +27,7 @@ def long_tree(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 def _run(tree: dict[str, Any], ranks: int, folder: Path) -> Path:
     manifest = write_manifest(folder / "m.yaml", {**tree, "root": str(folder / "root")})
-    process = runs.start("run", str(manifest), "--set", f"compute.ranks={ranks}", log=folder / "log")
+    process = runs.start("run", str(manifest), "--set", f"compute.sharding.data={ranks}", log=folder / "log")
     assert process.wait(timeout=280) == 0, (folder / "log").read_text()
     return folder / "root"
 

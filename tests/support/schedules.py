@@ -235,7 +235,8 @@ def train(folder: StageFolder, lease: leases.Lease) -> None:
     log = TrainingLog(folder.path, lease.record.nonce)
     last = log.latest()
     for step in range(last.step if last else 0, STEPS):
-        log.commit(step + 1, {"state": f"{World.now.who()} {step}".encode()}, {"writer": World.now.who()})
+        state = log.write(step + 1, "state", f"{World.now.who()} {step}".encode())
+        log.commit(step + 1, [state], {"writer": World.now.who()})
     folder.commit(Outputs(), {}, {}, 0.0, 0, lease.read_log())
 
 

@@ -9,6 +9,7 @@ import torch
 from cluster.pool import InlinePool, Rank, Resources
 from pipeline.dictionary import loop
 from pipeline.dictionary.model import TopKDictionary
+from pipeline.dictionary.parallel import joined
 from schemas.errors import NonFiniteError
 from schemas.manifest import Train
 
@@ -47,7 +48,10 @@ def steps_taken(skips: Callable[[int], bool], steps: int = 40) -> tuple[int, Non
     stopped: list[NonFiniteError] = []
 
     def work(rank: Rank) -> None:
-        trainer = loop.Trainer(dictionary, Train(tokens=8 * steps, batch=8), steps, 0, 1, rank.init_method)
+        with joined(0, 1, 1, rank.init_method) as ranks:
+            train(loop.Trainer(dictionary, Train(tokens=8 * steps, batch=8), steps, ranks))
+
+    def train(trainer: loop.Trainer) -> None:
         with trainer.engine:
             trainer.engine._engine = SkippingEngine(trainer.engine._engine, skips)
             for index in range(steps):

@@ -4,7 +4,6 @@ from hypothesis import strategies as st
 
 from pipeline.dictionary import loss
 from pipeline.dictionary.model import TopKDictionary
-from pipeline.dictionary.topk import by_feature, feature_sums, top_k
 
 
 def reference_loss(dictionary: TopKDictionary, x_BD: torch.Tensor, dead_F: torch.Tensor, aux_k: int) -> torch.Tensor:
@@ -91,19 +90,3 @@ def test_auxiliary_loss_reaches_the_encoder_by_finite_differences() -> None:
                 difference += sign * float(auxiliary_alone())
                 dictionary.W_enc[feature, channel] -= sign * 1e-6
         assert abs(difference / 2e-6 - float(gradient[channel])) < 1e-6
-
-
-def test_feature_sums_of_features_that_never_fired_are_zero() -> None:
-    indices_BK = torch.tensor([[0, 3], [3, 5]])
-    values_BK = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    x_BD = torch.tensor([[1.0, 10.0], [2.0, 20.0]])
-    sums_FD = feature_sums(by_feature(indices_BK, 7), values_BK, x_BD)
-    expected = torch.zeros(7, 2)
-    expected[0], expected[3], expected[5] = x_BD[0], 2 * x_BD[0] + 3 * x_BD[1], 4 * x_BD[1]
-    torch.testing.assert_close(sums_FD, expected)
-
-
-def test_top_k_of_negative_scores_gives_zeros() -> None:
-    values_BK, indices_BK = top_k(torch.tensor([[-1.0, -3.0, 2.0, -2.0]]), 3)
-    assert sorted(values_BK[0].tolist()) == [0.0, 0.0, 2.0]
-    assert set(indices_BK[0].tolist()) == {0, 2, 3}

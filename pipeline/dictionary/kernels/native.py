@@ -1,0 +1,312 @@
+"""The sparse parts of a step on a CPU, compiled: `native.cpp` through ctypes.
+
+The library is built when the package is installed, once for machines with AVX-512, once for those with AVX2 and once
+for all others. Where no compiler was found there is none, and `portable` does the same with torch alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+from pathlib import Path
+
+import torch
+
+from pipeline.dictionary.kernels.portable import Adam, Grouped, RowGradient, Rows
+
+VERSION = 1
+# What torch calls the machine, and the library for it.
+LIBRARIES = {"AVX512": "_native_avx512", "AVX2": "_native_avx2"}
+
+
+class Token(ctypes.Structure):
+    """What is known of a token's largest scores."""
+
+    _fields_ = (("count", ctypes.c_int64), ("floor", ctypes.c_float))
+
+
+class Update(ctypes.Structure):
+    """`KilobasisUpdate` in native.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("starts", "order")),
+        *((name, ctypes.c_int64) for name in ("features", "k", "main", "d")),
+        *((name, ctypes.c_void_p) for name in ("z", "grad_z", "x", "error", "aux_error")),
+        *((name, ctypes.c_float) for name in ("scale", "aux_scale")),
+        *((name, ctypes.c_void_p) for name in ("encoder", "decoder", "bias")),
+        *((name, ctypes.c_void_p) for name in ("encoder_v", "decoder_v", "bias_v", "stamps")),
+        *((name, ctypes.c_int64) for name in ("row_wise", "step")),
+        *((name, ctypes.c_double) for name in ("rate", "beta2", "epsilon", "clip")),
+    )
+
+
+def path() -> Path | None:
+    """The library for this machine; None where it was not built."""
+    name = LIBRARIES.get(torch.backends.cpu.get_cpu_capability(), "_native")
+    found = importlib.util.find_spec(f"pipeline.dictionary.kernels.{name}")
+    return Path(found.origin) if found is not None and found.origin is not None else None
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The loaded library; None where there is none, or it is of another version of the source."""
+    where = path()
+    if where is None:
+        return None
+    # torch has been imported: its OpenMP is there already, and becomes the library's. One pool of threads serves both.
+    loaded = ctypes.CDLL(str(where))
+    loaded.kilobasis_version.restype = ctypes.c_int64
+    if loaded.kilobasis_version() != VERSION:
+        return None
+    p, n, x = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+    for name, arguments, result in (
+        ("round", [p, n, n, p, p, p], None),
+        ("scan", [p, n, n, n, n, n, p, p, p, p, n, n, p, p], None),
+        ("select", [p, p, p, n, n, n, n, n, p, p, p, p], n),
+        ("decode", [p, p, p, p, p, x, n, n, n, p, p, p], None),
+        ("inner", [p, p, p, p, n, n, n, p], None),
+        ("group", [p, p, n, n, p, p], n),
+        ("sums", [p, p, p, p, n, n, n, p], None),
+        ("norm_bound", [ctypes.POINTER(Update), n], ctypes.c_double),
+        ("squares", [ctypes.POINTER(Update), p], None),
+        ("update", [ctypes.POINTER(Update), p], None),
+    ):
+        function = getattr(loaded, f"kilobasis_{name}")
+        function.argtypes, function.restype = arguments, result
+    return loaded
+
+
+def fits(*tensors: torch.Tensor) -> bool:
+    """Whether the library is there and takes these: float32 on a CPU."""
+    return library() is not None and all(each.dtype == torch.float32 and each.device.type == "cpu" for each in tensors)
+
+
+# Features of a block: their scores, for all tokens of a batch, are all of the B x F scores that ever exist at once.
+BLOCK = 1024
+UNIT = 2.0**-24
+HALF_UNIT = 2.0**-9
+
+
+@functools.cache
+def searches_in_half() -> bool:
+    """Whether this machine multiplies bfloat16 matrices faster than float32 ones, and adds up in float32."""
+    return bool(
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    )
+
+
+def top_k(
+    x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int, half: bool | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `portable.top_k`.
+
+    The matrix product is of rows rounded to bfloat16 where the machine is fast at that. Its error is at most
+    |x - x'| |w| + |x'| |w - w'| for rounded x' and w' (Cauchy and Schwarz), plus what summing in float32 can lose.
+    Every feature whose upper bound reaches the k-th largest lower bound is scored again in float32. So the result is
+    the same, to the bit, whatever found the candidates.
+
+    Args:
+        x_BD: Tokens.
+        W_FD: Encoder rows.
+        b_F: Encoder biases.
+        k: Entries of a code.
+        half: Whether to search in bfloat16; decided by the machine if left out.
+    """
+    loaded = library()
+    assert loaded is not None
+    x_BD, W_FD, b_F = x_BD.contiguous(), W_FD.contiguous(), b_F.contiguous()
+    (tokens, width), features = x_BD.shape, len(W_FD)
+    half = searches_in_half() if half is None else half
+    kind = torch.bfloat16 if half else torch.float32
+    rounded_BD, norm_B, error_B = _round(loaded, x_BD, half)
+    gamma = 2.02 * (width + 4) * UNIT
+    reach_B = norm_B + error_B
+    margins_B3 = torch.stack(
+        [
+            (error_B + gamma * reach_B) * 1.01,
+            reach_B * (1.01 + gamma),
+            torch.full_like(norm_B, (HALF_UNIT * 1.01 if half else 0.0) + 4 * UNIT),
+        ],
+        1,
+    ).contiguous()
+    room = max(4 * k, 128) + 16
+    state = torch.zeros(tokens * ctypes.sizeof(Token), dtype=torch.uint8)
+    found = torch.empty(tokens * 3 * room)
+    scores = torch.empty(tokens * min(BLOCK, features), dtype=kind)
+    for first in range(0, features, BLOCK):
+        block_fD = W_FD[first : first + BLOCK]
+        count = len(block_fD)
+        rounded_fD, norm_f, error_f = _round(loaded, block_fD, half)
+        scores_Bf = torch.mm(rounded_BD, rounded_fD.T, out=scores[: tokens * count].view(tokens, count))
+        loaded.kilobasis_scan(
+            scores_Bf.data_ptr(), half, count, tokens, count, first, b_F[first:].data_ptr(), norm_f.data_ptr(),
+            error_f.data_ptr(), margins_B3.data_ptr(), k, room, state.data_ptr(), found.data_ptr(),
+        )  # fmt: skip
+    z_BK = torch.empty(tokens, k)
+    indices_BK = torch.empty(tokens, k, dtype=torch.int64)
+    loaded.kilobasis_select(
+        x_BD.data_ptr(), W_FD.data_ptr(), b_F.data_ptr(), tokens, width, features, k, room, state.data_ptr(),
+        found.data_ptr(), z_BK.data_ptr(), indices_BK.data_ptr(),
+    )  # fmt: skip
+    return z_BK, indices_BK
+
+
+def _round(loaded: ctypes.CDLL, rows_ND: torch.Tensor, half: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows as the search multiplies them, their norms, and the norms of what rounding took away."""
+    norm_N, error_N = torch.empty(len(rows_ND)), torch.zeros(len(rows_ND))
+    rounded_ND = torch.empty(rows_ND.shape, dtype=torch.bfloat16)
+    loaded.kilobasis_round(
+        rows_ND.data_ptr(), *rows_ND.shape, rounded_ND.data_ptr(), norm_N.data_ptr(), error_N.data_ptr()
+    )
+    return (rounded_ND, norm_N, error_N) if half else (rows_ND, norm_N, torch.zeros_like(error_N))
+
+
+def decode(
+    z_BK: torch.Tensor, indices_BK: torch.Tensor, W_FD: torch.Tensor, bias_D: torch.Tensor | None = None
+) -> torch.Tensor:
+    """See `portable.decode`."""
+    return _decode(z_BK, indices_BK, W_FD, bias_D, None, 1.0, False)[0]
+
+
+def errors(
+    z_BK: torch.Tensor,
+    indices_BK: torch.Tensor,
+    W_FD: torch.Tensor,
+    bias_D: torch.Tensor | None,
+    target_BD: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `portable.errors`."""
+    error_BD, grad_z_BK, squares_B = _decode(z_BK, indices_BK, W_FD, bias_D, target_BD.contiguous(), scale, True)
+    return error_BD, grad_z_BK, squares_B
+
+
+def _decode(
+    z_BK: torch.Tensor,
+    indices_BK: torch.Tensor,
+    W_FD: torch.Tensor,
+    bias_D: torch.Tensor | None,
+    target_BD: torch.Tensor | None,
+    scale: float,
+    gradients: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    loaded = library()
+    assert loaded is not None
+    (tokens, k), width = z_BK.shape, W_FD.shape[1]
+    z_BK, indices_BK, W_FD = z_BK.contiguous(), indices_BK.contiguous(), W_FD.contiguous()
+    made_BD = torch.empty(tokens, width)
+    grad_z_BK = torch.empty(tokens, k if gradients else 0)
+    squares_B = torch.empty(tokens if gradients else 0, dtype=torch.float64)
+    loaded.kilobasis_decode(
+        z_BK.data_ptr(), indices_BK.data_ptr(), W_FD.data_ptr(), _pointer(bias_D), _pointer(target_BD), scale, tokens,
+        width, k, made_BD.data_ptr(), grad_z_BK.data_ptr() or None, squares_B.data_ptr() or None,
+    )  # fmt: skip
+    return made_BD, grad_z_BK, squares_B
+
+
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def inner(grad_BD: torch.Tensor, z_BK: torch.Tensor, indices_BK: torch.Tensor, W_FD: torch.Tensor) -> torch.Tensor:
+    """See `portable.inner`."""
+    loaded = library()
+    assert loaded is not None
+    grad_BD, z_BK, indices_BK, W_FD = (each.contiguous() for each in (grad_BD, z_BK, indices_BK, W_FD))
+    products_BK = torch.empty_like(z_BK)
+    loaded.kilobasis_inner(
+        grad_BD.data_ptr(), z_BK.data_ptr(), indices_BK.data_ptr(), W_FD.data_ptr(), len(z_BK), W_FD.shape[1],
+        z_BK.shape[1], products_BK.data_ptr(),
+    )  # fmt: skip
+    return products_BK
+
+
+def group(z_BK: torch.Tensor, indices_BK: torch.Tensor, features: int) -> Grouped:
+    """See `portable.group`."""
+    loaded = library()
+    assert loaded is not None
+    z_BK, indices_BK = z_BK.contiguous(), indices_BK.contiguous()
+    starts_F = torch.empty(features + 1, dtype=torch.int64)
+    order_N = torch.empty(z_BK.numel(), dtype=torch.int32)
+    count = loaded.kilobasis_group(
+        z_BK.data_ptr(), indices_BK.data_ptr(), z_BK.numel(), features, starts_F.data_ptr(), order_N.data_ptr()
+    )
+    return Grouped(starts_F, order_N[:count])
+
+
+def sums(grouped: Grouped, values_BK: torch.Tensor, rows_BD: torch.Tensor) -> torch.Tensor:
+    """See `portable.sums`."""
+    loaded = library()
+    assert loaded is not None
+    values_BK, rows_BD = values_BK.contiguous(), rows_BD.contiguous()
+    features, width = len(grouped.starts_F) - 1, rows_BD.shape[1]
+    sums_FD = torch.empty(features, width)
+    loaded.kilobasis_sums(
+        values_BK.data_ptr(), rows_BD.data_ptr(), grouped.starts_F.data_ptr(), grouped.order_N.data_ptr(), features,
+        values_BK.shape[1], width, sums_FD.data_ptr(),
+    )  # fmt: skip
+    return sums_FD
+
+
+def norm_bound(gradient: RowGradient, rows: Rows) -> float:
+    """See `portable.norm_bound`."""
+    loaded, update, _kept = _update(gradient, rows, None)
+    return float(loaded.kilobasis_norm_bound(ctypes.byref(update), len(gradient.x_BD)))
+
+
+def squares(gradient: RowGradient, rows: Rows) -> torch.Tensor:
+    """See `portable.squares`."""
+    loaded, update, _kept = _update(gradient, rows, None)
+    made_F = torch.empty(len(rows.W_enc), dtype=torch.float64)
+    loaded.kilobasis_squares(ctypes.byref(update), made_F.data_ptr())
+    return made_F
+
+
+def update(gradient: RowGradient, rows: Rows, adam: Adam) -> torch.Tensor:
+    """See `portable.update`."""
+    loaded, update, _kept = _update(gradient, rows, adam)
+    made_F = torch.empty(len(rows.W_enc), dtype=torch.float64)
+    loaded.kilobasis_update(ctypes.byref(update), made_F.data_ptr())
+    return made_F
+
+
+def _update(gradient: RowGradient, rows: Rows, adam: Adam | None) -> tuple[ctypes.CDLL, Update, list[torch.Tensor]]:
+    """The structure, and what has to live as long as it does."""
+    loaded = library()
+    assert loaded is not None
+    given = {
+        "starts": gradient.grouped.starts_F,
+        "order": gradient.grouped.order_N,
+        "z": gradient.z_BN.contiguous(),
+        "grad_z": gradient.grad_z_BN.contiguous(),
+        "x": gradient.x_BD.contiguous(),
+        "error": gradient.error_BD.contiguous(),
+    }
+    if gradient.aux_error_BD is not None:
+        given["aux_error"] = gradient.aux_error_BD.contiguous()
+    state = {
+        "encoder": rows.W_enc,
+        "decoder": rows.W_dec,
+        "bias": rows.b_enc,
+        "encoder_v": rows.encoder_v,
+        "decoder_v": rows.decoder_v,
+        "bias_v": rows.bias_v,
+        "stamps": rows.stamps_F,
+    }
+    assert all(each.is_contiguous() for each in state.values())
+    update = Update(
+        features=len(rows.W_enc),
+        k=gradient.z_BN.shape[1],
+        main=gradient.main,
+        d=rows.W_enc.shape[1],
+        scale=gradient.scale,
+        aux_scale=gradient.aux_scale,
+        row_wise=rows.encoder_v.dim() == 1,
+        **{name: tensor.data_ptr() for name, tensor in (given | state).items()},
+    )
+    if adam is not None:
+        update.step, update.rate, update.beta2 = adam.step, adam.rate, adam.beta2
+        update.epsilon, update.clip = adam.epsilon, adam.clip
+    return loaded, update, list(given.values())

@@ -1,0 +1,263 @@
+"""The sparse parts of a step in torch alone: any device, any floating type. What `native` does, it does as well.
+
+Shapes: B tokens, D width, F features, K entries of a token's code, M candidates, N = B K.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import embedding_bag
+
+# Scores of so many tokens by so many features, and rows of so many elements, are in memory at once.
+TOKENS, BLOCK = 1024, 4096
+GATHER_ELEMENTS = 2**22
+
+
+class Grouped(NamedTuple):
+    """A code turned over: which tokens fired each feature.
+
+    `order_N` has the positions of the code's entries that are not zero, by feature and in batch order below that;
+    `starts_F` says where each feature's begin, and with one more entry where the last one's end.
+    """
+
+    starts_F: torch.Tensor
+    order_N: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class RowGradient:
+    """What one step made, from which the gradient of any row follows.
+
+    `z_BN` is the step's code, of which the first `main` entries explain the input and the rest, the dead features'
+    try, its residual; `grad_z_BN` the gradient of the loss by it; `x_BD` what was encoded. The gradient by a
+    reconstruction is `scale` times its error.
+    """
+
+    grouped: Grouped
+    z_BN: torch.Tensor
+    grad_z_BN: torch.Tensor
+    main: int
+    x_BD: torch.Tensor
+    error_BD: torch.Tensor
+    scale: float
+    aux_error_BD: torch.Tensor | None = None
+    aux_scale: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A dictionary's rows and what their optimizer remembers.
+
+    Second moments have the shape of their rows, or (F,) where a row shares one. `stamps_F` (int32) is the step of each
+    row's last update, from 1, and 0 for never.
+    """
+
+    W_enc: torch.Tensor
+    W_dec: torch.Tensor
+    b_enc: torch.Tensor
+    encoder_v: torch.Tensor
+    decoder_v: torch.Tensor
+    bias_v: torch.Tensor
+    stamps_F: torch.Tensor
+
+
+class Adam(NamedTuple):
+    """How rows are to move: the step from 1, and the factor that clips the gradient."""
+
+    step: int
+    rate: float
+    beta2: float
+    epsilon: float
+    clip: float
+
+
+def top_k(x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest of relu(x W^T + b) for each token, exactly, and never more than a block of scores at once.
+
+    A feature's score is defined as the sum over D of products in float32, in an order that depends on D alone: so which
+    features fire depends neither on the batch nor on which other features are searched with it. The matrix product
+    rounds otherwise; it only finds candidates, and a bound on the difference says when they are enough. Of equal scores
+    the lower feature fires.
+
+    Returns:
+        Values, largest first, and their features. Shapes (B, K), (B, K). Where fewer than k scores are above zero the
+        rest of the values is 0, and names other features.
+    """
+    if len(x_BD) > TOKENS:
+        z, indices = zip(*(top_k(part_BD, W_FD, b_F, k) for part_BD in torch.split(x_BD, TOKENS)), strict=True)
+        return torch.cat(z), torch.cat(indices)
+    z_BK = x_BD.new_zeros(len(x_BD), k)
+    indices_BK = torch.zeros(len(x_BD), k, dtype=torch.int64, device=x_BD.device)
+    left = torch.arange(len(x_BD), device=x_BD.device)
+    count = min(len(W_FD), k + max(8, k // 4))
+    # Twice the distance that two orders of summation can be apart, for the largest row.
+    unit = torch.finfo(x_BD.dtype).eps * (x_BD.shape[1] + 4)
+    reach_B = unit * torch.linalg.vector_norm(x_BD, dim=1) * torch.linalg.vector_norm(W_FD, dim=1).max()
+    reach_B = reach_B + unit * b_F.abs().max()
+    while len(left):
+        found_LM, least_L = _candidates(x_BD[left], W_FD, b_F, count)
+        exact_LM = _scores(x_BD[left], W_FD, b_F, found_LM)
+        chosen_LK = _largest(exact_LM, k)
+        values_LK = exact_LM.gather(1, chosen_LK)
+        # What is no candidate scores less than the last one, but for rounding.
+        most_L = least_L + reach_B[left]
+        enough_L = (most_L < values_LK[:, -1]) | (most_L <= 0) | (count == len(W_FD))
+        done = left[enough_L]
+        z_BK[done], indices_BK[done] = values_LK[enough_L].relu(), found_LM.gather(1, chosen_LK)[enough_L]
+        left, count = left[~enough_L], min(len(W_FD), 4 * count)
+    return z_BK, indices_BK
+
+
+def _candidates(
+    x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The features with the largest scores as a matrix product computes them, lowest first, and the least of those."""
+    best_BM, found_BM = x_BD.new_zeros(len(x_BD), 0), torch.zeros(len(x_BD), 0, dtype=torch.int64, device=x_BD.device)
+    for first in range(0, len(W_FD), BLOCK):
+        block = slice(first, first + BLOCK)
+        scores_Bf = torch.addmm(b_F[block], x_BD, W_FD[block].T)
+        where_f = torch.arange(first, first + scores_Bf.shape[1], device=x_BD.device)
+        scores_Bf = torch.cat([best_BM, scores_Bf], 1)
+        best_BM, places_BM = scores_Bf.topk(min(count, scores_Bf.shape[1]), dim=1)
+        found_BM = torch.cat([found_BM, where_f.expand(len(x_BD), -1)], 1).gather(1, places_BM)
+    # In the order of features: of equal scores the lower one's comes first.
+    return found_BM.sort(1).values, best_BM[:, -1]
+
+
+def _scores(x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, indices_BM: torch.Tensor) -> torch.Tensor:
+    """Scores of chosen features, by elementwise products and one sum."""
+    made_BM = torch.empty(indices_BM.shape, dtype=x_BD.dtype, device=x_BD.device)
+    for span in _spans(indices_BM, x_BD.shape[1]):
+        products = W_FD[indices_BM[span]] * x_BD[span].unsqueeze(1)
+        made_BM[span] = products.sum(2) + b_F[indices_BM[span]]
+    return made_BM
+
+
+def _spans(indices_BM: torch.Tensor, width: int) -> list[slice]:
+    """Blocks of tokens that bound a (block, M, D) gather."""
+    size = max(1, GATHER_ELEMENTS // max(1, indices_BM.shape[1] * width))
+    return [slice(start, start + size) for start in range(0, len(indices_BM), size)]
+
+
+def _largest(scores_BM: torch.Tensor, k: int) -> torch.Tensor:
+    """Places of the k largest, largest first; of equal ones, and of what is no number, the first."""
+    return scores_BM.sort(dim=1, descending=True, stable=True).indices[:, :k]
+
+
+def decode(
+    z_BK: torch.Tensor, indices_BK: torch.Tensor, W_FD: torch.Tensor, bias_D: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Sum of the active rows, weighted. Shape (B, D)."""
+    x_hat_BD = embedding_bag(indices_BK, W_FD, per_sample_weights=z_BK, mode="sum")
+    return x_hat_BD if bias_D is None else x_hat_BD + bias_D
+
+
+def errors(
+    z_BK: torch.Tensor,
+    indices_BK: torch.Tensor,
+    W_FD: torch.Tensor,
+    bias_D: torch.Tensor | None,
+    target_BD: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Decode, compare, and go back to the code, in one visit to each row.
+
+    Returns:
+        error = bias + sum of z times row - target; its inner products with the rows, times `scale` (the gradient of
+        scale / 2 times the squared error by z); each token's squared error in float64. Shapes (B, D), (B, K), (B,).
+    """
+    error_BD = decode(z_BK, indices_BK, W_FD, bias_D) - target_BD
+    return error_BD, inner(error_BD, z_BK, indices_BK, W_FD) * scale, error_BD.double().square().sum(1)
+
+
+def inner(grad_BD: torch.Tensor, z_BK: torch.Tensor, indices_BK: torch.Tensor, W_FD: torch.Tensor) -> torch.Tensor:
+    """Inner product of a token's row with each of its active rows; 0 where z is. Shape (B, K)."""
+    made_BK = torch.empty_like(z_BK)
+    for span in _spans(indices_BK, W_FD.shape[1]):
+        made_BK[span] = torch.bmm(W_FD[indices_BK[span]], grad_BD[span].unsqueeze(2)).squeeze(2)
+    return made_BK * (z_BK != 0)
+
+
+def group(z_BK: torch.Tensor, indices_BK: torch.Tensor, features: int) -> Grouped:
+    """Turn a code over. Stable, so that a feature's tokens are always summed in batch order."""
+    fired_N = z_BK.reshape(-1).nonzero().squeeze(1)
+    flat_N = indices_BK.reshape(-1)[fired_N]
+    starts_F = torch.zeros(features + 1, dtype=torch.int64, device=flat_N.device)
+    torch.cumsum(torch.bincount(flat_N, minlength=features), 0, out=starts_F[1:])
+    return Grouped(starts_F, fired_N[flat_N.argsort(stable=True)].int())
+
+
+def sums(grouped: Grouped, values_BK: torch.Tensor, rows_BD: torch.Tensor) -> torch.Tensor:
+    """For every feature the sum of value * row over its entries: B K D multiplications. Shape (F, D)."""
+    tokens_N = grouped.order_N.div(values_BK.shape[1], rounding_mode="floor")
+    weights_N = values_BK.reshape(-1)[grouped.order_N]
+    return embedding_bag(tokens_N, rows_BD, grouped.starts_F[:-1].int(), per_sample_weights=weights_N, mode="sum")
+
+
+def _row_gradients(
+    gradient: RowGradient, features: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The features that fired (U), and the gradients of their rows. Shapes (U,), (U, D), (U, D), (U,)."""
+    starts_F, order_N = gradient.grouped
+    touched_U = (starts_F.diff() > 0).nonzero().squeeze(1)
+    compact = Grouped(torch.cat([starts_F[:-1][touched_U], starts_F[-1:]]), order_N)
+    main_BN, aux_BN = gradient.z_BN.clone(), gradient.z_BN.clone()
+    main_BN[:, gradient.main :], aux_BN[:, : gradient.main] = 0.0, 0.0
+    decoder_UD = sums(compact, main_BN * gradient.scale, gradient.error_BD)
+    if gradient.aux_error_BD is not None:
+        decoder_UD += sums(compact, aux_BN * gradient.aux_scale, gradient.aux_error_BD)
+    encoder_UD = sums(compact, gradient.grad_z_BN, gradient.x_BD)
+    bias_U = sums(compact, gradient.grad_z_BN, gradient.x_BD.new_ones(len(gradient.x_BD), 1)).squeeze(1)
+    return touched_U, encoder_UD, decoder_UD, bias_U
+
+
+def norm_bound(gradient: RowGradient, rows: Rows) -> float:
+    """No less than the norm of the gradient of all rows."""
+    return float(squares(gradient, rows).sum().sqrt()) * 1.001
+
+
+def squares(gradient: RowGradient, rows: Rows) -> torch.Tensor:
+    """Squared norm of each feature's gradient, encoder, decoder and bias together, in float64. Shape (F,)."""
+    touched_U, *gradients = _row_gradients(gradient, len(rows.W_enc))
+    return _squares(touched_U, gradients, len(rows.W_enc))
+
+
+def _squares(touched_U: torch.Tensor, gradients: list[torch.Tensor], features: int) -> torch.Tensor:
+    encoder_UD, decoder_UD, bias_U = gradients
+    made_F = torch.zeros(features, dtype=torch.float64, device=touched_U.device)
+    made_F[touched_U] = (encoder_UD.square().sum(1) + decoder_UD.square().sum(1) + bias_U.square()).double()
+    return made_F
+
+
+def update(gradient: RowGradient, rows: Rows, adam: Adam) -> torch.Tensor:
+    """Move the rows that fired; returns `squares`.
+
+    Adam with beta1 = 0: a row without a gradient does not move, its second moment only decays. So visiting a row when
+    it fires, and catching up on the decay, equals visiting every row in every step, exactly. Decoder rows stay unit
+    vectors: the part of the gradient along a row is removed, and the row normalised behind the step.
+    """
+    touched_U, encoder_UD, decoder_UD, bias_U = _row_gradients(gradient, len(rows.W_enc))
+    measured_F = _squares(touched_U, [encoder_UD, decoder_UD, bias_U], len(rows.W_enc))
+    W_dec_UD = rows.W_dec[touched_U]
+    decoder_UD -= torch.linalg.vecdot(decoder_UD, W_dec_UD).unsqueeze(1) * W_dec_UD
+    decay_U = torch.pow(adam.beta2, (adam.step - rows.stamps_F[touched_U]).double()).float()
+    for weights, moments, gradient_ in (
+        (rows.W_enc, rows.encoder_v, encoder_UD),
+        (rows.W_dec, rows.decoder_v, decoder_UD),
+        (rows.b_enc, rows.bias_v, bias_U),
+    ):
+        clipped = gradient_ * adam.clip
+        row_wise = moments.dim() < weights.dim()
+        decay = decay_U if moments.dim() == 1 else decay_U.unsqueeze(1)
+        fresh = clipped.square().mean(1) if row_wise else clipped.square()
+        v = decay * moments[touched_U] + (1 - adam.beta2) * fresh
+        moments[touched_U] = v
+        root = (v / (1 - adam.beta2**adam.step)).sqrt() + adam.epsilon
+        weights[touched_U] -= adam.rate * clipped / (root.unsqueeze(1) if row_wise else root)
+    W_dec_UD = rows.W_dec[touched_U]
+    rows.W_dec[touched_U] = W_dec_UD / torch.linalg.vector_norm(W_dec_UD, dim=1, keepdim=True).clamp_min(1e-12)
+    rows.stamps_F[touched_U] = adam.step
+    return measured_F

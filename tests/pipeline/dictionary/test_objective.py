@@ -1,0 +1,117 @@
+"""Two ways to one loss: differentiated densely, and straight back to the rows that fired."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.dictionary.kernels import native, portable
+from pipeline.dictionary.model import TopKDictionary
+from pipeline.dictionary.objective import DenseObjective, RowObjective
+from pipeline.dictionary.optimizer import RowAdam, SphereAdam
+from pipeline.dictionary.ranks import Ranks
+
+needs_native = pytest.mark.skipif(native.library() is None, reason="no compiler was there when this was installed")
+KINDS = [pytest.param(native, marks=needs_native, id="native"), pytest.param(portable, id="portable")]
+
+
+def pair(width: int, features: int, k: int, seed: int) -> tuple[TopKDictionary, TopKDictionary]:
+    """Two dictionaries with the same weights, decoder rows of unit norm."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    first = TopKDictionary(width, features, k)
+    for parameter in first.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) / width**0.5
+    first.W_dec.data = torch.nn.functional.normalize(first.W_dec.data, dim=1)
+    for _ in range(2):
+        dictionary = TopKDictionary(width, features, k)
+        dictionary.load_state_dict({name: value.clone() for name, value in first.state_dict().items()})
+        made.append(dictionary)
+    return made[0], made[1]
+
+
+@settings(max_examples=40, derandomize=True, deadline=None, database=None)
+@given(
+    width=st.integers(2, 24),
+    features=st.integers(2, 80),
+    k=st.integers(1, 80),
+    batch=st.integers(1, 40),
+    aux_k=st.integers(0, 12),
+    steps=st.integers(1, 6),
+    clip=st.sampled_from([0.0, 0.05, 100.0]),
+    seed=st.integers(0, 10_000),
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_row_adam_equals_dense_adam_without_a_first_moment(
+    kind: object, width: int, features: int, k: int, batch: int, aux_k: int, steps: int, clip: float, seed: int
+) -> None:
+    """Every step on another batch, so that most rows rest for some steps and catch up later."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("topk", "optimizer", "objective"):
+            patch.setattr(f"pipeline.dictionary.{module}.kernels", lambda *tensors: kind)
+        ours, theirs = pair(width, features, min(k, features), seed)
+        rows, dense = RowObjective(ours, aux_k, 0.25, Ranks()), DenseObjective(theirs, aux_k, 0.25)
+        row_adam = RowAdam(rows, 1e-2, 0.9, clip, row_wise=False)
+        sphere_adam = SphereAdam(theirs, 1e-2, (0.0, 0.9))
+        generator = torch.Generator().manual_seed(seed + 1)
+        for _ in range(steps):
+            x_BD = torch.randn(batch, width, generator=generator)
+            dead_F = torch.rand(features, generator=generator) < 0.3
+            dead = dead_F if dead_F.any() and aux_k else None
+            made, expected = rows(x_BD, dead), dense(x_BD, dead)
+            torch.testing.assert_close(made[:3], tuple(part.detach() for part in expected[:3]), rtol=1e-4, atol=1e-5)
+            made.total.backward()
+            expected.total.backward()
+            norm = torch.nn.utils.get_total_norm([each.grad for each in theirs.parameters()])
+            assert row_adam.norm_bound() >= 0.999 * float(norm)
+            if clip:
+                torch.nn.utils.clip_grads_with_norm_(theirs.parameters(), clip, norm)
+            row_adam.step()
+            sphere_adam.step()
+            assert row_adam.gradient_norm == pytest.approx(float(norm), rel=1e-3, abs=1e-6)
+            row_adam.zero_grad()
+            sphere_adam.zero_grad()
+            # Two trajectories of rounding part where a score ties with another; so each step starts from the same.
+            for name, value in theirs.state_dict().items():
+                moved = ours.state_dict()[name]
+                # Adam divides by the root of v: where a gradient is rounding alone, its sign is too.
+                torch.testing.assert_close(moved, value, rtol=1e-3, atol=1e-4)
+                moved.copy_(value)
+
+
+@pytest.mark.parametrize("row_wise", [False, True])
+@needs_native
+def test_kernels_move_rows_alike(row_wise: bool) -> None:
+    made = []
+    for kind in (native, portable):
+        with pytest.MonkeyPatch.context() as patch:
+            for module in ("topk", "optimizer", "objective"):
+                patch.setattr(f"pipeline.dictionary.{module}.kernels", lambda *tensors, kind=kind: kind)
+            dictionary, _ = pair(20, 90, 5, 3)
+            objective = RowObjective(dictionary, 6, 0.25, Ranks())
+            adam = RowAdam(objective, 1e-2, 0.99, 0.01, row_wise)
+            generator = torch.Generator().manual_seed(1)
+            for _ in range(8):
+                x_BD = torch.randn(30, 20, generator=generator)
+                objective(x_BD, torch.arange(90) > 80).total.backward()
+                adam.step()
+                adam.zero_grad()
+            made.append(dictionary.state_dict())
+    for name, value in made[0].items():
+        torch.testing.assert_close(value, made[1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_gradient_of_an_auxiliary_code_reaches_the_encoder() -> None:
+    dictionary, _ = pair(12, 40, 3, 1)
+    objective = RowObjective(dictionary, 4, 1.0, Ranks())
+    adam = RowAdam(objective, 1e-2, 0.99, 0.0, row_wise=False)
+    dead_F = torch.arange(40) >= 30
+    before = dictionary.W_enc.detach().clone()
+    x_BD = torch.randn(50, 12, generator=torch.Generator().manual_seed(2))
+    made = objective(x_BD, dead_F)
+    made.total.backward()
+    adam.step()
+    moved_F = (dictionary.W_enc.detach() != before).any(1)
+    fired_F = torch.zeros(40, dtype=torch.bool).index_fill(0, made.indices_BK[made.z_BK > 0], True)
+    assert moved_F[dead_F & ~fired_F].any()
+    assert not moved_F[~dead_F & ~fired_F].any()

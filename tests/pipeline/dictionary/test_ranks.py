@@ -1,0 +1,98 @@
+"""Gangs of real processes that talk over gloo."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as processes
+
+from cluster.pool import free_port
+from pipeline.dictionary.loop import Trainer
+from pipeline.dictionary.model import TopKDictionary
+from pipeline.dictionary.parallel import joined
+from schemas.manifest import Sharding, Train
+
+STEPS, BATCH = 30, 64
+SETTINGS = Train(
+    tokens=STEPS * BATCH, batch=BATCH, learning_rate=1e-2, warmup=0.0, aux_k=8, dead_after=4 * BATCH, clip=0.02
+)
+
+
+def activations() -> torch.Tensor:
+    """Shape (STEPS, BATCH, 24)."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(96, 24, generator=generator), dim=1)
+    active = torch.rand(STEPS * BATCH, 96, generator=generator) * (
+        torch.rand(STEPS * BATCH, 96, generator=generator) < 0.05
+    )
+    return (5 * active @ directions).reshape(STEPS, BATCH, 24)
+
+
+def train(rank: int, mesh: Sharding, init_method: str, settings: Train, folder: Path) -> None:
+    """One rank: train its features on its share of every batch, and leave weights, losses and counters."""
+    torch.set_num_threads(1)
+    x_SBD = activations()
+    dictionary = TopKDictionary(24, 128 // mesh.features, 4)
+    with joined(rank, mesh.ranks, mesh.features, init_method) as ranks:
+        dictionary.initialize(x_SBD[0], 0, ranks)
+        trainer = Trainer(dictionary, settings, STEPS, ranks)
+        share = BATCH // mesh.data
+        losses = []
+        with trainer.engine:
+            for step, x_BD in enumerate(x_SBD):
+                own_BD = x_BD[ranks.data_rank * share : (ranks.data_rank + 1) * share]
+                scalars = trainer.step(step, own_BD)
+                losses.append(scalars().loss)
+        made = {**dictionary.state_dict(), "since_fired": trainer.since_fired_F, "losses": torch.tensor(losses)}
+        torch.save(made, folder / f"{rank}.pt")
+
+
+def outcome(mesh: Sharding, settings: Train, folder: Path) -> dict[str, torch.Tensor]:
+    """What a gang ends with: the parts of the features together; every rank of a data group has the same."""
+    processes.spawn(train, (mesh, f"tcp://127.0.0.1:{free_port()}", settings, folder), nprocs=mesh.ranks, join=True)
+    every = [torch.load(folder / f"{rank}.pt") for rank in range(mesh.ranks)]
+    for rank, made in enumerate(every):
+        assert all(torch.equal(made[name], value) for name, value in every[rank % mesh.features].items())
+        assert torch.equal(made["b_dec"], every[0]["b_dec"])
+    parts = every[: mesh.features]
+    whole = {name: torch.cat([part[name] for part in parts]) for name in ("W_enc", "b_enc", "W_dec", "since_fired")}
+    return {**every[0], **whole}
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """What one rank ends with."""
+    made = outcome(Sharding(), SETTINGS, tmp_path_factory.mktemp("one"))
+    assert float(made["losses"][-5:].mean()) < float(made["losses"][:5].mean())
+    assert int((made["since_fired"] > SETTINGS.dead_after).sum()) > 0, "nothing was dead: no auxiliary loss was tested"
+    return made
+
+
+@pytest.mark.parametrize("data", [2, 4])
+def test_ranks_that_share_a_batch_train_the_bits_of_one(
+    data: int, one: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    more = outcome(Sharding(data=data), SETTINGS, tmp_path)
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec", "since_fired"):
+        assert torch.equal(more[name], one[name]), name
+    torch.testing.assert_close(more["losses"], one["losses"], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("mesh", [Sharding(features=2), Sharding(features=4), Sharding(features=2, data=2)], ids=str)
+def test_ranks_that_share_the_features_train_the_weights_of_one(
+    mesh: Sharding, one: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """Reconstructions are added up in another order: the weights agree to rounding."""
+    more = outcome(mesh, SETTINGS, tmp_path)
+    assert torch.equal(more["since_fired"], one["since_fired"])
+    torch.testing.assert_close(more["losses"], one["losses"], rtol=1e-5, atol=0)
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        torch.testing.assert_close(more[name], one[name], rtol=1e-4, atol=1e-5)
+
+
+def test_ranks_with_dense_adam_train_what_one_trains(tmp_path: Path) -> None:
+    """Gradients are averaged in another order, so the bits differ."""
+    settings = SETTINGS.model_copy(update={"optimizer": "adam", "aux_k": 0})
+    one, two = outcome(Sharding(), settings, tmp_path), outcome(Sharding(data=2), settings, tmp_path)
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
