@@ -57,6 +57,7 @@ def library() -> ctypes.CDLL | None:
     # torch has been imported: its OpenMP is there already, and becomes the library's. One pool of threads serves both.
     loaded = ctypes.CDLL(str(where))
     loaded.kilobasis_version.restype = ctypes.c_int64
+    # An older one stays where an update was not followed by an installation.
     if loaded.kilobasis_version() != VERSION:
         return None
     p, n, x = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
