@@ -279,7 +279,7 @@ def main() -> int:
     contenders = [contender for contender in CONTENDERS if contender.name in wanted]
     if any(not contender.python.exists() for contender in contenders):
         parser.error(f"{PEERS} is not there; make it with `make .venv-peers`, or take --only {REFERENCE}")
-    console, found, learned = Console(), [], True
+    console, found, learned = Console(width=120), [], True
     for case in QUICK if options.quick else CASES:
         if options.features not in (None, case.features):
             continue

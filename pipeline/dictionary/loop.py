@@ -19,6 +19,7 @@ from cluster.storage.parsing import parsing
 from pipeline.activations.read import Cursor, Stream
 from pipeline.dictionary import checkpoint, parallel
 from pipeline.dictionary.checkpoint import Progress, Saver
+from pipeline.dictionary.kernels import native
 from pipeline.dictionary.model import DictionaryConfig, TopKDictionary
 from pipeline.dictionary.objective import DenseObjective, Made, RowObjective
 from pipeline.dictionary.optimizer import RowAdam, SphereAdam, peak_rate, rate
@@ -34,6 +35,7 @@ CURVE_POINTS = 400
 EVENT_SECONDS = 1.0
 # Skipped one after the other; more is no overflow that passes, it is a run that looks healthy and learns nothing.
 MOST_SKIPPED = 10
+NO_KERNELS = "no compiled kernels: torch alone takes several times as long -> install g++, then kilobasis again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,17 +123,13 @@ class Trainer:
         self._count(made.z_BK, made.indices_BK)
 
         def scalars() -> StepScalars:
-            x_BD_centred = x_BD - x_BD.mean(0)
-            local = torch.stack(
-                [
-                    made.main.detach(),
-                    made.auxiliary.detach(),
-                    x_BD_centred.square().mean(),
-                    (made.z_BK > 0).float().sum(1).mean(),
-                ]
-            )
-            main, auxiliary, variance, l0 = self.ranks.mean(local).tolist()
-            l0 = float(self.ranks.total(torch.tensor(l0), "scalars"))
+            # Of the whole batch, about its own mean: in float64, however many ranks share it, it is the same number.
+            whole_BD = self.ranks.gather(x_BD, "curves").double()
+            variance = float((whole_BD - whole_BD.mean(0)).square().mean())
+            active = (made.z_BK > 0).double().sum() / len(x_BD)
+            local = torch.stack([made.main.detach().double(), made.auxiliary.detach().double(), active])
+            main, auxiliary, l0 = self.ranks.mean(local).tolist()
+            l0 = float(self.ranks.total(torch.tensor(l0, dtype=torch.float64), "scalars"))
             dead = self.ranks.total((self.since_fired_F > self.settings.dead_after).sum(), "scalars")
             return StepScalars(
                 loss=main + self.settings.aux_weight * auxiliary,
@@ -211,6 +209,8 @@ def train(
             del sample_ND
         gang.beat(progress.step, "starting")
         trainer = Trainer(dictionary, settings, steps, ranks)
+        if gang.rank == 0 and trainer.engine.device.type == "cpu" and native.library() is None:
+            gang.emit(events.Note(stage, NO_KERNELS))
         with trainer.engine:
             if state is not None:
                 with parsing(f"{stage}: slot {last.slot if last else 0} of the log", "checkpoint"):

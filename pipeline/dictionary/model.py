@@ -50,14 +50,14 @@ class Code(NamedTuple):
     error_hat_BD: torch.Tensor | None
 
 
-def random_rows(first: int, count: int, width: int, seed: int) -> torch.Tensor:
-    """Unit vectors in random directions for features from `first` on. Shape (count, D)."""
-    blocks = []
-    for block in range(first // ROWS_OF_A_SEED, -(-(first + count) // ROWS_OF_A_SEED)):
-        rows = np.random.default_rng([seed, block]).standard_normal((ROWS_OF_A_SEED, width), dtype=np.float32)
-        blocks.append(torch.from_numpy(rows))
-    start = first % ROWS_OF_A_SEED
-    return nn.functional.normalize(torch.cat(blocks)[start : start + count], dim=1)
+def fill_with_directions(W_fD: torch.Tensor, first: int, seed: int) -> None:
+    """Make rows random unit vectors. A row depends on its feature alone; `first` is that of the first row."""
+    for block in range(first // ROWS_OF_A_SEED, -(-(first + len(W_fD)) // ROWS_OF_A_SEED)):
+        start = block * ROWS_OF_A_SEED
+        made = np.random.default_rng([seed, block]).standard_normal((ROWS_OF_A_SEED, W_fD.shape[1]), dtype=np.float32)
+        rows = nn.functional.normalize(torch.from_numpy(made), dim=1)
+        kept = slice(max(first, start), min(first + len(W_fD), start + ROWS_OF_A_SEED))
+        W_fD[kept.start - first : kept.stop - first] = rows[kept.start - start : kept.stop - start]
 
 
 class TopKDictionary(nn.Module):
@@ -96,12 +96,12 @@ class TopKDictionary(nn.Module):
 
         Args:
             x_ND: Sample of activations.
-            seed: Of the decoder rows. A row depends on its feature alone, not on the rank that holds it.
+            seed: Of the decoder rows; see `fill_with_directions`.
             ranks: Those that share the features; none if left out.
         """
         ranks = ranks or Ranks()
-        W_FD = random_rows(ranks.feature_rank * self.features, self.features, self.width, seed)
-        self.W_dec.copy_(W_FD)
+        W_FD = self.W_dec.data
+        fill_with_directions(W_FD, ranks.feature_rank * self.features, seed)
         self.b_dec.copy_(x_ND.double().mean(0).float())
         self.W_enc.copy_(W_FD)
         sample_ND = x_ND[: 8 * 1024]

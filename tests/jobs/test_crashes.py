@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -38,6 +39,8 @@ MANY = pytest.mark.parametrize(
     ],
     indirect=["place"],
 )
+# Nobody dies of those that race, but eight of them on a few cores may not show a sign of life for seconds.
+RACING = ("compute.lease_seconds=15", "compute.checkpoint_seconds=1e-9")
 QUICK = ("compute.lease_seconds=1", "compute.checkpoint_seconds=1e-9")
 
 
@@ -58,8 +61,9 @@ def expected(finished: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory
     going = dying.start(finished.manifest, *QUICK, f"root={folder / 'root'}", log=folder / "log")
     assert going.wait() == 0, going.log.read_text()
     assert runs.digests(folder / "root") == runs.digests(finished.root)
-    operations = int(going.log.read_text().rpartition("operations ")[2].split()[0])
-    return SimpleNamespace(manifest=finished.manifest, digests=runs.digests(finished.root), operations=operations)
+    return SimpleNamespace(
+        manifest=finished.manifest, digests=runs.digests(finished.root), operations=operations(going.log)
+    )
 
 
 def begin(expected: SimpleNamespace, place: str, log: Path, **options: Any) -> dying.Going:
@@ -101,6 +105,30 @@ def points(number: int, operations: int, salt: str) -> list[Point]:
     return sorted(rng.sample(every, min(number, len(every))), key=lambda point: point.number)
 
 
+def until_struck(expected: SimpleNamespace, place: str, log: Path, point: Point) -> tuple[str, dying.Going]:
+    """A run that met its point, and its root; begun again elsewhere if it ended before.
+
+    A training writes as many checkpoints as it finds time for, so one run has a few operations more than another.
+    """
+    rng = random.Random(f"{SEED} {place.rpartition('/')[2]} {point}")
+    for attempt in range(5):
+        root, going = f"{place}-{attempt}", begin(expected, f"{place}-{attempt}", log, point=point)
+        if point.number_of_signal == signal.SIGSTOP and stopped(going):
+            return root, going
+        code = going.wait()
+        if code == -signal.SIGKILL:
+            return root, going
+        assert code == 0, f"seed {SEED}, {point}: {log.read_text()}"
+        check(expected, root)
+        point = replace(point, number=rng.randint(3, operations(log)))
+    raise AssertionError(f"seed {SEED}: no run came to its {point.number}th operation: {log.read_text()}")
+
+
+def operations(log: Path) -> int:
+    """How many a run had that has ended."""
+    return int(log.read_text().rpartition("operations ")[2].split()[0])
+
+
 @pytest.mark.parametrize("place", PLACES, indirect=True)
 @pytest.mark.parametrize("every", [False, pytest.param(True, id="all", marks=pytest.mark.chaos)])
 @pytest.mark.timeout(7200)
@@ -112,19 +140,14 @@ def test_run_killed_around_a_storage_operation_resumes_to_the_same_digests(
     chosen = points(10**6 if every else few, expected.operations, place.partition("://")[0])
     print(f"\nseed {SEED}: {len(chosen)} of {2 * expected.operations} points", file=sys.stderr)
 
-    def die_at(index: int) -> bool:
-        root, point, log = f"{place}-{index}", chosen[index], tmp_path / f"log-{index}"
-        going = begin(expected, root, log, point=point)
-        hit = going.wait() == -signal.SIGKILL
-        # Heartbeats count as operations, and a run that was quick has fewer of them.
-        assert hit or going.process.exitcode == 0, f"seed {SEED}, {point}: {log.read_text()}"
+    def die_at(index: int) -> None:
+        point, log = chosen[index], tmp_path / f"log-{index}"
+        root, _ = until_struck(expected, f"{place}-{index}", log, point)
         assert len(begun(root)) <= 1, f"seed {SEED}, {point}: more than one unit has to be made again"
         assert begin(expected, root, log).wait() == 0, f"seed {SEED}, {point}: {log.read_text()}"
         check(expected, root)
-        return hit
 
-    hits = beside(die_at, len(chosen))
-    assert sum(hits) >= 0.9 * len(chosen)
+    beside(die_at, len(chosen))
 
 
 def stopped(going: dying.Going) -> bool:
@@ -172,13 +195,9 @@ def test_run_stopped_beyond_its_lease_and_woken_overwrites_nothing(
         for _ in range(number)
     ]
 
-    def sleep_at(index: int) -> int | None:
-        root, point, log = f"{place}-{index}", moments[index], tmp_path / f"log-{index}"
-        zombie = begin(expected, root, tmp_path / f"zombie-{index}", point=point)
-        if not stopped(zombie):
-            # Heartbeats count as operations, and a run that was quick has fewer of them.
-            check(expected, root)
-            return None
+    def sleep_at(index: int) -> int:
+        point, log = moments[index], tmp_path / f"log-{index}"
+        root, zombie = until_struck(expected, f"{place}-{index}", tmp_path / f"zombie-{index}", point)
         assert begin(expected, root, log, wait=True).wait() == 0, log.read_text()
         before = {each.path: dict(each.present) for each in repairs.verify(StoragePath.parse(root), full=False)}
         psutil.Process(zombie.process.pid).send_signal(signal.SIGCONT)
@@ -194,7 +213,6 @@ def test_run_stopped_beyond_its_lease_and_woken_overwrites_nothing(
 
     endings = Counter(beside(sleep_at, number))
     print(f"\nseed {SEED}: {number} zombies ended with {dict(endings)}", file=sys.stderr)
-    assert endings[None] <= 0.2 * number
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])
@@ -214,7 +232,7 @@ def test_runners_at_once_commit_everything_once(
     for index in range(number):
         root = f"{place}-{index}"
         every = [
-            dying.start(expected.manifest, *QUICK, f"root={root}", log=tmp_path / f"log-{each}", wait=True)
+            dying.start(expected.manifest, *RACING, f"root={root}", log=tmp_path / f"log-{each}", wait=True)
             for each in range(count)
         ]
         codes = [going.wait() for going in every]

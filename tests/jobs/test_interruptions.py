@@ -30,7 +30,7 @@ from pipeline import train
 from pipeline.dictionary import loop
 from pipeline.stage import Gang
 from schemas.events import Event, WorkerLost
-from schemas.manifest import Compute
+from schemas.manifest import Compute, Sharding
 from schemas.records import Outputs
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -150,7 +150,7 @@ def trained(ray: None, finished: SimpleNamespace) -> Train:
 
         seen: list[Event] = []
         # Checkpoints come every few steps, so that a step is lost now and then, and now and then many.
-        compute = Compute(ranks=ranks, rank_threads=1, checkpoint_seconds=0.02)
+        compute = Compute(sharding=Sharding(data=ranks), rank_threads=1, checkpoint_seconds=0.02)
         pool = RayPool(workers=2)
         stage = StageFolder(StoragePath.parse(folder), "train/tiny", "0" * 64)
         params = train.params(parsed, parsed.dictionaries[0], sources)

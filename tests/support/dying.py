@@ -19,11 +19,9 @@ from typing import Any, Literal
 import deepspeed  # noqa: F401 - imported once, in the server
 import transformers.models.gpt_neox.modeling_gpt_neox  # noqa: F401
 
-import jobs.lease
 import jobs.repair
 import jobs.runner
 from cluster.storage import create as creating
-from cluster.storage import objects
 from jobs import manifest as manifests
 from pipeline.stages import STAGES  # noqa: F401
 from schemas.errors import KilobasisError
@@ -34,8 +32,9 @@ _ONE_AT_A_TIME = threading.Lock()
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.support.dying"])
 
-# Operations that change what lies in a store. Before a read, the store is as it was after the last of these.
-WRITES = ("_create_local", "_create_remote", "replace", "remove")
+# Operations that change what lies in a store. Before a read, the store is as it was after the last of these. Heartbeats
+# are left out: how many there are is a matter of time, not of what a run does.
+WRITES = ("_create_local", "_create_remote", "remove")
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,6 @@ def start(
     log: Path,
     point: Point | None = None,
     wait: bool = False,
-    reads: bool = False,
 ) -> Going:
     """Begin to run a manifest in another process.
 
@@ -85,11 +83,8 @@ def start(
         log: Where it says how it ended: one line, or a traceback; and before that the number of its operations.
         point: Where it dies or stops.
         wait: Wait for other runs.
-        reads: Count operations that only read, too.
     """
-    process = CONTEXT.Process(
-        target=_run, args=(str(manifest), overrides, str(log), point, wait, dict(os.environ), reads)
-    )
+    process = CONTEXT.Process(target=_run, args=(str(manifest), overrides, str(log), point, wait, dict(os.environ)))
     with _ONE_AT_A_TIME:
         process.start()
     return Going(process, log)
@@ -102,14 +97,13 @@ def _run(
     point: Point | None,
     wait: bool,
     environment: dict[str, str],
-    reads: bool,
 ) -> None:
     os.setsid()
     os.environ.update(environment)
     with open(log, "a") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
-        count = _watch(point, reads)
+        count = _watch(point)
         code = 0
         try:
             done = jobs.runner.run(manifests.load(Path(manifest), list(overrides)), wait=wait)
@@ -123,7 +117,7 @@ def _run(
     os._exit(code)
 
 
-def _watch(point: Point | None, reads: bool) -> Callable[[], int]:
+def _watch(point: Point | None) -> Callable[[], int]:
     """Count storage operations, and act at one of them."""
     done = 0
 
@@ -144,10 +138,7 @@ def _watch(point: Point | None, reads: bool) -> Callable[[], int]:
     for name in WRITES:
         wrapped = watched(getattr(creating, name))
         setattr(creating, name, wrapped)
-        # Who imported it by name has the plain one.
-        for module in (jobs.lease, jobs.repair) if name in ("replace", "remove") else ():
-            if hasattr(module, name):
-                setattr(module, name, wrapped)
-    if reads:
-        objects.request = watched(objects.request)
+        if name == "remove":
+            # Who imported it by name has the plain one.
+            jobs.repair.remove = wrapped  # type: ignore[attr-defined]
     return lambda: done

@@ -1,5 +1,7 @@
 """The compiled kernels and those of torch give the same, and what they give is exact."""
 
+import itertools
+import os
 import subprocess
 import sys
 from types import ModuleType
@@ -181,12 +183,12 @@ print(native.path().name.split(".")[0], hashlib.sha256(made).hexdigest())
 
 
 @needs_native
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX512", "AVX2"), reason="needs AVX2")
 def test_native_kernels_give_the_same_bits_on_any_machine_and_thread_count() -> None:
     """AVX-512 and AVX2; all that torch is told is the name of the machine."""
-    import os
-
     printed = {}
-    for capability, threads in (("avx512", 1), ("avx512", 2), ("avx2", 1), ("avx2", 2)):
+    known = ["avx512", "avx2"] if torch.backends.cpu.get_cpu_capability() == "AVX512" else ["avx2"]
+    for capability, threads in itertools.product(known, (1, 2)):
         done = subprocess.run(
             [sys.executable, "-c", PRINTS.format(threads=threads)], cwd=ROOT, capture_output=True, text=True,
             env={**os.environ, "ATEN_CPU_CAPABILITY": capability}, timeout=120, check=True,

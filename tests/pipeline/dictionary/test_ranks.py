@@ -7,7 +7,7 @@ import torch
 import torch.multiprocessing as processes
 
 from cluster.pool import free_port
-from pipeline.dictionary.loop import Trainer
+from pipeline.dictionary.loop import StepScalars, Trainer
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.parallel import joined
 from schemas.manifest import Sharding, Train
@@ -29,7 +29,7 @@ def activations() -> torch.Tensor:
 
 
 def train(rank: int, mesh: Sharding, init_method: str, settings: Train, folder: Path) -> None:
-    """One rank: train its features on its share of every batch, and leave weights, losses and counters."""
+    """One rank: train its features on its share of every batch, and leave weights, curves and counters."""
     torch.set_num_threads(1)
     x_SBD = activations()
     dictionary = TopKDictionary(24, 128 // mesh.features, 4)
@@ -37,13 +37,18 @@ def train(rank: int, mesh: Sharding, init_method: str, settings: Train, folder: 
         dictionary.initialize(x_SBD[0], 0, ranks)
         trainer = Trainer(dictionary, settings, STEPS, ranks)
         share = BATCH // mesh.data
-        losses = []
+        curves = []
         with trainer.engine:
             for step, x_BD in enumerate(x_SBD):
                 own_BD = x_BD[ranks.data_rank * share : (ranks.data_rank + 1) * share]
                 scalars = trainer.step(step, own_BD)
-                losses.append(scalars().loss)
-        made = {**dictionary.state_dict(), "since_fired": trainer.since_fired_F, "losses": torch.tensor(losses)}
+                now = scalars()
+                curves.append([getattr(now, name) for name in StepScalars.__slots__])
+        made = {
+            **dictionary.state_dict(),
+            "since_fired": trainer.since_fired_F,
+            "curves": torch.tensor(curves, dtype=torch.float64),
+        }
         torch.save(made, folder / f"{rank}.pt")
 
 
@@ -63,7 +68,7 @@ def outcome(mesh: Sharding, settings: Train, folder: Path) -> dict[str, torch.Te
 def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     """What one rank ends with."""
     made = outcome(Sharding(), SETTINGS, tmp_path_factory.mktemp("one"))
-    assert float(made["losses"][-5:].mean()) < float(made["losses"][:5].mean())
+    assert float(made["curves"][-5:, 0].mean()) < float(made["curves"][:5, 0].mean())
     assert int((made["since_fired"] > SETTINGS.dead_after).sum()) > 0, "nothing was dead: no auxiliary loss was tested"
     return made
 
@@ -73,9 +78,8 @@ def test_ranks_that_share_a_batch_train_the_bits_of_one(
     data: int, one: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     more = outcome(Sharding(data=data), SETTINGS, tmp_path)
-    for name in ("W_enc", "b_enc", "W_dec", "b_dec", "since_fired"):
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec", "since_fired", "curves"):
         assert torch.equal(more[name], one[name]), name
-    torch.testing.assert_close(more["losses"], one["losses"], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("mesh", [Sharding(features=2), Sharding(features=4), Sharding(features=2, data=2)], ids=str)
@@ -85,7 +89,7 @@ def test_ranks_that_share_the_features_train_the_weights_of_one(
     """Reconstructions are added up in another order: the weights agree to rounding."""
     more = outcome(mesh, SETTINGS, tmp_path)
     assert torch.equal(more["since_fired"], one["since_fired"])
-    torch.testing.assert_close(more["losses"], one["losses"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(more["curves"], one["curves"], rtol=1e-5, atol=0)
     for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
         torch.testing.assert_close(more[name], one[name], rtol=1e-4, atol=1e-5)
 

@@ -1,0 +1,91 @@
+"""Training that is broken off and goes on with another mesh of ranks."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import torch.multiprocessing as processes
+
+from cluster.pool import free_port
+from cluster.storage.path import StoragePath
+from jobs.log import TrainingLog
+from pipeline.activations.read import Cursor
+from pipeline.dictionary import loop, model
+from pipeline.dictionary.model import DictionaryConfig
+from pipeline.stage import Gang
+from schemas.manifest import Sharding, Train
+from tests.pipeline.dictionary.test_ranks import BATCH, activations
+
+STEPS = 24
+SHAPE = DictionaryConfig(width=24, features=128, k=4, hook_point="h", model="m", model_digest="d")
+SETTINGS = Train(
+    tokens=STEPS * BATCH, batch=BATCH, learning_rate=1e-2, warmup=0.0, aux_k=8, dead_after=4 * BATCH, clip=0.02
+)
+
+
+class Batches:
+    """A stream of the same few batches over and over."""
+
+    def sample(self) -> torch.Tensor:
+        return activations()[0]
+
+    def batches(self, cursor: Cursor) -> Iterator[tuple[torch.Tensor, Cursor]]:
+        x_SBD = activations()
+        for step in itertools.count(cursor.row):
+            yield x_SBD[step % len(x_SBD)], Cursor(0, 0, step + 1)
+
+
+def train(rank: int, mesh: Sharding, init_method: str, until: int, folder: Path) -> None:
+    """One rank; all of them break off before a step."""
+    torch.set_num_threads(1)
+    inner = loop.Trainer.step
+
+    def step(self: loop.Trainer, index: int, x_BD: torch.Tensor) -> Any:
+        if index == until:
+            raise InterruptedError
+        return inner(self, index, x_BD)
+
+    loop.Trainer.step = step  # type: ignore[method-assign]
+    log = TrainingLog(StoragePath.parse(folder / "train"))
+    gang = Gang(rank, mesh.ranks, init_method, lambda event: None, lambda at, phase: None, log)
+    made = loop.train("train", Batches(), SHAPE, SETTINGS, 1e-9, mesh.features, gang)  # type: ignore[arg-type]
+    assert (made is None) == (rank > 0)
+    if made is not None:
+        (folder / "dictionary.safetensors").write_bytes(model.to_bytes(made.dictionary))
+
+
+def go_on(mesh: Sharding, until: int, folder: Path) -> int:
+    """Train up to a step, or to the end; the step of the newest checkpoint."""
+    arguments = (mesh, f"tcp://127.0.0.1:{free_port()}", until, folder)
+    try:
+        processes.spawn(train, arguments, nprocs=mesh.ranks, join=True)
+    except processes.ProcessRaisedException as error:
+        if "InterruptedError" not in str(error):
+            raise
+    last = TrainingLog(StoragePath.parse(folder / "train")).latest()
+    assert last is not None
+    assert len(last.objects) == mesh.features
+    return last.step
+
+
+@pytest.mark.timeout(600)
+def test_training_goes_on_with_any_mesh_to_the_same_weights(tmp_path: Path) -> None:
+    whole, changed = tmp_path / "whole", tmp_path / "changed"
+    for folder in (whole, changed):
+        folder.mkdir()
+    assert go_on(Sharding(), STEPS, whole) == STEPS
+    seen = [
+        go_on(Sharding(features=2), 8, changed),
+        go_on(Sharding(), 13, changed),
+        go_on(Sharding(data=2), 18, changed),
+        go_on(Sharding(features=4), STEPS, changed),
+    ]
+    assert 0 < seen[0] < seen[1] < seen[2] < seen[3] == STEPS
+    expected = safetensors.torch.load_file(whole / "dictionary.safetensors")
+    made = safetensors.torch.load_file(changed / "dictionary.safetensors")
+    for name, value in expected.items():
+        torch.testing.assert_close(made[name], value, rtol=1e-4, atol=1e-5)
