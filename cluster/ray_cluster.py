@@ -113,3 +113,15 @@ def ray_session(address: str | None, cpus: int) -> Iterator[None]:
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def machines(address: str) -> list[dict[str, float]]:
+    """What every living machine of a cluster offers, as Ray names it: CPU, GPU, memory in bytes.
+
+    Raises:
+        BusyError: the cluster does not answer.
+    """
+    with ray_session(address, 0):
+        import ray
+
+        return [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -64,12 +64,15 @@ def plan(manifest: ManifestPath, set_: Overrides = None, json_: AsJson = False) 
     """Print what a run would do and what it takes. Writes nothing."""
     _quiet()
     from jobs import plan as planning
+    from jobs.mesh import resolved
     from jobs.sources import survey
     from jobs.workspace import Workspace
 
     parsed = manifests.load(manifest, set_ or [])
     workspace = Workspace.of(parsed)
-    made = planning.make(parsed, workspace, survey(parsed))
+    sources = survey(parsed)
+    parsed = resolved(parsed, sources)
+    made = planning.make(parsed, workspace, sources)
     if json_:
         print(json.dumps(_plan_json(made), indent=1))
     else:
@@ -298,7 +301,8 @@ def _plan_json(made: Plan) -> list[dict[str, Any]]:
 
 
 def _print_plan(made: Plan, parsed: Manifest) -> None:
-    from jobs.plan import machine_memory, size
+    from cluster.devices import machine_memory
+    from jobs.plan import size
 
     about = "" if made.sources.corpus.exact else "~"
     table = _table(f"{parsed.name} -> {parsed.root}")

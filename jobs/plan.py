@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from pathlib import Path
 
+from cluster.devices import machine_memory
 from cluster.storage.objects import free_bytes
 from jobs.fingerprint import differences, fingerprint, spec
+from jobs.fitting import nearest
 from jobs.log import TrainingLog
 from jobs.state import StageFolder
 from jobs.workspace import Workspace, label
@@ -183,15 +183,19 @@ def refuse(plan: Plan, manifest: Manifest, workspace: Workspace, started: bool =
     todo = [planned for planned in plan.stages if planned.action is not Action.SKIP]
     limit = manifest.compute.memory or machine_memory()
     for planned in todo:
-        estimate = planned.estimate
-        local = manifest.compute.address is None
-        overhead = (DRIVER_MEMORY + RAY_MEMORY) if local and manifest.compute.pool == "ray" else 0
-        needed = estimate.memory * (estimate.workers if local else 1) + overhead
+        estimate, overhead = planned.estimate, _overhead(manifest)
+        needed = _needed(estimate, manifest)
         if needed > limit:
             raise ManifestError(
                 f"{planned.label} needs {size(needed)} of memory ({estimate.workers} x {size(estimate.memory)} and "
                 f"{size(overhead)} for the driver and Ray), there are {size(limit)}",
-                _smaller(planned),
+                nearest(
+                    planned.stage,
+                    planned.dictionary,
+                    manifest,
+                    plan.sources,
+                    lambda other, of: _needed(other, of) <= limit,
+                ),
             )
     free = free_bytes(workspace.root)
     stored = sum(planned.estimate.stored_bytes for planned in todo)
@@ -202,21 +206,15 @@ def refuse(plan: Plan, manifest: Manifest, workspace: Workspace, started: bool =
         raise ManifestError(what, "lower harvest.tokens, choose another root, or make room")
 
 
-def _smaller(planned: Planned) -> str:
-    return {
-        "train": "lower train.batch, features, harvest.loader_memory or compute.sharding.data",
-        "harvest": "lower compute.workers, harvest.batch_tokens or harvest.unit_rows",
-    }.get(planned.stage.name, "lower compute.workers")
+def _overhead(manifest: Manifest) -> int:
+    """Bytes that everything but the workers takes on this machine."""
+    return (DRIVER_MEMORY + RAY_MEMORY) if manifest.compute.address is None and manifest.compute.pool == "ray" else 0
 
 
-def machine_memory() -> int:
-    """Bytes of memory that this process may use: the machine's, or the container's if that is less."""
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text("ascii").strip()
-    except OSError:
-        return physical
-    return min(physical, int(limit)) if limit.isdigit() else physical
+def _needed(estimate: Estimate, manifest: Manifest) -> int:
+    """Bytes on one machine: here all workers are, on a cluster every one may have its own."""
+    workers = estimate.workers if manifest.compute.address is None else 1
+    return estimate.memory * workers + _overhead(manifest)
 
 
 def size(count: float) -> str:

@@ -17,6 +17,7 @@ from cluster.storage.create import create
 from jobs import lease as leases
 from jobs import plan as planning
 from jobs.fingerprint import fingerprint, spec
+from jobs.mesh import resolved
 from jobs.out import StageOut
 from jobs.progress import Watchers
 from jobs.sources import survey
@@ -47,6 +48,7 @@ def run(manifest: Manifest, resume: bool = False, wait: bool = False) -> dict[st
     if resume:
         workspace.require_unchanged()
     sources = survey(manifest)
+    manifest = resolved(manifest, sources)
     planned = planning.make(manifest, workspace, sources)
     planning.refuse(planned, manifest, workspace)
     workspace.claim(manifest.compute.single_writer)

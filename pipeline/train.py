@@ -115,9 +115,10 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
     kept, saved = {("adam", "full"): (4, 3), ("row_adam", "full"): (2, 2), ("row_adam", "row"): (1, 1)}[
         train.optimizer, train.second_moment
     ]
-    # The dictionary is put together on rank 0.
-    whole = 3 * (1 + saved) * weights if sharding.features > 1 else 0
+    # The dictionary is put together on rank 0, from one part of the checkpoint after the other.
+    whole = 3 * weights + 2 * (1 + saved) * weights // sharding.features if sharding.features > 1 else 0
     steps = -(-settings.settings.tokens // settings.settings.batch)
+    mesh = f", mesh {sharding.features} x {sharding.data}" if sharding.ranks > 1 else ""
     return Estimate(
         units=1,
         rows=settings.settings.tokens,
@@ -126,7 +127,7 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
         # What is saved is packed twice over (tensors and bytes).
         memory=RANK_MEMORY + (kept + 2 * saved) * weights // sharding.features + whole + 3 * slab + 3 * sample + step,
         workers=sharding.ranks,
-        note=f"F {settings.features} (F/d {settings.features / width:g}), k {settings.k}, {steps} steps",
+        note=f"F {settings.features} (F/d {settings.features / width:g}), k {settings.k}, {steps} steps{mesh}",
     )
 
 

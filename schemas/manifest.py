@@ -276,11 +276,35 @@ class Dictionary(_Section):
         return self.features if self.features is not None else width * (self.expansion or 0)
 
 
+def _multiples(value: int, of: int) -> str:
+    """The nearest ones on both sides, for people.
+
+    >>> _multiples(10, 4), _multiples(3, 4)
+    ('8 or 12', '4')
+    """
+    below = value - value % of
+    return f"{below} or {below + of}" if below else str(of)
+
+
 class Sharding(_Section):
     """The mesh of training ranks, features x data: each has a part of the features and a part of each batch."""
 
     features: Processes = Field(default=1, description="Ranks that share the features of a dictionary.")
     data: Processes = Field(default=1, description="Ranks that share a batch.")
+    auto: bool = Field(
+        default=False, description="Choose both from the devices and their memory; `sharding: auto` says the same."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _word(cls, value: Any) -> Any:
+        return {"auto": True} if value == "auto" else value
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.auto and self.ranks > 1:
+            raise ValueError("give either auto or features and data")
+        return self
 
     @property
     def ranks(self) -> int:
@@ -362,8 +386,8 @@ class Manifest(_Section):
                 )
             if dictionary.train.batch % sharding.data:
                 raise ValueError(
-                    f"{where}.train.batch {dictionary.train.batch} is not divisible by "
-                    f"compute.sharding.data {sharding.data}"
+                    f"{where}.train.batch {dictionary.train.batch} is not divisible by compute.sharding.data "
+                    f"{sharding.data}; set it to {_multiples(dictionary.train.batch, sharding.data)}"
                 )
             if dictionary.train.optimizer == "adam" and sharding.features > 1:
                 raise ValueError(

@@ -7,7 +7,7 @@ behind training's back, from a copy of the state.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from types import TracebackType
@@ -58,32 +58,41 @@ def state(
     return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
 
 
-def read(bodies: Sequence[bytes], first: int, count: int) -> dict[str, torch.Tensor]:
-    """The state of some features out of the parts of a checkpoint.
+def read(bodies: Iterable[bytes], first: int, count: int, moments: bool = True) -> dict[str, torch.Tensor]:
+    """The state of some features out of the parts of a checkpoint, of which one at a time is in memory.
 
     Args:
         bodies: The parts, in order.
         first: The first feature wanted.
         count: How many.
+        moments: With what belongs to the optimizer.
 
     Raises:
         IntegrityError: they are not there.
     """
-    parts = [safetensors.torch.load(body) for body in bodies]
-    made = dict(parts[0])
-    sizes = [len(part[SINCE_FIRED]) for part in parts]
-    starts = [sum(sizes[:index]) for index in range(len(sizes))]
-    if first + count > sum(sizes):
+    made: dict[str, torch.Tensor] = {}
+    pieces: dict[str, list[torch.Tensor]] = {}
+    start = 0
+    for body in bodies:
+        part = safetensors.torch.load(body)
+        size = len(part[SINCE_FIRED])
+        wanted = slice(max(0, first - start), max(0, first + count - start))
+        for name, value in part.items():
+            if name.startswith("adam.") and not moments:
+                continue
+            if name in ROWS or name.startswith(DENSE_ROWS) or name == SINCE_FIRED:
+                rows = value[wanted]
+                pieces.setdefault(name, []).append(rows if len(rows) == size else rows.clone())
+            else:
+                made.setdefault(name, value)
+        start += size
+    if first + count > start:
         raise IntegrityError(
-            f"the checkpoint has {sum(sizes)} features, expected {first + count}", "delete the train stage's folder"
+            f"the checkpoint has {start} features, expected {first + count}", "delete the train stage's folder"
         )
-    for name in made:
-        if name in ROWS or name.startswith(DENSE_ROWS) or name == SINCE_FIRED:
-            pieces = [
-                part[name][max(0, first - start) : max(0, first + count - start)]
-                for part, start in zip(parts, starts, strict=True)
-            ]
-            made[name] = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+    for name in list(pieces):
+        few = pieces.pop(name)
+        made[name] = torch.cat(few) if len(few) > 1 else few[0]
     return made
 
 

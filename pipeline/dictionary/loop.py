@@ -227,7 +227,7 @@ def train(
         if features > 1:
             last = gang.checkpoints.latest()
             assert last is not None
-            _, state = _read(stage, last, gang, 0, shape.features)
+            _, state = _read(stage, last, gang, 0, shape.features, moments=False)
             dictionary = TopKDictionary(shape.width, shape.features, shape.k)
             since_fired_F, _ = checkpoint.restore(state, dictionary, None)
         dictionary.rescale(progress.scale)
@@ -235,14 +235,14 @@ def train(
 
 
 def _read(
-    stage: str, last: CheckpointRecord, gang: Gang, first: int, count: int
+    stage: str, last: CheckpointRecord, gang: Gang, first: int, count: int, moments: bool = True
 ) -> tuple[Progress, dict[str, torch.Tensor]]:
     """Where a checkpoint is, and its state of some features."""
     with parsing(f"slot {last.slot} of {stage}'s log", "checkpoint"):
         progress = checkpoint.parse_facts(last.facts)
-    bodies = [gang.checkpoints.read(entry) for entry in last.objects]
+    bodies = (gang.checkpoints.read(entry) for entry in last.objects)
     with parsing(f"{stage}: {last.objects[0].key}", "checkpoint"):
-        return progress, checkpoint.read(bodies, first, count)
+        return progress, checkpoint.read(bodies, first, count, moments)
 
 
 def _loop(

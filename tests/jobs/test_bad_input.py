@@ -370,11 +370,11 @@ FIELDS: dict[str, tuple[Change, tuple[str, ...]]] = {
     # The machine
     "memory_that_cannot_fit": (
         at("compute.memory", "1GiB"),
-        ("needs 1.6 GiB of memory", "there are 1.0 GiB", "lower compute.workers"),
+        ("needs 1.6 GiB of memory", "there are 1.0 GiB", "set compute.workers to 1"),
     ),
     "dictionary_that_cannot_fit": (
         at(FIRST + "features", 10**12),
-        ("train/tiny needs", "TiB of memory", "lower train.batch, features"),
+        ("train/tiny needs", "TiB of memory", "set dictionaries.0.features to "),
     ),
     # Secrets and variables
     "password_in_the_root": (at("root", "s3://me:pass@bucket/x"), ("root holds a credential",)),

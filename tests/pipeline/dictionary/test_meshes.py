@@ -1,6 +1,7 @@
 """Training that is broken off and goes on with another mesh of ranks."""
 
 import itertools
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ def train(rank: int, mesh: Sharding, init_method: str, until: int, folder: Path)
     def step(self: loop.Trainer, index: int, x_BD: torch.Tensor) -> Any:
         if index == until:
             raise InterruptedError
+        # Checkpoints are written behind training's back: give them time.
+        time.sleep(0.05)
         return inner(self, index, x_BD)
 
     loop.Trainer.step = step  # type: ignore[method-assign]
