@@ -1,4 +1,4 @@
-"""Readers of events: the terminal, the JSONL log and TensorBoard."""
+"""Readers of events: the terminal, the JSONL log, TensorBoard and Prometheus."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event as Drawing
 from tensorboardX.summary import scalar
 
+from cluster.ray_metrics import Gauges
 from cluster.storage.create import create
 from cluster.storage.path import StoragePath
 from cluster.storage.redaction import redact
@@ -111,6 +112,27 @@ class TensorBoard:
                 if path.is_file():
                     create(self._target / path.relative_to(self._folder).as_posix(), path.read_bytes())
             self._scratch.cleanup()
+
+
+class Prometheus:
+    """The latest scalars of every stage as gauges `kilobasis_...`, where the run has a Ray to serve them.
+
+    Args:
+        run: The run's name.
+    """
+
+    def __init__(self, run: str) -> None:
+        self._run, self._gauges = run, Gauges()
+
+    def __call__(self, event: Event) -> None:
+        """Show an event."""
+        if isinstance(event, events.Progress):
+            counts = {"step": event.step, "done": event.done, "total": event.total}
+            for name, value in (event.scalars | counts).items():
+                self._gauges.set(f"kilobasis_{name}", value, run=self._run, stage=event.stage)
+        elif isinstance(event, events.UnitCommitted):
+            rows = event.rows / max(event.seconds, 1e-9)
+            self._gauges.set("kilobasis_rows_per_second", rows, run=self._run, stage=event.stage)
 
 
 class Lines:
@@ -217,7 +239,7 @@ class Bars:
 def _dense(event: events.Progress, brief: bool = False) -> str:
     named = {
         "fvu": "FVU {:.4f}", "l0": "L0 {:.1f}", "dead": "dead {:.1%}", "learning_rate": "lr {:.2g}",
-        "tokens_per_second": "{:,.0f} tokens/s", "data_wait": "data wait {:.1%}",
+        "tokens_per_second": "{:,.0f} tokens/s", "mfu": "MFU {:.0%}", "data_wait": "data wait {:.1%}",
     }  # fmt: skip
     shown = [text.format(event.scalars[name]) for name, text in named.items() if name in event.scalars]
     if brief:
@@ -261,6 +283,7 @@ class Watchers:
         console = Console(file=sys.stderr)
         self._log = EventLog(run)
         self._board: TensorBoard | None = TensorBoard(run)
+        self._prometheus = Prometheus(run.name)
         self._screen: Bars | Lines = Bars(console) if console.is_terminal else Lines(console)
 
     def __call__(self, event: Event) -> None:
@@ -272,6 +295,7 @@ class Watchers:
         event = _discreet(event)
         self._screen(event)
         self._log(event)
+        self._prometheus(event)
         try:
             if self._board:
                 self._board(event)

@@ -21,6 +21,7 @@ OWNERS = {
     "ray": {
         "cluster/ray_cluster.py",
         "cluster/ray_gang.py",
+        "cluster/ray_metrics.py",
         "cluster/ray_pool.py",
         "cluster/ray_worker.py",
         "jobs/submit.py",

@@ -23,6 +23,7 @@ from pipeline.dictionary.kernels import native
 from pipeline.dictionary.model import DictionaryConfig, TopKDictionary
 from pipeline.dictionary.objective import DenseObjective, Made, RowObjective
 from pipeline.dictionary.optimizer import RowAdam, SphereAdam, peak_rate, rate
+from pipeline.dictionary.pace import Pace
 from pipeline.dictionary.parallel import Engine
 from pipeline.dictionary.ranks import Ranks
 from pipeline.stage import Gang
@@ -218,7 +219,7 @@ def train(
                 trainer.since_fired_F = since_fired_F.to(trainer.engine.device)
                 del state
             if progress.step < steps:
-                progress = _loop(stage, stream, trainer, progress, curves, checkpoint_seconds, gang)
+                progress = _loop(stage, stream, trainer, shape, progress, curves, checkpoint_seconds, gang)
             gang.beat(progress.step, "saving")
             since_fired_F = trainer.since_fired_F.cpu()
         if gang.rank != 0:
@@ -249,6 +250,7 @@ def _loop(
     stage: str,
     stream: Stream,
     trainer: Trainer,
+    shape: DictionaryConfig,
     progress: Progress,
     curves: list[list[float]],
     checkpoint_seconds: float,
@@ -258,8 +260,8 @@ def _loop(
     share = settings.batch // ranks.data
     mine = slice(ranks.data_rank * share, (ranks.data_rank + 1) * share)
     every = max(1, steps // CURVE_POINTS)
-    told, waited, began = time.monotonic(), 0.0, progress.tokens
-    started = told
+    told = time.monotonic()
+    pace = Pace(shape, trainer.engine.device, ranks.world_size, progress.tokens)
     batches = stream.batches(progress.cursor)
 
     def snapshot() -> dict[str, torch.Tensor]:
@@ -270,11 +272,10 @@ def _loop(
 
     with closing(batches), Saver(gang.checkpoints, ranks, checkpoint_seconds, committed) as saver:
         for index in range(progress.step, steps):
-            asked = time.monotonic()
             gang.beat(index, "data")
-            x_BD, cursor = next(batches)
+            with pace.waiting():
+                x_BD, cursor = next(batches)
             gang.beat(index, "step")
-            waited += time.monotonic() - asked
             # The scale is applied in float32: in the store's type it would round.
             scalars = trainer.step(index, x_BD[mine].to(trainer.engine.device, torch.float32) * progress.scale)
             if trainer.skipped and gang.rank == 0:
@@ -285,13 +286,10 @@ def _loop(
                 curves.append([progress.step, progress.tokens, *_values(now)])
                 if gang.rank == 0 and (time.monotonic() - told >= EVENT_SECONDS or index == steps - 1):
                     told = time.monotonic()
-                    rates = {
-                        "tokens_per_second": (progress.tokens - began) / (told - started),
-                        "data_wait": waited / (told - started),
-                    }
                     named = {name: getattr(now, name) for name in StepScalars.__slots__}
+                    named |= pace.scalars(progress.step, progress.tokens)
                     whole = steps * settings.batch
-                    gang.emit(events.Progress(stage, progress.step, progress.tokens, whole, named | rates))
+                    gang.emit(events.Progress(stage, progress.step, progress.tokens, whole, named))
             if index == steps - 1:
                 gang.beat(progress.step, "saving")
             saver.turn(progress, snapshot, last=index == steps - 1)
