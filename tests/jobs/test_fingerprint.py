@@ -101,6 +101,7 @@ COMPUTE = {
     "gpus": "1",
     "sharding.features": "2",
     "sharding.data": "2",
+    "sharding.auto": "true",
     "rank_threads": "3",
     "memory": "8GiB",
     "attempts": "7",
