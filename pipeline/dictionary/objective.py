@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pipeline.dictionary import loss, sharding
-from pipeline.dictionary.kernels.portable import RowGradient
+from pipeline.dictionary.kernels.portable import RowGradient, weighted
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.ranks import Ranks
 from pipeline.dictionary.topk import kernels
@@ -89,7 +89,7 @@ class _Rows(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         dictionary, ranks = objective.dictionary, objective.ranks
         W_enc_FD, W_dec_FD, b_enc_F = (each.detach() for each in (dictionary.W_enc, dictionary.W_dec, dictionary.b_enc))
-        with_ = kernels(x_BD, W_enc_FD)
+        with_ = kernels(W_enc_FD, x_BD)
         count = x_BD.numel() * ranks.data
         centred_BD = x_BD - b_dec_D
         z_BK, indices_BK = sharding.top_k(centred_BD, W_enc_FD, b_enc_F, dictionary.k, ranks)
@@ -97,7 +97,7 @@ class _Rows(torch.autograd.Function):
         error_BD, grad_z_BK, squares_B = _errors(z_BK, indices_BK, W_dec_FD, b_dec_D, x_BD, scale, ranks)
         main = ranks.gather(squares_B, "scalars").sum() / count
         auxiliary, aux_error_BD, aux_scale = torch.zeros_like(main), None, 0.0
-        z_BN, indices_BN, grad_z_BN = z_BK, indices_BK, grad_z_BK
+        z_BN, indices_BN, grad_z_BN, part_BN = z_BK, indices_BK, grad_z_BK, None
         if dead_F is not None and objective.aux_k:
             dead = dead_F.nonzero().squeeze(1)
             few = min(objective.aux_k, int(ranks.total(torch.tensor(len(dead), device=x_BD.device), "scalars")))
@@ -113,15 +113,18 @@ class _Rows(torch.autograd.Function):
             z_BN, grad_z_BN = torch.cat([z_BK, aux_z_BA], 1), torch.cat([grad_z_BK, grad_aux_BA], 1)
             indices_BN = torch.cat([indices_BK, aux_indices_BA], 1)
             aux_error_BD = ranks.gather(aux_error_BD, "rows")
+            part_BN = torch.zeros(len(aux_error_BD), z_BN.shape[1], dtype=torch.uint8, device=x_BD.device)
+            part_BN[:, z_BK.shape[1] :] = 1
         centred_BD, error_BD = ranks.gather(centred_BD, "rows"), ranks.gather(error_BD, "rows")
         z_BN, grad_z_BN = ranks.gather(z_BN, "codes"), ranks.gather(grad_z_BN, "codes")
         grouped = with_.group(z_BN, ranks.gather(indices_BN, "codes"), dictionary.features)
-        objective.pending = RowGradient(
-            grouped, z_BN, grad_z_BN, dictionary.k, centred_BD, error_BD, scale, aux_error_BD, aux_scale
+        errors, scales = (
+            ((error_BD,), (scale,)) if aux_error_BD is None else ((error_BD, aux_error_BD), (scale, aux_scale))
         )
+        objective.pending = RowGradient(grouped, z_BN, grad_z_BN, centred_BD, errors, scales, part_BN)
         # b_dec is added to every reconstruction, and taken off everything that is encoded.
         fired_F = with_.sums(grouped, grad_z_BN, x_BD.new_ones(len(z_BN), 1)).squeeze(1)
-        encoded_D = ranks.total(W_enc_FD.T @ fired_F, "b_dec")
+        encoded_D = ranks.total(weighted(W_enc_FD, fired_F), "b_dec")
         ctx.save_for_backward(scale * error_BD.sum(0) - encoded_D)
         ctx.mark_non_differentiable(indices_BK)
         total = main + objective.aux_weight * auxiliary
@@ -143,7 +146,7 @@ def _errors(
     ranks: Ranks,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `portable.errors`, of a code that lies on several ranks."""
-    with_ = kernels(z_BK, W_FD)
+    with_ = kernels(W_FD, z_BK)
     if ranks.features == 1:
         made: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = with_.errors(
             z_BK, indices_BK, W_FD, bias_D, target_BD, scale

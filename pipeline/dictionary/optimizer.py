@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from pipeline.dictionary.kernels.portable import Adam, Rows
+from pipeline.dictionary.kernels.portable import Adam, RowGradient, Rows
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.objective import RowObjective
 from pipeline.dictionary.topk import kernels
@@ -86,9 +86,9 @@ class SphereAdam(torch.optim.Adam):
 class RowAdam(torch.optim.Optimizer):
     """Adam with beta1 = 0 that visits only the rows that fired; equal to one that visits all. See `portable.update`.
 
-    Without a first moment nothing moves a row that has no gradient. The second moment may be one number a row.
-    Gradients are clipped by their norm over everything, which is computed only where a cheap bound does not show that
-    there is nothing to clip.
+    Without a first moment nothing moves a row that has no gradient. The second moment may be one number a row; rows may
+    be bfloat16. Gradients are clipped by their norm over everything, which is computed only where a cheap bound does
+    not show that there is nothing to clip.
 
     Args:
         objective: Holds the dictionary, and behind each pass what its rows' gradients are made of.
@@ -96,26 +96,35 @@ class RowAdam(torch.optim.Optimizer):
         beta2: Decay of the second moment.
         clip: Largest gradient norm; 0 does not clip.
         row_wise: Whether a row shares one second moment.
+        seed: Of the rounding of rows in bfloat16.
     """
 
     def __init__(
-        self, objective: RowObjective, learning_rate: float, beta2: float, clip: float, row_wise: bool
+        self,
+        objective: RowObjective,
+        learning_rate: float,
+        beta2: float,
+        clip: float,
+        row_wise: bool,
+        seed: int = 0,
     ) -> None:
         dictionary = objective.dictionary
         super().__init__([dictionary.b_dec], {"lr": learning_rate})
-        self.beta2, self.clip, self.objective = beta2, clip, objective
+        self.beta2, self.clip, self.objective, self.seed = beta2, clip, objective, seed
         self.gradient_norm = 0.0
         self.steps = 0
         self.b_dec_v = torch.zeros_like(dictionary.b_dec)
+        self._bound: float | None = None
         W_enc_FD, W_dec_FD = dictionary.W_enc.data, dictionary.W_dec.data
         self.rows = Rows(
             W_enc=W_enc_FD,
             W_dec=W_dec_FD,
             b_enc=dictionary.b_enc.data,
-            encoder_v=torch.zeros_like(W_enc_FD[:, 0] if row_wise else W_enc_FD),
-            decoder_v=torch.zeros_like(W_dec_FD[:, 0] if row_wise else W_dec_FD),
+            encoder_v=torch.zeros_like(W_enc_FD[:, 0] if row_wise else W_enc_FD, dtype=torch.float32),
+            decoder_v=torch.zeros_like(W_dec_FD[:, 0] if row_wise else W_dec_FD, dtype=torch.float32),
             bias_v=torch.zeros_like(dictionary.b_enc.data),
             stamps_F=torch.zeros(dictionary.features, dtype=torch.int32, device=W_enc_FD.device),
+            first=objective.ranks.feature_rank * dictionary.features,
         )
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -131,12 +140,20 @@ class RowAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def norm_bound(self) -> float:
-        """No less than the norm of the gradient, and not finite where that is not."""
-        gradient, b_dec = self.objective.pending, self.objective.dictionary.b_dec
+        """No less than the norm of the gradient, and not finite where that is not. Kept for the step that follows."""
+        gradient = self._pending()
+        of_rows = kernels(self.rows.W_enc, gradient.x_BD).norm_bound(gradient, self.rows)
+        self._bound = math.sqrt(self._everywhere(of_rows**2) + self._square_of_b_dec())
+        return self._bound
+
+    def _pending(self) -> RowGradient:
+        assert self.objective.pending is not None
+        return self.objective.pending
+
+    def _square_of_b_dec(self) -> float:
+        gradient = self.objective.dictionary.b_dec.grad
         assert gradient is not None
-        assert b_dec.grad is not None
-        of_rows = kernels(gradient.x_BD, self.rows.W_enc).norm_bound(gradient, self.rows)
-        return math.sqrt(self._everywhere(of_rows**2) + float(b_dec.grad.double().square().sum()))
+        return float(gradient.double().square().sum())
 
     def _everywhere(self, square: float) -> float:
         """A sum over features, over those of all ranks."""
@@ -146,25 +163,23 @@ class RowAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """One update."""
-        gradient, b_dec = self.objective.pending, self.objective.dictionary.b_dec
-        assert gradient is not None
+        gradient, b_dec = self._pending(), self.objective.dictionary.b_dec
         assert b_dec.grad is not None
         self.steps += 1
-        with_ = kernels(gradient.x_BD, self.rows.W_enc)
-        square = float(b_dec.grad.double().square().sum())
-        clip = 1.0
-        if self.clip and self.norm_bound() > self.clip:
+        with_ = kernels(self.rows.W_enc, gradient.x_BD)
+        square, clip = self._square_of_b_dec(), 1.0
+        if self.clip and (self.norm_bound() if self._bound is None else self._bound) > self.clip:
             norm = math.sqrt(self._everywhere(float(with_.squares(gradient, self.rows).sum())) + square)
             clip = min(1.0, self.clip / (norm + 1e-6))
         rate = self.param_groups[0]["lr"]
-        adam = Adam(self.steps, rate, self.beta2, EPSILON, clip)
+        adam = Adam(self.steps, rate, self.beta2, EPSILON, clip, self.seed)
         squares_F = with_.update(gradient, self.rows, adam)
         self.gradient_norm = math.sqrt(self._everywhere(float(squares_F.sum())) + square)
         b_dec.grad.mul_(clip)
         self.b_dec_v.mul_(self.beta2).addcmul_(b_dec.grad, b_dec.grad, value=1 - self.beta2)
         root_D = (self.b_dec_v / (1 - self.beta2**self.steps)).sqrt_().add_(EPSILON)
         b_dec.addcdiv_(b_dec.grad, root_D, value=-rate)
-        self.objective.pending = None
+        self.objective.pending, self._bound = None, None
 
 
 def peak_rate(settings: Train, features: int) -> float:

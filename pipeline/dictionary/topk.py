@@ -13,14 +13,14 @@ import torch
 from pipeline.dictionary.kernels import native, portable
 
 
-def kernels(*tensors: torch.Tensor) -> ModuleType:
-    """What computes on these tensors: the compiled library where it can, else torch."""
-    return native if native.fits(*tensors) else portable
+def kernels(rows: torch.Tensor, *others: torch.Tensor) -> ModuleType:
+    """What computes with a dictionary's rows and other tensors: the compiled library where it can, else torch."""
+    return native if native.fits(rows, *others) else portable
 
 
 def top_k(x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """See `portable.top_k`."""
-    made: tuple[torch.Tensor, torch.Tensor] = kernels(x_BD, W_FD, b_F).top_k(x_BD, W_FD, b_F, k)
+    made: tuple[torch.Tensor, torch.Tensor] = kernels(W_FD, x_BD, b_F).top_k(x_BD, W_FD, b_F, k)
     return made
 
 
@@ -28,7 +28,7 @@ def decode(
     z_BK: torch.Tensor, indices_BK: torch.Tensor, W_FD: torch.Tensor, bias_D: torch.Tensor | None = None
 ) -> torch.Tensor:
     """See `portable.decode`."""
-    made: torch.Tensor = kernels(z_BK, W_FD).decode(z_BK, indices_BK, W_FD, bias_D)
+    made: torch.Tensor = kernels(W_FD, z_BK).decode(z_BK, indices_BK, W_FD, bias_D)
     return made
 
 
@@ -67,7 +67,7 @@ class EncodeTopK(torch.autograd.Function):
         grad_z_BK, _, grad_aux_BA, _ = gradients
         indices_BN = torch.cat([indices_BK, aux_indices_BA], 1)
         values_BN = torch.cat([grad_z_BK * (z_BK > 0), grad_aux_BA * (aux_z_BA > 0)], 1)
-        with_ = kernels(values_BN, x_BD)
+        with_ = kernels(W_enc_FD, values_BN, x_BD)
         grouped = with_.group(values_BN, indices_BN, len(W_enc_FD))
         grad_W_FD = with_.sums(grouped, values_BN, x_BD)
         grad_b_F = with_.sums(grouped, values_BN, x_BD.new_ones(len(x_BD), 1)).squeeze(1)
@@ -89,7 +89,7 @@ class Decode(torch.autograd.Function):
         """Gradients of z and W_dec."""
         z_BK, indices_BK, W_dec_FD = ctx.saved_tensors
         grad_BD = gradients[0].contiguous()
-        with_ = kernels(z_BK, W_dec_FD)
+        with_ = kernels(W_dec_FD, z_BK)
         grad_z_BK = with_.inner(grad_BD, z_BK, indices_BK, W_dec_FD)
         grad_W_FD = with_.sums(with_.group(z_BK, indices_BK, len(W_dec_FD)), z_BK, grad_BD)
         return grad_z_BK, None, grad_W_FD

@@ -33,38 +33,17 @@ inline Lanes load(const float* at) {
     return lanes;
 }
 
-inline void store(float* at, Lanes lanes) { std::memcpy(at, &lanes, sizeof lanes); }
+// Rows of a dictionary are float32 or bfloat16; what is computed with them is float32.
+typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef uint32_t Words __attribute__((vector_size(64)));
 
-inline Lanes all(float value) { return Lanes{} + value; }
-
-inline float total(Lanes lanes) {
-    float sums[WIDE];
-    store(sums, lanes);
-    for (int64_t half = WIDE / 2; half; half /= 2)
-        for (int64_t i = 0; i < half; ++i) sums[i] += sums[i + half];
-    return sums[0];
-}
-
-// The inner product that decides which features fire: always the same sums in the same order.
-inline float dot(const float* a, const float* b, int64_t d) {
-    Lanes s0{}, s1{}, s2{}, s3{};
-    int64_t i = 0;
-    for (; i + 4 * WIDE <= d; i += 4 * WIDE) {
-        s0 += load(a + i) * load(b + i);
-        s1 += load(a + i + WIDE) * load(b + i + WIDE);
-        s2 += load(a + i + 2 * WIDE) * load(b + i + 2 * WIDE);
-        s3 += load(a + i + 3 * WIDE) * load(b + i + 3 * WIDE);
-    }
-    for (; i + WIDE <= d; i += WIDE) s0 += load(a + i) * load(b + i);
-    float sum = total((s0 + s1) + (s2 + s3));
-    for (; i < d; ++i) sum += a[i] * b[i];
-    return sum;
-}
-
-inline void add_scaled(float* to, const float* from, float scale, int64_t d) {
-    int64_t i = 0;
-    for (; i + WIDE <= d; i += WIDE) store(to + i, load(to + i) + all(scale) * load(from + i));
-    for (; i < d; ++i) to[i] += scale * from[i];
+inline Lanes load(const uint16_t* at) {
+    Halves halves;
+    std::memcpy(&halves, at, sizeof halves);
+    Words words = __builtin_convertvector(halves, Words) << 16;
+    Lanes lanes;
+    std::memcpy(&lanes, &words, sizeof lanes);
+    return lanes;
 }
 
 inline uint16_t to_bf16(float value) {
@@ -79,6 +58,43 @@ inline float from_bf16(uint16_t half) {
     float value;
     std::memcpy(&value, &bits, 4);
     return value;
+}
+
+inline float number(float value) { return value; }
+inline float number(uint16_t half) { return from_bf16(half); }
+
+inline void store(float* at, Lanes lanes) { std::memcpy(at, &lanes, sizeof lanes); }
+
+inline Lanes all(float value) { return Lanes{} + value; }
+
+inline float total(Lanes lanes) {
+    float sums[WIDE];
+    store(sums, lanes);
+    for (int64_t half = WIDE / 2; half; half /= 2)
+        for (int64_t i = 0; i < half; ++i) sums[i] += sums[i + half];
+    return sums[0];
+}
+
+// The inner product that decides which features fire: always the same sums in the same order.
+template <typename W> inline float dot(const float* a, const W* b, int64_t d) {
+    Lanes s0{}, s1{}, s2{}, s3{};
+    int64_t i = 0;
+    for (; i + 4 * WIDE <= d; i += 4 * WIDE) {
+        s0 += load(a + i) * load(b + i);
+        s1 += load(a + i + WIDE) * load(b + i + WIDE);
+        s2 += load(a + i + 2 * WIDE) * load(b + i + 2 * WIDE);
+        s3 += load(a + i + 3 * WIDE) * load(b + i + 3 * WIDE);
+    }
+    for (; i + WIDE <= d; i += WIDE) s0 += load(a + i) * load(b + i);
+    float sum = total((s0 + s1) + (s2 + s3));
+    for (; i < d; ++i) sum += a[i] * number(b[i]);
+    return sum;
+}
+
+template <typename W> inline void add_scaled(float* to, const W* from, float scale, int64_t d) {
+    int64_t i = 0;
+    for (; i + WIDE <= d; i += WIDE) store(to + i, load(to + i) + all(scale) * load(from + i));
+    for (; i < d; ++i) to[i] += scale * number(from[i]);
 }
 
 // What is known of one token's largest scores: features that may be among them, with bounds of their scores. `floor` is
@@ -131,9 +147,6 @@ inline float margin_of(const Margin& m, float norm, float error, float score, fl
            TINIEST;
 }
 
-inline float score_of(uint16_t value) { return from_bf16(value); }
-inline float score_of(float value) { return value; }
-
 struct Bounds {
     float lower, upper;
 };
@@ -145,7 +158,7 @@ struct Block {
 };
 
 template <typename T> inline Bounds bounds_of(const T* scores, int64_t f, const Block& block, const Margin& m) {
-    float score = score_of(scores[f]), middle = score + block.bias[f];
+    float score = number(scores[f]), middle = score + block.bias[f];
     float margin = margin_of(m, block.norm[f], block.error[f], score, block.bias[f]);
     // What is no number may be anything.
     return {std::isnan(middle - margin) ? -INFINITY : middle - margin, middle + margin};
@@ -257,8 +270,8 @@ void scan(const T* scores, int64_t stride, int64_t tokens, const Block& block, c
 // Rows are gathered from all over memory: ask for one while others are worked on.
 constexpr int64_t AHEAD = 2;
 
-inline void fetch(const float* row, int64_t d) {
-    for (int64_t i = 0; i < d; i += WIDE) __builtin_prefetch(row + i);
+template <typename W> inline void fetch(const W* row, int64_t d) {
+    for (int64_t i = 0; i < d; i += 64 / int64_t(sizeof(W))) __builtin_prefetch(row + i);
 }
 
 struct Scored {
@@ -277,7 +290,23 @@ inline bool before(const Scored& a, const Scored& b) {
 } // namespace
 
 // What the Python side expects; raised with every change of a signature.
-KILOBASIS int64_t kilobasis_version() { return 1; }
+KILOBASIS int64_t kilobasis_version() { return 2; }
+
+// Norms of rows.
+KILOBASIS void kilobasis_norms(const void* rows, int64_t half, int64_t count, int64_t d, float* norm) {
+    auto all_rows = [&](auto* typed) {
+#pragma omp parallel for schedule(static)
+        for (int64_t r = 0; r < count; ++r) {
+            Lanes squares{};
+            float rest = 0;
+            int64_t i = 0;
+            for (; i + WIDE <= d; i += WIDE) squares += load(typed + r * d + i) * load(typed + r * d + i);
+            for (; i < d; ++i) rest += number(typed[r * d + i]) * number(typed[r * d + i]);
+            norm[r] = std::sqrt(total(squares) + rest);
+        }
+    };
+    half ? all_rows((const uint16_t*)rows) : all_rows((const float*)rows);
+}
 
 // Rows in bfloat16, their norms, and the norms of what rounding took away.
 KILOBASIS void kilobasis_round(const float* rows, int64_t count, int64_t d, uint16_t* rounded, float* norm,
@@ -317,11 +346,11 @@ KILOBASIS void kilobasis_scan(const void* scores, int64_t half, int64_t stride, 
         scan((const float*)scores, stride, tokens, block, (const Margin*)margins, k, room, (Token*)state, found);
 }
 
-// Score the candidates exactly and keep the k largest that are above zero. A token whose candidates did not fit is
-// scored against every feature. Returns how many scores were computed.
-KILOBASIS int64_t kilobasis_select(const float* x, const float* weights, const float* bias, int64_t tokens, int64_t d,
-                                   int64_t features, int64_t k, int64_t room, void* state, void* found, float* z,
-                                   int64_t* indices) {
+namespace {
+
+template <typename W>
+int64_t select(const float* x, const W* weights, const float* bias, int64_t tokens, int64_t d, int64_t features,
+               int64_t k, int64_t room, Token* state, void* found, float* z, int64_t* indices) {
     int64_t scored_in_all = 0;
 #pragma omp parallel reduction(+ : scored_in_all)
     {
@@ -329,7 +358,7 @@ KILOBASIS int64_t kilobasis_select(const float* x, const float* weights, const f
         std::vector<Scored> scored;
 #pragma omp for schedule(dynamic, 16)
         for (int64_t b = 0; b < tokens; ++b) {
-            Token& token = ((Token*)state)[b];
+            Token& token = state[b];
             Found candidates = found_at(found, b, room);
             if (token.count >= 0) prune(token, candidates, k, lowers);
             int64_t count = token.count >= 0 ? token.count : features;
@@ -359,11 +388,9 @@ KILOBASIS int64_t kilobasis_select(const float* x, const float* weights, const f
     return scored_in_all;
 }
 
-// error = bias + sum of z times decoder rows - target; grad_z = scale <error, decoder row> where z > 0; squares: the
-// squared norm of each token's error. Without a target the error is the reconstruction; without grad_z none is made.
-KILOBASIS void kilobasis_decode(const float* z, const int64_t* indices, const float* weights, const float* bias,
-                                const float* target, float scale, int64_t tokens, int64_t d, int64_t k, float* error,
-                                float* grad_z, double* squares) {
+template <typename W>
+void decode(const float* z, const int64_t* indices, const W* weights, const float* bias, const float* target,
+            float scale, int64_t tokens, int64_t d, int64_t k, float* error, float* grad_z, double* squares) {
 #pragma omp parallel for schedule(dynamic, 16)
     for (int64_t b = 0; b < tokens; ++b) {
         float* row = error + b * d;
@@ -387,13 +414,45 @@ KILOBASIS void kilobasis_decode(const float* z, const int64_t* indices, const fl
     }
 }
 
-// The inner product of each token's row with the rows that its code names; 0 where z is.
-KILOBASIS void kilobasis_inner(const float* rows, const float* z, const int64_t* indices, const float* weights,
-                               int64_t tokens, int64_t d, int64_t k, float* products) {
+template <typename W>
+void inner(const float* rows, const float* z, const int64_t* indices, const W* weights, int64_t tokens, int64_t d,
+           int64_t k, float* products) {
 #pragma omp parallel for schedule(dynamic, 16)
     for (int64_t b = 0; b < tokens; ++b)
         for (int64_t i = 0; i < k; ++i)
             products[b * k + i] = z[b * k + i] != 0 ? dot(rows + b * d, weights + indices[b * k + i] * d, d) : 0.0f;
+}
+
+} // namespace
+
+// Score the candidates exactly and keep the k largest that are above zero. A token whose candidates did not fit is
+// scored against every feature. Returns how many scores were computed. `half` says that weights are bfloat16, here and
+// below.
+KILOBASIS int64_t kilobasis_select(const float* x, const void* weights, int64_t half, const float* bias, int64_t tokens,
+                                   int64_t d, int64_t features, int64_t k, int64_t room, void* state, void* found,
+                                   float* z, int64_t* indices) {
+    auto run = [&](auto* typed) {
+        return select(x, typed, bias, tokens, d, features, k, room, (Token*)state, found, z, indices);
+    };
+    return half ? run((const uint16_t*)weights) : run((const float*)weights);
+}
+
+// error = bias + sum of z times decoder rows - target; grad_z = scale <error, decoder row> where z > 0; squares: the
+// squared norm of each token's error. Without a target the error is the reconstruction; without grad_z none is made.
+KILOBASIS void kilobasis_decode(const float* z, const int64_t* indices, const void* weights, int64_t half,
+                                const float* bias, const float* target, float scale, int64_t tokens, int64_t d,
+                                int64_t k, float* error, float* grad_z, double* squares) {
+    auto run = [&](auto* typed) {
+        decode(z, indices, typed, bias, target, scale, tokens, d, k, error, grad_z, squares);
+    };
+    half ? run((const uint16_t*)weights) : run((const float*)weights);
+}
+
+// The inner product of each token's row with the rows that its code names; 0 where z is.
+KILOBASIS void kilobasis_inner(const float* rows, const float* z, const int64_t* indices, const void* weights,
+                               int64_t half, int64_t tokens, int64_t d, int64_t k, float* products) {
+    auto run = [&](auto* typed) { inner(rows, z, indices, typed, tokens, d, k, products); };
+    half ? run((const uint16_t*)weights) : run((const float*)weights);
 }
 
 // A code turned over: the positions of its entries that are not zero, by feature and in batch order below that.
@@ -425,40 +484,70 @@ KILOBASIS void kilobasis_sums(const float* values, const float* rows, const int6
 
 // What a training step made, and how the rows that fired are to move.
 struct KilobasisUpdate {
-    // The step's code turned over (see kilobasis_group), K of its entries a token, of which the first `main` explain
-    // the input and the rest, the dead features' try, its residual.
+    // The step's code turned over (see kilobasis_group), K of its entries a token.
     const int64_t* starts;
     const int32_t* order;
-    int64_t features, k, main, d;
-    const float *z, *grad_z;          // (B, K)
-    const float *x, *error, *aux_error; // (B, D)
-    float scale, aux_scale;           // gradient of the loss by a reconstruction = scale * error
-    float *encoder, *decoder, *bias;
-    float *encoder_v, *decoder_v, *bias_v; // second moments: (F, D), or (F) where row_wise
-    int32_t* stamps;                  // the step of each row's last update, from 1; 0 for never
-    int64_t row_wise, step;
+    int64_t features, k, encoder_d, decoder_d;
+    const float *z, *grad_z, *x; // (B, K), (B, K), (B, encoder_d)
+    // Errors that entries explain, (B, decoder_d) each, and what turns an error into the gradient of the loss by its
+    // reconstruction. `part` says which one is an entry's; without it all are of the first.
+    const float* const* errors;
+    const float* scales;
+    const uint8_t* part;
+    int64_t parts, half;
+    void *encoder, *decoder; // (F, encoder_d), (F, decoder_d); bfloat16 where `half` is set
+    float* bias;
+    float *encoder_v, *decoder_v, *bias_v; // second moments: like their rows, or (F) where row_wise
+    int32_t* stamps;                       // the step of each row's last update, from 1; 0 for never
+    int64_t row_wise, step, first, seed;   // first: which of all features is the first one here
     double rate, beta2, epsilon, clip;
 };
 
 namespace {
 
-// The gradients of one feature's rows; returns that of its bias.
-inline float gradients(const KilobasisUpdate& u, int64_t f, float* encoder, float* decoder) {
-    std::memset(encoder, 0, u.d * sizeof(float));
-    std::memset(decoder, 0, u.d * sizeof(float));
-    float bias = 0;
-    for (int64_t i = u.starts[f]; i < u.starts[f + 1]; ++i) {
-        int64_t entry = u.order[i], b = entry / u.k;
-        bool main = entry % u.k < u.main;
-        add_scaled(decoder, (main ? u.error : u.aux_error) + b * u.d, u.z[entry] * (main ? u.scale : u.aux_scale), u.d);
-        add_scaled(encoder, u.x + b * u.d, u.grad_z[entry], u.d);
-        bias += u.grad_z[entry];
-    }
-    return bias;
-}
+inline int64_t part_of(const KilobasisUpdate& u, int64_t entry) { return u.part ? u.part[entry] : 0; }
 
-inline double square(const KilobasisUpdate& u, const float* encoder, const float* decoder, float bias) {
-    return double(dot(encoder, encoder, u.d)) + double(dot(decoder, decoder, u.d)) + double(bias) * bias;
+// A thread's room for a feature's gradients, and for its rows while they move.
+struct Scratch {
+    std::vector<float> encoder, decoder, row;
+    float bias = 0;
+
+    explicit Scratch(const KilobasisUpdate& u)
+        : encoder(u.encoder_d), decoder(u.decoder_d), row(std::max(u.encoder_d, u.decoder_d)) {}
+
+    // The gradients of one feature's rows.
+    void gather(const KilobasisUpdate& u, int64_t f) {
+        std::fill(encoder.begin(), encoder.end(), 0.0f);
+        std::fill(decoder.begin(), decoder.end(), 0.0f);
+        bias = 0;
+        for (int64_t i = u.starts[f]; i < u.starts[f + 1]; ++i) {
+            int64_t entry = u.order[i], b = entry / u.k, part = part_of(u, entry);
+            add_scaled(decoder.data(), u.errors[part] + b * u.decoder_d, u.z[entry] * u.scales[part], u.decoder_d);
+            add_scaled(encoder.data(), u.x + b * u.encoder_d, u.grad_z[entry], u.encoder_d);
+            bias += u.grad_z[entry];
+        }
+    }
+
+    double square(const KilobasisUpdate& u) const {
+        return double(dot(encoder.data(), encoder.data(), u.encoder_d)) +
+               double(dot(decoder.data(), decoder.data(), u.decoder_d)) + double(bias) * bias;
+    }
+};
+
+// Every feature that fired, with its gradients; squares: the squared norm of each feature's, before clipping.
+template <typename Visit> void visit(const KilobasisUpdate& u, double* squares, Visit each) {
+#pragma omp parallel
+    {
+        Scratch scratch(u);
+#pragma omp for schedule(dynamic, 16)
+        for (int64_t f = 0; f < u.features; ++f) {
+            squares[f] = 0;
+            if (u.starts[f] == u.starts[f + 1]) continue;
+            scratch.gather(u, f);
+            squares[f] = scratch.square(u);
+            each(f, scratch);
+        }
+    }
 }
 
 // Adam without a first moment (beta1 = 0), on one row. Steps in which the row had no gradient only let the second
@@ -478,25 +567,78 @@ inline void adam(float* w, float* v, const float* g, int64_t d, float decay, flo
     }
 }
 
+inline void normalize(float* row, int64_t d) {
+    float inverse = 1 / std::max(std::sqrt(dot(row, row, d)), 1e-12f);
+    for (int64_t i = 0; i < d; ++i) row[i] *= inverse;
+}
+
+// Sixteen bits that depend on a number's place alone. See `portable.noise`.
+inline uint32_t noise(uint32_t place) {
+    place = (place ^ (place >> 16)) * 0x7feb352du;
+    place = (place ^ (place >> 15)) * 0x846ca68bu;
+    return (place ^ (place >> 16)) >> 16;
+}
+
+inline uint32_t place_of(const KilobasisUpdate& u, int64_t f, uint32_t salt) {
+    return uint32_t(u.seed) * 0x27d4eb2fu + uint32_t(u.step) * 0xc2b2ae3du + uint32_t(u.first + f) * 0x9e3779b1u + salt;
+}
+
+// A row that moves in float32 and lies where it is: float32 as it is, bfloat16 rounded up or down at random, so that
+// steps that are too small for it add up all the same.
+template <typename Move> void moved(float* at, float*, int64_t, uint32_t, Move move) { move(at); }
+
+template <typename Move> void moved(uint16_t* at, float* row, int64_t d, uint32_t place, Move move) {
+    for (int64_t i = 0; i < d; ++i) row[i] = from_bf16(at[i]);
+    move(row);
+    for (int64_t i = 0; i < d; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, row + i, 4);
+        bool finite = (bits & 0x7f800000u) != 0x7f800000u;
+        at[i] = finite ? uint16_t((bits + noise(place + uint32_t(i) * 0x85ebca77u)) >> 16) : to_bf16(row[i]);
+    }
+}
+
+template <typename W> void update_rows(const KilobasisUpdate& u, W* encoder, W* decoder, double* squares) {
+    const float correction = float(1 - std::pow(u.beta2, double(u.step)));
+    visit(u, squares, [&](int64_t f, Scratch& scratch) {
+        float decay = float(std::pow(u.beta2, double(u.step - u.stamps[f])));
+        float *encoder_v = u.encoder_v + (u.row_wise ? f : f * u.encoder_d),
+              *decoder_v = u.decoder_v + (u.row_wise ? f : f * u.decoder_d);
+        moved(encoder + f * u.encoder_d, scratch.row.data(), u.encoder_d, place_of(u, f, 1), [&](float* row) {
+            adam(row, encoder_v, scratch.encoder.data(), u.encoder_d, decay, correction, u);
+        });
+        moved(decoder + f * u.decoder_d, scratch.row.data(), u.decoder_d, place_of(u, f, 2), [&](float* row) {
+            float* gradient = scratch.decoder.data();
+            add_scaled(gradient, row, -dot(gradient, row, u.decoder_d), u.decoder_d);
+            adam(row, decoder_v, gradient, u.decoder_d, decay, correction, u);
+            normalize(row, u.decoder_d);
+        });
+        adam(u.bias + f, u.bias_v + f, &scratch.bias, 1, decay, correction, u);
+        u.stamps[f] = int32_t(u.step);
+    });
+}
+
 } // namespace
 
 // No less than the norm of the gradient of everything that fired, from the norms of tokens' rows alone: as if all that
 // fired a feature pulled it one way. Cheap, and mostly enough to know that nothing is to be clipped.
 KILOBASIS double kilobasis_norm_bound(const KilobasisUpdate* update, int64_t tokens) {
     const KilobasisUpdate& u = *update;
-    std::vector<float> x(tokens), error(tokens), aux(u.aux_error ? tokens : 0);
+    std::vector<float> x(tokens), error(tokens * u.parts);
 #pragma omp parallel for schedule(static)
     for (int64_t b = 0; b < tokens; ++b) {
-        x[b] = std::sqrt(dot(u.x + b * u.d, u.x + b * u.d, u.d) + 1);
-        error[b] = u.scale * std::sqrt(dot(u.error + b * u.d, u.error + b * u.d, u.d));
-        if (u.aux_error) aux[b] = u.aux_scale * std::sqrt(dot(u.aux_error + b * u.d, u.aux_error + b * u.d, u.d));
+        x[b] = std::sqrt(dot(u.x + b * u.encoder_d, u.x + b * u.encoder_d, u.encoder_d) + 1);
+        for (int64_t p = 0; p < u.parts; ++p) {
+            const float* row = u.errors[p] + b * u.decoder_d;
+            error[b * u.parts + p] = u.scales[p] * std::sqrt(dot(row, row, u.decoder_d));
+        }
     }
     double sum = 0;
     for (int64_t f = 0; f < u.features; ++f) {
         double encoder = 0, decoder = 0;
         for (int64_t i = u.starts[f]; i < u.starts[f + 1]; ++i) {
             int64_t entry = u.order[i], b = entry / u.k;
-            decoder += u.z[entry] * (entry % u.k < u.main ? error[b] : aux[b]);
+            decoder += u.z[entry] * error[b * u.parts + part_of(u, entry)];
             encoder += std::fabs(u.grad_z[entry]) * x[b];
         }
         sum += encoder * encoder + decoder * decoder;
@@ -506,44 +648,13 @@ KILOBASIS double kilobasis_norm_bound(const KilobasisUpdate* update, int64_t tok
 
 // The squared norm of each feature's gradient, before clipping.
 KILOBASIS void kilobasis_squares(const KilobasisUpdate* update, double* squares) {
-    const KilobasisUpdate& u = *update;
-#pragma omp parallel
-    {
-        std::vector<float> encoder(u.d), decoder(u.d);
-#pragma omp for schedule(dynamic, 16)
-        for (int64_t f = 0; f < u.features; ++f) {
-            squares[f] = 0;
-            if (u.starts[f] == u.starts[f + 1]) continue;
-            float bias = gradients(u, f, encoder.data(), decoder.data());
-            squares[f] = square(u, encoder.data(), decoder.data(), bias);
-        }
-    }
+    visit(*update, squares, [](int64_t, Scratch&) {});
 }
 
 // Gradient, clipping, removal of what would only lengthen a decoder row, Adam and normalisation: one visit to each row
 // that fired, and no gradient is ever stored. squares: as kilobasis_squares has them.
 KILOBASIS void kilobasis_update(const KilobasisUpdate* update, double* squares) {
     const KilobasisUpdate& u = *update;
-    const float correction = float(1 - std::pow(u.beta2, double(u.step)));
-#pragma omp parallel
-    {
-        std::vector<float> encoder(u.d), decoder(u.d);
-#pragma omp for schedule(dynamic, 16)
-        for (int64_t f = 0; f < u.features; ++f) {
-            squares[f] = 0;
-            if (u.starts[f] == u.starts[f + 1]) continue;
-            float bias = gradients(u, f, encoder.data(), decoder.data());
-            squares[f] = square(u, encoder.data(), decoder.data(), bias);
-            float* row = u.decoder + f * u.d;
-            add_scaled(decoder.data(), row, -dot(decoder.data(), row, u.d), u.d);
-            float decay = float(std::pow(u.beta2, double(u.step - u.stamps[f])));
-            int64_t v = u.row_wise ? f : f * u.d;
-            adam(u.encoder + f * u.d, u.encoder_v + v, encoder.data(), u.d, decay, correction, u);
-            adam(row, u.decoder_v + v, decoder.data(), u.d, decay, correction, u);
-            adam(u.bias + f, u.bias_v + f, &bias, 1, decay, correction, u);
-            float inverse = 1 / std::max(std::sqrt(dot(row, row, u.d)), 1e-12f);
-            for (int64_t i = 0; i < u.d; ++i) row[i] *= inverse;
-            u.stamps[f] = int32_t(u.step);
-        }
-    }
+    if (u.half) update_rows(u, (uint16_t*)u.encoder, (uint16_t*)u.decoder, squares);
+    else update_rows(u, (float*)u.encoder, (float*)u.decoder, squares);
 }

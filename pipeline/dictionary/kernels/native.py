@@ -15,7 +15,7 @@ import torch
 
 from pipeline.dictionary.kernels.portable import Adam, Grouped, RowGradient, Rows
 
-VERSION = 1
+VERSION = 2
 # What torch calls the machine, and the library for it.
 LIBRARIES = {"AVX512": "_native_avx512", "AVX2": "_native_avx2"}
 
@@ -31,12 +31,12 @@ class Update(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("starts", "order")),
-        *((name, ctypes.c_int64) for name in ("features", "k", "main", "d")),
-        *((name, ctypes.c_void_p) for name in ("z", "grad_z", "x", "error", "aux_error")),
-        *((name, ctypes.c_float) for name in ("scale", "aux_scale")),
+        *((name, ctypes.c_int64) for name in ("features", "k", "encoder_d", "decoder_d")),
+        *((name, ctypes.c_void_p) for name in ("z", "grad_z", "x", "errors", "scales", "part")),
+        *((name, ctypes.c_int64) for name in ("parts", "half")),
         *((name, ctypes.c_void_p) for name in ("encoder", "decoder", "bias")),
         *((name, ctypes.c_void_p) for name in ("encoder_v", "decoder_v", "bias_v", "stamps")),
-        *((name, ctypes.c_int64) for name in ("row_wise", "step")),
+        *((name, ctypes.c_int64) for name in ("row_wise", "step", "first", "seed")),
         *((name, ctypes.c_double) for name in ("rate", "beta2", "epsilon", "clip")),
     )
 
@@ -62,11 +62,12 @@ def library() -> ctypes.CDLL | None:
         return None
     p, n, x = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     for name, arguments, result in (
+        ("norms", [p, n, n, n, p], None),
         ("round", [p, n, n, p, p, p], None),
         ("scan", [p, n, n, n, n, n, p, p, p, p, n, n, p, p], None),
-        ("select", [p, p, p, n, n, n, n, n, p, p, p, p], n),
-        ("decode", [p, p, p, p, p, x, n, n, n, p, p, p], None),
-        ("inner", [p, p, p, p, n, n, n, p], None),
+        ("select", [p, p, n, p, n, n, n, n, n, p, p, p, p], n),
+        ("decode", [p, p, p, n, p, p, x, n, n, n, p, p, p], None),
+        ("inner", [p, p, p, p, n, n, n, n, p], None),
         ("group", [p, p, n, n, p, p], n),
         ("sums", [p, p, p, p, n, n, n, p], None),
         ("norm_bound", [ctypes.POINTER(Update), n], ctypes.c_double),
@@ -78,9 +79,14 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
-def fits(*tensors: torch.Tensor) -> bool:
-    """Whether the library is there and takes these: float32 on a CPU."""
-    return library() is not None and all(each.dtype == torch.float32 and each.device.type == "cpu" for each in tensors)
+def fits(rows: torch.Tensor, *others: torch.Tensor) -> bool:
+    """Whether the library is there and takes these: rows in float32 or bfloat16, all else in float32, on a CPU."""
+    return (
+        library() is not None
+        and rows.dtype in (torch.float32, torch.bfloat16)
+        and all(each.dtype == torch.float32 for each in others)
+        and all(each.device.type == "cpu" for each in (rows, *others))
+    )
 
 
 # Features of a block: their scores, for all tokens of a batch, are all of the B x F scores that ever exist at once.
@@ -109,9 +115,9 @@ def top_k(
     the same, to the bit, whatever found the candidates.
 
     Args:
-        x_BD: Tokens.
-        W_FD: Encoder rows.
-        b_F: Encoder biases.
+        x_BD: Tokens, float32.
+        W_FD: Encoder rows, float32 or bfloat16.
+        b_F: Encoder biases, float32.
         k: Entries of a code.
         half: Whether to search in bfloat16; decided by the machine if left out.
     """
@@ -148,8 +154,8 @@ def top_k(
     z_BK = torch.empty(tokens, k)
     indices_BK = torch.empty(tokens, k, dtype=torch.int64)
     loaded.kilobasis_select(
-        x_BD.data_ptr(), W_FD.data_ptr(), b_F.data_ptr(), tokens, width, features, k, room, state.data_ptr(),
-        found.data_ptr(), z_BK.data_ptr(), indices_BK.data_ptr(),
+        x_BD.data_ptr(), W_FD.data_ptr(), _is_half(W_FD), b_F.data_ptr(), tokens, width, features, k, room,
+        state.data_ptr(), found.data_ptr(), z_BK.data_ptr(), indices_BK.data_ptr(),
     )  # fmt: skip
     return z_BK, indices_BK
 
@@ -157,11 +163,18 @@ def top_k(
 def _round(loaded: ctypes.CDLL, rows_ND: torch.Tensor, half: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rows as the search multiplies them, their norms, and the norms of what rounding took away."""
     norm_N, error_N = torch.empty(len(rows_ND)), torch.zeros(len(rows_ND))
-    rounded_ND = torch.empty(rows_ND.shape, dtype=torch.bfloat16)
-    loaded.kilobasis_round(
-        rows_ND.data_ptr(), *rows_ND.shape, rounded_ND.data_ptr(), norm_N.data_ptr(), error_N.data_ptr()
-    )
-    return (rounded_ND, norm_N, error_N) if half else (rows_ND, norm_N, torch.zeros_like(error_N))
+    if half and not _is_half(rows_ND):
+        rounded_ND = torch.empty(rows_ND.shape, dtype=torch.bfloat16)
+        loaded.kilobasis_round(
+            rows_ND.data_ptr(), *rows_ND.shape, rounded_ND.data_ptr(), norm_N.data_ptr(), error_N.data_ptr()
+        )
+        return rounded_ND, norm_N, error_N
+    loaded.kilobasis_norms(rows_ND.data_ptr(), _is_half(rows_ND), *rows_ND.shape, norm_N.data_ptr())
+    return rows_ND if half else rows_ND.float(), norm_N, error_N
+
+
+def _is_half(rows_ND: torch.Tensor) -> bool:
+    return rows_ND.dtype == torch.bfloat16
 
 
 def decode(
@@ -201,8 +214,9 @@ def _decode(
     grad_z_BK = torch.empty(tokens, k if gradients else 0)
     squares_B = torch.empty(tokens if gradients else 0, dtype=torch.float64)
     loaded.kilobasis_decode(
-        z_BK.data_ptr(), indices_BK.data_ptr(), W_FD.data_ptr(), _pointer(bias_D), _pointer(target_BD), scale, tokens,
-        width, k, made_BD.data_ptr(), grad_z_BK.data_ptr() or None, squares_B.data_ptr() or None,
+        z_BK.data_ptr(), indices_BK.data_ptr(), W_FD.data_ptr(), _is_half(W_FD), _pointer(bias_D),
+        _pointer(target_BD), scale, tokens, width, k, made_BD.data_ptr(), grad_z_BK.data_ptr() or None,
+        squares_B.data_ptr() or None,
     )  # fmt: skip
     return made_BD, grad_z_BK, squares_B
 
@@ -218,8 +232,8 @@ def inner(grad_BD: torch.Tensor, z_BK: torch.Tensor, indices_BK: torch.Tensor, W
     grad_BD, z_BK, indices_BK, W_FD = (each.contiguous() for each in (grad_BD, z_BK, indices_BK, W_FD))
     products_BK = torch.empty_like(z_BK)
     loaded.kilobasis_inner(
-        grad_BD.data_ptr(), z_BK.data_ptr(), indices_BK.data_ptr(), W_FD.data_ptr(), len(z_BK), W_FD.shape[1],
-        z_BK.shape[1], products_BK.data_ptr(),
+        grad_BD.data_ptr(), z_BK.data_ptr(), indices_BK.data_ptr(), W_FD.data_ptr(), _is_half(W_FD), len(z_BK),
+        W_FD.shape[1], z_BK.shape[1], products_BK.data_ptr(),
     )  # fmt: skip
     return products_BK
 
@@ -273,7 +287,7 @@ def update(gradient: RowGradient, rows: Rows, adam: Adam) -> torch.Tensor:
     return made_F
 
 
-def _update(gradient: RowGradient, rows: Rows, adam: Adam | None) -> tuple[ctypes.CDLL, Update, list[torch.Tensor]]:
+def _update(gradient: RowGradient, rows: Rows, adam: Adam | None) -> tuple[ctypes.CDLL, Update, list[object]]:
     """The structure, and what has to live as long as it does."""
     loaded = library()
     assert loaded is not None
@@ -283,10 +297,9 @@ def _update(gradient: RowGradient, rows: Rows, adam: Adam | None) -> tuple[ctype
         "z": gradient.z_BN.contiguous(),
         "grad_z": gradient.grad_z_BN.contiguous(),
         "x": gradient.x_BD.contiguous(),
-        "error": gradient.error_BD.contiguous(),
     }
-    if gradient.aux_error_BD is not None:
-        given["aux_error"] = gradient.aux_error_BD.contiguous()
+    if gradient.part_BN is not None:
+        given["part"] = gradient.part_BN.contiguous()
     state = {
         "encoder": rows.W_enc,
         "decoder": rows.W_dec,
@@ -297,17 +310,23 @@ def _update(gradient: RowGradient, rows: Rows, adam: Adam | None) -> tuple[ctype
         "stamps": rows.stamps_F,
     }
     assert all(each.is_contiguous() for each in state.values())
+    errors = [each.contiguous() for each in gradient.errors]
+    pointers = (ctypes.c_void_p * len(errors))(*(each.data_ptr() for each in errors))
+    scales = (ctypes.c_float * len(errors))(*gradient.scales)
     update = Update(
         features=len(rows.W_enc),
         k=gradient.z_BN.shape[1],
-        main=gradient.main,
-        d=rows.W_enc.shape[1],
-        scale=gradient.scale,
-        aux_scale=gradient.aux_scale,
+        encoder_d=rows.W_enc.shape[1],
+        decoder_d=rows.W_dec.shape[1],
+        errors=ctypes.addressof(pointers),
+        scales=ctypes.addressof(scales),
+        parts=len(errors),
+        half=_is_half(rows.W_enc),
         row_wise=rows.encoder_v.dim() == 1,
+        first=rows.first,
         **{name: tensor.data_ptr() for name, tensor in (given | state).items()},
     )
     if adam is not None:
-        update.step, update.rate, update.beta2 = adam.step, adam.rate, adam.beta2
+        update.step, update.rate, update.beta2, update.seed = adam.step, adam.rate, adam.beta2, adam.seed
         update.epsilon, update.clip = adam.epsilon, adam.clip
-    return loaded, update, list(given.values())
+    return loaded, update, [*given.values(), *errors, pointers, scales]

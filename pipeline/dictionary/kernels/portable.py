@@ -1,5 +1,7 @@
 """The sparse parts of a step in torch alone: any device, any floating type. What `native` does, it does as well.
 
+Rows of a dictionary may be narrower (bfloat16) than everything else.
+
 Shapes: B tokens, D width, F features, K entries of a token's code, M candidates, N = B K.
 """
 
@@ -31,28 +33,27 @@ class Grouped(NamedTuple):
 class RowGradient:
     """What one step made, from which the gradient of any row follows.
 
-    `z_BN` is the step's code, of which the first `main` entries explain the input and the rest, the dead features'
-    try, its residual; `grad_z_BN` the gradient of the loss by it; `x_BD` what was encoded. The gradient by a
-    reconstruction is `scale` times its error.
+    `z_BN` is the step's code, `grad_z_BN` the gradient of the loss by it, `x_BD` what was encoded. A decoder row is
+    moved by the error that it helps to explain, times `scales` of that error: by the only one, or by the one that
+    `part_BN` (uint8) names. The dead features' try explains another one than the rest of the code, say.
     """
 
     grouped: Grouped
     z_BN: torch.Tensor
     grad_z_BN: torch.Tensor
-    main: int
     x_BD: torch.Tensor
-    error_BD: torch.Tensor
-    scale: float
-    aux_error_BD: torch.Tensor | None = None
-    aux_scale: float = 0.0
+    errors: tuple[torch.Tensor, ...]
+    scales: tuple[float, ...]
+    part_BN: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
     """A dictionary's rows and what their optimizer remembers.
 
-    Second moments have the shape of their rows, or (F,) where a row shares one. `stamps_F` (int32) is the step of each
-    row's last update, from 1, and 0 for never.
+    Rows are float32 or bfloat16, all else float32. Second moments have the shape of their rows, or (F,) where a row
+    shares one. `stamps_F` (int32) is the step of each row's last update, from 1, and 0 for never. `first` says which of
+    all ranks' features is the first one here.
     """
 
     W_enc: torch.Tensor
@@ -62,16 +63,18 @@ class Rows:
     decoder_v: torch.Tensor
     bias_v: torch.Tensor
     stamps_F: torch.Tensor
+    first: int = 0
 
 
 class Adam(NamedTuple):
-    """How rows are to move: the step from 1, and the factor that clips the gradient."""
+    """How rows are to move: the step from 1, and the factor that clips the gradient; the seed rounds bfloat16 rows."""
 
     step: int
     rate: float
     beta2: float
     epsilon: float
     clip: float
+    seed: int = 0
 
 
 def top_k(x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,7 +98,7 @@ def top_k(x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int) -> 
     count = min(len(W_FD), k + max(8, k // 4))
     # Twice the distance that two orders of summation can be apart, for the largest row.
     unit = torch.finfo(x_BD.dtype).eps * (x_BD.shape[1] + 4)
-    reach_B = unit * torch.linalg.vector_norm(x_BD, dim=1) * torch.linalg.vector_norm(W_FD, dim=1).max()
+    reach_B = unit * torch.linalg.vector_norm(x_BD, dim=1) * _longest(W_FD, x_BD.dtype)
     reach_B = reach_B + unit * b_F.abs().max()
     while len(left):
         found_LM, least_L = _candidates(x_BD[left], W_FD, b_F, count)
@@ -111,6 +114,11 @@ def top_k(x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int) -> 
     return z_BK, indices_BK
 
 
+def _longest(W_FD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    norm_F: torch.Tensor = torch.linalg.vector_norm(W_FD, dim=1, dtype=dtype)
+    return norm_F.max()
+
+
 def _candidates(
     x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, count: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,7 +126,7 @@ def _candidates(
     best_BM, found_BM = x_BD.new_zeros(len(x_BD), 0), torch.zeros(len(x_BD), 0, dtype=torch.int64, device=x_BD.device)
     for first in range(0, len(W_FD), BLOCK):
         block = slice(first, first + BLOCK)
-        scores_Bf = torch.addmm(b_F[block], x_BD, W_FD[block].T)
+        scores_Bf = torch.addmm(b_F[block], x_BD, W_FD[block].to(x_BD.dtype).T)
         where_f = torch.arange(first, first + scores_Bf.shape[1], device=x_BD.device)
         scores_Bf = torch.cat([best_BM, scores_Bf], 1)
         best_BM, places_BM = scores_Bf.topk(min(count, scores_Bf.shape[1]), dim=1)
@@ -151,7 +159,13 @@ def decode(
     z_BK: torch.Tensor, indices_BK: torch.Tensor, W_FD: torch.Tensor, bias_D: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Sum of the active rows, weighted. Shape (B, D)."""
-    x_hat_BD = embedding_bag(indices_BK, W_FD, per_sample_weights=z_BK, mode="sum")
+    if W_FD.dtype == z_BK.dtype:
+        x_hat_BD = embedding_bag(indices_BK, W_FD, per_sample_weights=z_BK, mode="sum")
+    else:
+        x_hat_BD = torch.empty(len(z_BK), W_FD.shape[1], dtype=z_BK.dtype, device=z_BK.device)
+        for span in _spans(indices_BK, W_FD.shape[1]):
+            rows = W_FD[indices_BK[span]].to(z_BK.dtype)
+            x_hat_BD[span] = torch.bmm(z_BK[span].unsqueeze(1), rows).squeeze(1)
     return x_hat_BD if bias_D is None else x_hat_BD + bias_D
 
 
@@ -177,7 +191,7 @@ def inner(grad_BD: torch.Tensor, z_BK: torch.Tensor, indices_BK: torch.Tensor, W
     """Inner product of a token's row with each of its active rows; 0 where z is. Shape (B, K)."""
     made_BK = torch.empty_like(z_BK)
     for span in _spans(indices_BK, W_FD.shape[1]):
-        made_BK[span] = torch.bmm(W_FD[indices_BK[span]], grad_BD[span].unsqueeze(2)).squeeze(2)
+        made_BK[span] = torch.bmm(W_FD[indices_BK[span]].to(grad_BD.dtype), grad_BD[span].unsqueeze(2)).squeeze(2)
     return made_BK * (z_BK != 0)
 
 
@@ -197,21 +211,40 @@ def sums(grouped: Grouped, values_BK: torch.Tensor, rows_BD: torch.Tensor) -> to
     return embedding_bag(tokens_N, rows_BD, grouped.starts_F[:-1].int(), per_sample_weights=weights_N, mode="sum")
 
 
-def _row_gradients(
-    gradient: RowGradient, features: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The features that fired (U), and the gradients of their rows. Shapes (U,), (U, D), (U, D), (U,)."""
+def weighted(W_FD: torch.Tensor, weights_F: torch.Tensor) -> torch.Tensor:
+    """Sum of all rows, weighted, in the type of the weights. Shape (D,)."""
+    if W_FD.dtype == weights_F.dtype:
+        return W_FD.T @ weights_F
+    parts = zip(torch.split(W_FD, BLOCK), torch.split(weights_F, BLOCK), strict=True)
+    return torch.stack([part_fD.to(part_f.dtype).T @ part_f for part_fD, part_f in parts]).sum(0)
+
+
+class _Touched(NamedTuple):
+    """The features that fired, and the gradients of their rows. Shapes (U,), (U, D), (U, D), (U,)."""
+
+    features_U: torch.Tensor
+    encoder_UD: torch.Tensor
+    decoder_UD: torch.Tensor
+    bias_U: torch.Tensor
+
+    def squares(self, features: int) -> torch.Tensor:
+        encoder_U, decoder_U = self.encoder_UD.square().sum(1), self.decoder_UD.square().sum(1)
+        made_F = torch.zeros(features, dtype=torch.float64, device=self.features_U.device)
+        made_F[self.features_U] = (encoder_U + decoder_U + self.bias_U.square()).double()
+        return made_F
+
+
+def _touched(gradient: RowGradient) -> _Touched:
     starts_F, order_N = gradient.grouped
     touched_U = (starts_F.diff() > 0).nonzero().squeeze(1)
     compact = Grouped(torch.cat([starts_F[:-1][touched_U], starts_F[-1:]]), order_N)
-    main_BN, aux_BN = gradient.z_BN.clone(), gradient.z_BN.clone()
-    main_BN[:, gradient.main :], aux_BN[:, : gradient.main] = 0.0, 0.0
-    decoder_UD = sums(compact, main_BN * gradient.scale, gradient.error_BD)
-    if gradient.aux_error_BD is not None:
-        decoder_UD += sums(compact, aux_BN * gradient.aux_scale, gradient.aux_error_BD)
+    decoder_UD = torch.zeros(len(touched_U), gradient.errors[0].shape[1], device=touched_U.device)
+    for part, (error_BD, scale) in enumerate(zip(gradient.errors, gradient.scales, strict=True)):
+        z_BN = gradient.z_BN if gradient.part_BN is None else gradient.z_BN * (gradient.part_BN == part)
+        decoder_UD += sums(compact, z_BN * scale, error_BD)
     encoder_UD = sums(compact, gradient.grad_z_BN, gradient.x_BD)
     bias_U = sums(compact, gradient.grad_z_BN, gradient.x_BD.new_ones(len(gradient.x_BD), 1)).squeeze(1)
-    return touched_U, encoder_UD, decoder_UD, bias_U
+    return _Touched(touched_U, encoder_UD, decoder_UD, bias_U)
 
 
 def norm_bound(gradient: RowGradient, rows: Rows) -> float:
@@ -221,15 +254,7 @@ def norm_bound(gradient: RowGradient, rows: Rows) -> float:
 
 def squares(gradient: RowGradient, rows: Rows) -> torch.Tensor:
     """Squared norm of each feature's gradient, encoder, decoder and bias together, in float64. Shape (F,)."""
-    touched_U, *gradients = _row_gradients(gradient, len(rows.W_enc))
-    return _squares(touched_U, gradients, len(rows.W_enc))
-
-
-def _squares(touched_U: torch.Tensor, gradients: list[torch.Tensor], features: int) -> torch.Tensor:
-    encoder_UD, decoder_UD, bias_U = gradients
-    made_F = torch.zeros(features, dtype=torch.float64, device=touched_U.device)
-    made_F[touched_U] = (encoder_UD.square().sum(1) + decoder_UD.square().sum(1) + bias_U.square()).double()
-    return made_F
+    return _touched(gradient).squares(len(rows.W_enc))
 
 
 def update(gradient: RowGradient, rows: Rows, adam: Adam) -> torch.Tensor:
@@ -237,18 +262,15 @@ def update(gradient: RowGradient, rows: Rows, adam: Adam) -> torch.Tensor:
 
     Adam with beta1 = 0: a row without a gradient does not move, its second moment only decays. So visiting a row when
     it fires, and catching up on the decay, equals visiting every row in every step, exactly. Decoder rows stay unit
-    vectors: the part of the gradient along a row is removed, and the row normalised behind the step.
+    vectors: the part of the gradient along a row is removed, and the row normalised behind the step. What moves is
+    float32; rows that are kept in bfloat16 are rounded at random (see `noise`), so that steps too small for it add up.
     """
-    touched_U, encoder_UD, decoder_UD, bias_U = _row_gradients(gradient, len(rows.W_enc))
-    measured_F = _squares(touched_U, [encoder_UD, decoder_UD, bias_U], len(rows.W_enc))
-    W_dec_UD = rows.W_dec[touched_U]
-    decoder_UD -= torch.linalg.vecdot(decoder_UD, W_dec_UD).unsqueeze(1) * W_dec_UD
-    decay_U = torch.pow(adam.beta2, (adam.step - rows.stamps_F[touched_U]).double()).float()
-    for weights, moments, gradient_ in (
-        (rows.W_enc, rows.encoder_v, encoder_UD),
-        (rows.W_dec, rows.decoder_v, decoder_UD),
-        (rows.b_enc, rows.bias_v, bias_U),
-    ):
+    touched = _touched(gradient)
+    measured_F, touched_U = touched.squares(len(rows.W_enc)), touched.features_U
+    age_U = adam.step - rows.stamps_F[touched_U]
+    decay_U = torch.pow(adam.beta2, age_U.double()).float()
+
+    def stepped(weights: torch.Tensor, moments: torch.Tensor, gradient_: torch.Tensor) -> torch.Tensor:
         clipped = gradient_ * adam.clip
         row_wise = moments.dim() < weights.dim()
         decay = decay_U if moments.dim() == 1 else decay_U.unsqueeze(1)
@@ -256,8 +278,41 @@ def update(gradient: RowGradient, rows: Rows, adam: Adam) -> torch.Tensor:
         v = decay * moments[touched_U] + (1 - adam.beta2) * fresh
         moments[touched_U] = v
         root = (v / (1 - adam.beta2**adam.step)).sqrt() + adam.epsilon
-        weights[touched_U] -= adam.rate * clipped / (root.unsqueeze(1) if row_wise else root)
-    W_dec_UD = rows.W_dec[touched_U]
-    rows.W_dec[touched_U] = W_dec_UD / torch.linalg.vector_norm(W_dec_UD, dim=1, keepdim=True).clamp_min(1e-12)
+        return weights - adam.rate * clipped / (root.unsqueeze(1) if row_wise else root)
+
+    def place(rows_UD: torch.Tensor, weights: torch.Tensor, salt: int) -> None:
+        if weights.dtype == torch.bfloat16:
+            rows_UD = rounded(rows_UD, noise(touched_U + rows.first, rows_UD.shape[1], adam.step, adam.seed, salt))
+        weights[touched_U] = rows_UD
+
+    W_enc_UD, W_dec_UD = rows.W_enc[touched_U].float(), rows.W_dec[touched_U].float()
+    decoder_UD = touched.decoder_UD
+    decoder_UD -= torch.linalg.vecdot(decoder_UD, W_dec_UD).unsqueeze(1) * W_dec_UD
+    place(stepped(W_enc_UD, rows.encoder_v, touched.encoder_UD), rows.W_enc, 1)
+    W_dec_UD = stepped(W_dec_UD, rows.decoder_v, decoder_UD)
+    norm_U1 = torch.linalg.vector_norm(W_dec_UD, dim=1, keepdim=True).clamp_min(1e-12)
+    place(W_dec_UD / norm_U1, rows.W_dec, 2)
+    rows.b_enc[touched_U] = stepped(rows.b_enc[touched_U], rows.bias_v, touched.bias_U)
     rows.stamps_F[touched_U] = adam.step
     return measured_F
+
+
+def noise(features_U: torch.Tensor, width: int, step: int, seed: int, salt: int) -> torch.Tensor:
+    """Sixteen random bits for every number of some rows, which depend on its place alone: no state, any mesh.
+
+    The mixing function is "lowbias32" of Wellons' hash prospector. Shape (U, D), int64.
+    """
+    mask = 0xFFFFFFFF
+    start = (seed * 0x27D4EB2F + step * 0xC2B2AE3D + salt) & mask
+    columns_D = torch.arange(width, device=features_U.device) * 0x85EBCA77
+    place = (start + features_U.unsqueeze(1) * 0x9E3779B1 + columns_D) & mask
+    place = ((place ^ (place >> 16)) * 0x7FEB352D) & mask
+    place = ((place ^ (place >> 15)) * 0x846CA68B) & mask
+    return (place ^ (place >> 16)) >> 16
+
+
+def rounded(values: torch.Tensor, noise_: torch.Tensor) -> torch.Tensor:
+    """Float32 to bfloat16, up or down with the odds that make the mean right; see `noise` for the odds."""
+    bits = values.contiguous().view(torch.int32).long() & 0xFFFFFFFF
+    up = ((bits + noise_) >> 16 << 16).to(torch.int32).view(torch.float32).bfloat16()
+    return torch.where(values.isfinite(), up, values.bfloat16())

@@ -46,21 +46,23 @@ def require_exact(
     features=st.integers(1, 2500),
     k=st.integers(1, 70),
     bias=st.sampled_from([0.0, 0.3, 30.0]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 10_000),
 )
 def test_top_k_is_exact(
-    kernels: ModuleType, batch: int, width: int, features: int, k: int, bias: float, seed: int
+    kernels: ModuleType, batch: int, width: int, features: int, k: int, bias: float, dtype: torch.dtype, seed: int
 ) -> None:
     k = min(k, features)
-    x_BD, W_FD = normal(batch, width, seed=seed), normal(features, width, seed=seed + 1) / width**0.5
+    x_BD, W_FD = normal(batch, width, seed=seed), (normal(features, width, seed=seed + 1) / width**0.5).to(dtype)
     b_F = bias * normal(features, seed=seed + 2)
     require_exact(kernels.top_k(x_BD, W_FD, b_F, k), x_BD, W_FD, b_F, k)
 
 
 @needs_native
 @pytest.mark.parametrize("half", [True, False])
-def test_top_k_is_the_same_bits_whatever_searches(half: bool) -> None:
-    x_BD, W_FD, b_F = normal(300, 96, seed=1), normal(3000, 96, seed=2) / 10, normal(3000, seed=3) / 10
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_top_k_is_the_same_bits_whatever_searches(half: bool, dtype: torch.dtype) -> None:
+    x_BD, W_FD, b_F = normal(300, 96, seed=1), (normal(3000, 96, seed=2) / 10).to(dtype), normal(3000, seed=3) / 10
     z_BK, indices_BK = native.top_k(x_BD, W_FD, b_F, 24, half)
     other_z_BK, other_indices_BK = native.top_k(x_BD, W_FD, b_F, 24, not half)
     assert torch.equal(z_BK, other_z_BK)
@@ -129,12 +131,16 @@ def test_top_k_of_tiny_and_huge_numbers_is_exact(kernels: ModuleType, scale: flo
     width=st.integers(1, 150),
     features=st.integers(1, 300),
     k=st.integers(1, 40),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 10_000),
 )
-def test_native_kernels_agree_with_torch(batch: int, width: int, features: int, k: int, seed: int) -> None:
+def test_native_kernels_agree_with_torch(
+    batch: int, width: int, features: int, k: int, dtype: torch.dtype, seed: int
+) -> None:
     k = min(k, features)
     generator = torch.Generator().manual_seed(seed)
     x_BD, W_FD, bias_D = normal(batch, width, seed=seed), normal(features, width, seed=seed + 1), normal(width, seed=2)
+    W_FD = W_FD.to(dtype)
     indices_BK = torch.stack([torch.randperm(features, generator=generator)[:k] for _ in range(batch)])
     z_BK = torch.rand(batch, k, generator=generator) * (torch.rand(batch, k, generator=generator) < 0.7)
     close = {"rtol": 1e-4, "atol": 1e-4}
@@ -196,3 +202,20 @@ def test_native_kernels_give_the_same_bits_on_any_machine_and_thread_count() -> 
         name, digest = done.stdout.split()
         printed[name, threads] = digest
     assert len(set(printed.values())) == 1, printed
+
+
+def test_rounding_at_random_keeps_the_mean_and_depends_on_the_place_alone() -> None:
+    features = torch.arange(20_000)
+    noise_FD = portable.noise(features, 7, step=3, seed=5, salt=1)
+    assert torch.equal(portable.noise(features[40:60], 7, 3, 5, 1), noise_FD[40:60])
+    for other in ({"step": 4}, {"seed": 6}, {"salt": 2}):
+        changed_FD = portable.noise(features, 7, **{"step": 3, "seed": 5, "salt": 1, **other})
+        assert (changed_FD == noise_FD).double().mean() < 1e-3
+    # A quarter of the way from one bfloat16 number to the next, on both sides of zero.
+    for value in (1 + 2**-9, -1 - 2**-9):
+        made_FD = portable.rounded(torch.full((20_000, 7), value), noise_FD).double()
+        assert set(made_FD.unique().tolist()) == {float(int(value)), value + 3 * (value - int(value))}
+        assert float(made_FD.mean()) == pytest.approx(value, abs=6 * 2**-7 * (0.25 * 0.75 / 140_000) ** 0.5)
+    odd = torch.tensor([[float("inf"), float("-inf"), float("nan"), 0.0, 1.0, -0.5, 2.0**-126]])
+    made = portable.rounded(odd, noise_FD[:1])
+    torch.testing.assert_close(made.float(), odd, rtol=2**-7, atol=0, equal_nan=True)

@@ -80,25 +80,50 @@ def test_row_adam_equals_dense_adam_without_a_first_moment(
 
 
 @pytest.mark.parametrize("row_wise", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @needs_native
-def test_kernels_move_rows_alike(row_wise: bool) -> None:
+def test_kernels_move_rows_alike(dtype: torch.dtype, row_wise: bool) -> None:
+    """In bfloat16 they round the same numbers by the same noise, so few differ, and those by one unit."""
     made = []
     for kind in (native, portable):
         with pytest.MonkeyPatch.context() as patch:
             for module in ("topk", "optimizer", "objective"):
                 patch.setattr(f"pipeline.dictionary.{module}.kernels", lambda *tensors, kind=kind: kind)
             dictionary, _ = pair(20, 90, 5, 3)
+            for rows in (dictionary.W_enc, dictionary.W_dec):
+                rows.data = rows.data.to(dtype)
             objective = RowObjective(dictionary, 6, 0.25, Ranks())
-            adam = RowAdam(objective, 1e-2, 0.99, 0.01, row_wise)
+            adam = RowAdam(objective, 1e-2, 0.99, 0.01, row_wise, seed=7)
             generator = torch.Generator().manual_seed(1)
-            for _ in range(8):
+            for _ in range(1 if dtype == torch.bfloat16 else 8):
                 x_BD = torch.randn(30, 20, generator=generator)
                 objective(x_BD, torch.arange(90) > 80).total.backward()
                 adam.step()
                 adam.zero_grad()
             made.append(dictionary.state_dict())
     for name, value in made[0].items():
-        torch.testing.assert_close(value, made[1][name], rtol=1e-3, atol=1e-4)
+        assert value.dtype == made[1][name].dtype
+        rounding = 2**-7 if value.dtype == torch.bfloat16 else 0.0
+        torch.testing.assert_close(value, made[1][name], rtol=1e-3 + rounding, atol=1e-4)
+        if value.dtype == torch.bfloat16:
+            assert (value != made[1][name]).double().mean() < 0.01
+
+
+def test_rows_in_bfloat16_learn_from_steps_that_are_too_small_for_it() -> None:
+    """A step of 1e-4 moves no bfloat16 number near 1; rounded at random, hundreds of them do, by their sum."""
+    for kernels in [portable] + ([native] if native.library() is not None else []):
+        rows = portable.Rows(
+            torch.ones(4, 64, dtype=torch.bfloat16), torch.ones(4, 64, dtype=torch.bfloat16) / 8, torch.zeros(4),
+            torch.zeros(4, 64), torch.zeros(4, 64), torch.zeros(4), torch.zeros(4, dtype=torch.int32),
+        )  # fmt: skip
+        z = torch.ones(4, 1)
+        grouped = kernels.group(z, torch.arange(4).unsqueeze(1), 4)
+        error_BD = torch.zeros(4, 64)
+        gradient = portable.RowGradient(grouped, z, z, torch.ones(4, 64), (error_BD,), (1.0,))
+        for step in range(1, 501):
+            kernels.update(gradient, rows, portable.Adam(step, 1e-4, 0.9, 0.0, 1.0, seed=1))
+        moved = 1 - rows.W_enc.double()
+        assert float(moved.mean()) == pytest.approx(0.05, abs=0.004)
 
 
 def test_gradient_of_an_auxiliary_code_reaches_the_encoder() -> None:
