@@ -92,8 +92,8 @@ def begun(place: str) -> set[str]:
         for key in each.unreferenced():
             # A temporary file has a dot in front, and a random name behind.
             named = re.search(r"/c/\.?(\d+)|(?:^|/)\.?(\d{6})", key)
-            # What a stage writes itself, and a temporary file of a record, is no work of a unit.
-            if named and not key.startswith(("checkpoints/", "log/", "units/", ".")):
+            # What a stage writes itself, and a temporary file of a record or a heartbeat, is no work of a unit.
+            if named and not key.startswith(("checkpoints/", "log/", "units/", "beats/", ".")):
                 found.add(f"{each.label} {int(named[1] or named[2])}")
     return found
 
