@@ -26,6 +26,8 @@ from schemas.tables import FEATURE_STATISTICS
 
 # The loader migrates files that do not name a version from 6 on.
 SAELENS_VERSION = "6.54.12"
+# What its inference is called there. A trained BatchTopK looks at one token at a time, so it is a JumpReLU.
+SAELENS_ARCHITECTURES = {"topk": "topk", "batch_topk": "jumprelu", "jumprelu": "jumprelu", "relu": "standard"}
 
 
 class ExportParams(Params):
@@ -89,10 +91,10 @@ def saelens_files(
         File contents by name. `sparsity` is log10 of the density, -10 for a feature that never fired.
     """
     cfg = {
-        "architecture": "topk",
+        "architecture": SAELENS_ARCHITECTURES[config.activation],
         "d_in": config.width,
         "d_sae": config.features,
-        "k": config.k,
+        **({"k": config.k} if config.activation == "topk" else {}),
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": True,
@@ -118,6 +120,8 @@ def saelens_files(
         "W_dec": dictionary.W_dec,
         "b_dec": dictionary.b_dec,
     }
+    if dictionary.threshold is not None:
+        weights["threshold"] = dictionary.threshold
     sparsity_F = torch.from_numpy(np.log10(np.maximum(density_F, 1e-10))).float()
     return {
         "cfg.json": json.dumps(cfg, indent=1, sort_keys=True).encode() + b"\n",

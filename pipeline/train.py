@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import torch
@@ -36,6 +36,7 @@ class TrainParams(Params):
 
     hook_point: str
     features: int
+    activation: Literal["topk", "batch_topk", "jumprelu", "relu"]
     k: int
     model_digest: str
     settings: Train
@@ -59,6 +60,7 @@ def params(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) 
     return TrainParams(
         hook_point=dictionary.hook_point,
         features=dictionary.size(sources.model.widths[dictionary.hook_point]),
+        activation=dictionary.activation,
         k=dictionary.k,
         # For people. The digest says which model it is, whatever its folder is called.
         model=sources.model.place.source.rstrip("/").rsplit("/", 1)[-1],
@@ -75,6 +77,13 @@ def check(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -
         raise ManifestError(
             f"dictionary {dictionary.name!r}: k {settings.k} exceeds its {settings.features} features",
             f"set k to {settings.features} or less",
+        )
+    prefixes = settings.settings.prefixes
+    if prefixes and prefixes[-1] >= settings.features:
+        raise ManifestError(
+            f"dictionary {dictionary.name!r}: train.prefixes has {prefixes[-1]}, expected less than its "
+            f"{settings.features} features",
+            "leave out what is not smaller; the whole dictionary comes by itself",
         )
     parts = manifest.compute.sharding.features
     if settings.features % parts:
@@ -162,6 +171,8 @@ def train_rank(task: TrainTask, path: StoragePath, gang: Gang) -> Outputs | None
         width=width,
         features=settings.features,
         k=settings.k,
+        activation=settings.activation,
+        prefixes=settings.settings.prefixes,
         hook_point=settings.hook_point,
         model=settings.model,
         model_digest=settings.model_digest,

@@ -207,6 +207,20 @@ class Train(_Section):
         default=None, description="Dead features that predict the residual (AuxK); d/2 if left out, 0 for none."
     )
     aux_weight: float = Field(default=1 / 32, ge=0.0)
+    sparsity: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="Weight of what keeps features few: of relu's L1, or of jumprelu's (L0 / k - 1)^2, there 1.",
+    )
+    sparsity_warmup: Fraction = Field(default=0.05, description="Share of the steps over which sparsity rises to that.")
+    bandwidth: float = Field(
+        default=0.1, gt=0.0, description="jumprelu: scores so close to a threshold, on both sides together, move it."
+    )
+    prefixes: tuple[Count, ...] = Field(
+        default=(),
+        max_length=63,
+        description="Matryoshka: the first so many features are dictionaries too, and the loss is the mean of all.",
+    )
     dead_after: Count = Field(
         default=10_000_000, description="A feature is dead once it did not fire in so many tokens."
     )
@@ -220,6 +234,13 @@ class Train(_Section):
         if self.optimizer == "adam" and self.second_moment == "row":
             raise ValueError("second_moment row is row_adam's; leave it out, or use row_adam")
         return self
+
+    @field_validator("prefixes")
+    @classmethod
+    def _ascend(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if list(value) != sorted(set(value)):
+            raise ValueError(f"found {list(value)}, expected numbers of features in ascending order, each once")
+        return value
 
     @model_validator(mode="after")
     def _phases_fit(self) -> Self:
@@ -257,7 +278,12 @@ class Dictionary(_Section):
     hook_point: str
     features: Count | None = Field(default=None, description="F, the number of features.")
     expansion: Count | None = Field(default=None, description="F / d, instead of `features`.")
-    k: Count = Field(description="Active features per token.")
+    activation: Literal["topk", "batch_topk", "jumprelu", "relu"] = Field(
+        default="topk", description="What decides which features fire."
+    )
+    k: Count = Field(
+        description="Active features per token; on average for batch_topk and jumprelu, at the start for relu."
+    )
     train: Train
     evaluate: Evaluate = Evaluate()
     catalog: Catalog = Catalog()
@@ -269,6 +295,23 @@ class Dictionary(_Section):
             raise ValueError("give either features or expansion")
         if self.features is not None and self.k > self.features:
             raise ValueError(f"k {self.k} exceeds features {self.features}")
+        return self
+
+    @model_validator(mode="after")
+    def _trained_so(self) -> Self:
+        train, name = self.train, self.activation
+        if train.sparsity is not None and name in ("topk", "batch_topk"):
+            raise ValueError(f"train.sparsity {train.sparsity} does nothing for {name}, which has k; leave it out")
+        if train.sparsity is None and name == "relu":
+            raise ValueError("relu needs train.sparsity, the weight of its L1 loss; 5 is a good start")
+        if train.optimizer == "adam" and (name != "topk" or train.prefixes):
+            what = "train.prefixes need" if train.prefixes else f"activation {name} needs"
+            raise ValueError(f"{what} train.optimizer row_adam; found adam")
+        if train.prefixes and self.features is not None and train.prefixes[-1] >= self.features:
+            raise ValueError(
+                f"train.prefixes has {train.prefixes[-1]}, expected less than features {self.features}; "
+                "the whole dictionary comes by itself"
+            )
         return self
 
     def size(self, width: int) -> int:

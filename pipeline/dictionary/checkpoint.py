@@ -27,6 +27,7 @@ from schemas.records import ObjectEntry
 STATE = "state.safetensors"
 # Tensors with a row for every feature; dense Adam's are called after their weights.
 ROWS = ("model.W_enc", "model.W_dec", "model.b_enc", "adam.encoder_v", "adam.decoder_v", "adam.bias_v", "adam.stamps_F")
+THRESHOLD_ROWS = ("model.threshold", "adam.threshold_v")
 DENSE_ROWS = ("adam.W_enc.exp", "adam.W_dec.exp", "adam.b_enc.exp")
 SINCE_FIRED, CURVES = "since_fired", "curves"
 
@@ -80,7 +81,7 @@ def read(bodies: Iterable[bytes], first: int, count: int, moments: bool = True) 
         for name, value in part.items():
             if name.startswith("adam.") and not moments:
                 continue
-            if name in ROWS or name.startswith(DENSE_ROWS) or name == SINCE_FIRED:
+            if name in (*ROWS, *THRESHOLD_ROWS, SINCE_FIRED) or name.startswith(DENSE_ROWS):
                 rows = value[wanted]
                 pieces.setdefault(name, []).append(rows if len(rows) == size else rows.clone())
             else:

@@ -18,6 +18,7 @@ import torch
 from cluster.storage.parsing import parsing
 from pipeline.activations.read import Cursor, Stream
 from pipeline.dictionary import checkpoint, parallel
+from pipeline.dictionary.activation import kind
 from pipeline.dictionary.checkpoint import Progress, Saver
 from pipeline.dictionary.kernels import native
 from pipeline.dictionary.model import DictionaryConfig, TopKDictionary
@@ -36,6 +37,8 @@ CURVE_POINTS = 400
 EVENT_SECONDS = 1.0
 # Skipped one after the other; more is no overflow that passes, it is a run that looks healthy and learns nothing.
 MOST_SKIPPED = 10
+# Of one batch's, in the running mean of thresholds that are not learned.
+THRESHOLD_WEIGHT = 0.01
 NO_KERNELS = "no compiled kernels: torch alone takes several times as long -> install g++, then kilobasis again"
 
 
@@ -70,13 +73,14 @@ class Trainer:
         dictionary.to(parallel.device(ranks.rank))
         self.optimizer: RowAdam | SphereAdam
         if settings.optimizer == "row_adam":
-            rows = RowObjective(dictionary, aux_k, settings.aux_weight, ranks)
+            rows = RowObjective(dictionary, aux_k, settings.aux_weight, ranks, settings.prefixes)
+            self._rows: RowObjective | None = rows
             row_wise = settings.second_moment == "row"
             # It clips by itself, because the engine sees no gradient but that of b_dec.
-            self.optimizer = RowAdam(rows, self._peak, settings.beta2, settings.clip, row_wise)
+            self.optimizer = RowAdam(rows, self._peak, settings.beta2, settings.clip, row_wise, settings.seed)
             self.engine = Engine(rows, self.optimizer, settings.batch, 0.0, ranks)
         else:
-            dense = DenseObjective(dictionary, aux_k, settings.aux_weight)
+            dense, self._rows = DenseObjective(dictionary, aux_k, settings.aux_weight), None
             self.optimizer = SphereAdam(
                 dictionary, self._peak, (0.9 if settings.beta1 is None else settings.beta1, settings.beta2)
             )
@@ -102,6 +106,8 @@ class Trainer:
         learning_rate = rate(index, self.steps, self._peak, self.settings.warmup, self.settings.decay)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        if self._rows is not None:
+            self._rows.sparsity = sparsity_weight(index, self.steps, self.settings)
         dead = self.ranks.total(dead_F.sum(), "scalars")
         made: Made = self.engine(x_BD, dead_F if int(dead) else None)
         self.engine.backward(made.total)
@@ -120,6 +126,9 @@ class Trainer:
                 "lower train.learning_rate; the last good checkpoint is kept",
             )
         norm = norm if rows is None else rows.gradient_norm
+        if self._rows is not None:
+            # A mean of all steps at first, later of the last hundred or so.
+            self.dictionary.settle(self._rows.least, max(1 / (index + 1), THRESHOLD_WEIGHT))
         self.optimizer.zero_grad(set_to_none=True)
         self._count(made.z_BK, made.indices_BK)
 
@@ -128,12 +137,12 @@ class Trainer:
             whole_BD = self.ranks.gather(x_BD, "curves").double()
             variance = float((whole_BD - whole_BD.mean(0)).square().mean())
             active = (made.z_BK > 0).double().sum() / len(x_BD)
-            local = torch.stack([made.main.detach().double(), made.auxiliary.detach().double(), active])
-            main, auxiliary, l0 = self.ranks.mean(local).tolist()
+            losses = [each.detach().double() for each in (made.total, made.main, made.auxiliary)]
+            loss, main, auxiliary, l0 = self.ranks.mean(torch.stack([*losses, active])).tolist()
             l0 = float(self.ranks.total(torch.tensor(l0, dtype=torch.float64), "scalars"))
             dead = self.ranks.total((self.since_fired_F > self.settings.dead_after).sum(), "scalars")
             return StepScalars(
-                loss=main + self.settings.aux_weight * auxiliary,
+                loss=loss,
                 fvu=main / max(variance, 1e-12),
                 l0=l0,
                 dead=int(dead) / self.features,
@@ -151,6 +160,18 @@ class Trainer:
         fired_F = self.ranks.any(fired_F)
         self.since_fired_F += self.settings.batch
         self.since_fired_F[fired_F.bool()] = 0
+
+
+def sparsity_weight(step: int, steps: int, settings: Train) -> float:
+    """Weight of the loss that keeps features few: rises from zero, linearly.
+
+    >>> settings = Train(tokens=10, batch=1, sparsity=2.0, sparsity_warmup=0.5)
+    >>> [sparsity_weight(step, 10, settings) for step in (0, 2, 4, 9)]
+    [0.4, 1.2, 2.0, 2.0]
+    """
+    return (1.0 if settings.sparsity is None else settings.sparsity) * min(
+        1.0, (step + 1) / max(1.0, settings.sparsity_warmup * steps)
+    )
 
 
 def scale_of(sample_ND: torch.Tensor) -> float:
@@ -197,7 +218,8 @@ def train(
     gang.beat(0, "data")
     with parallel.joined(gang.rank, gang.world_size, features, gang.init_method) as ranks:
         count = shape.features // features
-        dictionary = TopKDictionary(shape.width, count, shape.k)
+        activation = kind(shape.activation, shape.k, settings.bandwidth)
+        dictionary = TopKDictionary(shape.width, count, activation)
         last = gang.checkpoints.latest()
         progress, curves = Progress(0, 0, 1.0, Cursor()), list[list[float]]()
         state = None
@@ -229,7 +251,7 @@ def train(
             last = gang.checkpoints.latest()
             assert last is not None
             _, state = _read(stage, last, gang, 0, shape.features, moments=False)
-            dictionary = TopKDictionary(shape.width, shape.features, shape.k)
+            dictionary = TopKDictionary(shape.width, shape.features, activation)
             since_fired_F, _ = checkpoint.restore(state, dictionary, None)
         dictionary.rescale(progress.scale)
         return Trained(dictionary, since_fired_F, curves, progress)

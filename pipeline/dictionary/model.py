@@ -1,13 +1,15 @@
 """The dictionary: encoder W_enc (F, D), b_enc (F), decoder W_dec (F, D), b_dec (D).
 
-TopK sparse autoencoder (Gao et al. 2024, "Scaling and evaluating sparse autoencoders", section 2.3):
-z = relu(topk(W_enc (x - b_dec) + b_enc)), x_hat = z W_dec + b_dec, decoder rows of unit norm.
+Sparse autoencoder: z = activation(W_enc (x - b_dec) + b_enc), x_hat = z W_dec + b_dec, decoder rows of unit norm. Which
+features fire is the activation's matter, see `activation`; with TopK it is that of Gao et al. 2024, "Scaling and
+evaluating sparse autoencoders", section 2.3.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -17,8 +19,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from pipeline.dictionary import sharding
+from pipeline.dictionary.activation import Activation, Encoder, TopK, kind
 from pipeline.dictionary.ranks import Ranks
-from pipeline.dictionary.topk import Decode, EncodeTopK, decode, top_k
+from pipeline.dictionary.topk import Decode, EncodeTopK, decode
 from schemas.errors import IntegrityError
 
 FORMAT = 1
@@ -32,7 +35,8 @@ class DictionaryConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: int = FORMAT
-    activation: str = "topk"
+    activation: Literal["topk", "batch_topk", "jumprelu", "relu"] = "topk"
+    prefixes: tuple[int, ...] = ()
     width: int
     features: int
     k: int
@@ -66,16 +70,33 @@ class TopKDictionary(nn.Module):
     Args:
         width: d, width of the hook point.
         features: F.
-        k: Active features of a token.
+        activation: What decides which features fire; a number is that of TopK.
+        rows: Type of encoder and decoder rows. Everything else is float32.
     """
 
-    def __init__(self, width: int, features: int, k: int) -> None:
+    def __init__(
+        self, width: int, features: int, activation: Activation | int, rows: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
-        self.k = k
-        self.W_enc = nn.Parameter(torch.zeros(features, width))
+        self.activation: Activation = TopK(activation) if isinstance(activation, int) else activation
+        self.W_enc = nn.Parameter(torch.zeros(features, width, dtype=rows))
         self.b_enc = nn.Parameter(torch.zeros(features))
-        self.W_dec = nn.Parameter(torch.zeros(features, width))
+        self.W_dec = nn.Parameter(torch.zeros(features, width, dtype=rows))
         self.b_dec = nn.Parameter(torch.zeros(width))
+        self.threshold: nn.Parameter | None = None
+        if self.activation.has_threshold:
+            self.threshold = nn.Parameter(torch.zeros(features), requires_grad=self.activation.learns_threshold)
+
+    @property
+    def k(self) -> int:
+        """Active features of a token: in each, or on average, as the activation has it."""
+        return self.activation.k
+
+    @property
+    def encoder(self) -> Encoder:
+        """Of this rank's features, detached."""
+        threshold_F = None if self.threshold is None else self.threshold.detach()
+        return Encoder(self.W_enc.detach(), self.b_enc.detach(), threshold_F)
 
     @property
     def features(self) -> int:
@@ -92,7 +113,8 @@ class TopKDictionary(nn.Module):
         """Start from data: random unit decoder rows, b_dec the mean, the encoder tied and scaled to fit.
 
         The scale is the one with the least squared error on the sample. A tied encoder of scale 1
-        overshoots, because the k largest of F inner products add up overlapping directions.
+        overshoots, because the k largest of F inner products add up overlapping directions. Where a threshold or, with
+        relu, a bias says what fires, it starts where k features fire on average.
 
         Args:
             x_ND: Sample of activations.
@@ -105,14 +127,27 @@ class TopKDictionary(nn.Module):
         self.b_dec.copy_(x_ND.double().mean(0).float())
         self.W_enc.copy_(W_FD)
         sample_ND = x_ND[: 8 * 1024]
-        dot, square = 0.0, 0.0
+        dot, square, least = 0.0, 0.0, list[float]()
         for x_BD in torch.split(sample_ND, 1024):
             centred_BD = x_BD - self.b_dec
-            z_BK, indices_BK = sharding.top_k(centred_BD, W_FD, self.b_enc, self.k, ranks)
+            if isinstance(self.activation, TopK):
+                z_BK, indices_BK = sharding.top_k(centred_BD, W_FD, self.b_enc, self.k, ranks)
+            else:
+                z_BK, indices_BK, lowest = sharding.batch_top_k(centred_BD, W_FD, self.b_enc, self.k, ranks)
+                least.append(float(lowest))
+                if self.threshold is None:
+                    z_BK = (z_BK - lowest).clamp_min(0)
             x_hat_BD = ranks.total(decode(z_BK, indices_BK, W_FD), "start")
             dot += float((x_hat_BD * centred_BD).sum())
             square += float(x_hat_BD.square().sum())
-        self.W_enc.mul_(dot / max(square, 1e-12))
+        scale = dot / max(square, 1e-12)
+        self.W_enc.mul_(scale)
+        # Scores have been scaled as well.
+        start = scale * math.fsum(least) / max(1, len(least))
+        if self.threshold is not None:
+            self.threshold.fill_(start)
+        else:
+            self.b_enc.sub_(start)
 
     def forward(self, x_BD: torch.Tensor, dead_F: torch.Tensor | None = None, aux_k: int = 0) -> Code:
         """One training pass: see `Code`."""
@@ -127,8 +162,26 @@ class TopKDictionary(nn.Module):
 
     @torch.no_grad()
     def encode(self, x_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Active features of each token and their values. Shapes (B, K), (B, K); some values may be 0."""
-        return top_k(x_BD - self.b_dec, self.W_enc, self.b_enc, self.k)
+        """Active features of each token and their values. Shapes (B, K), (B, K); some values may be 0.
+
+        K is that of the token with most of them.
+        """
+        return self.activation.fire(x_BD - self.b_dec, self.encoder)
+
+    @torch.no_grad()
+    def settle(self, least: torch.Tensor, weight: float) -> None:
+        """Behind a step: a threshold that is not learned follows what fired, one that is stays above zero.
+
+        Args:
+            least: The least value that fired in the whole batch.
+            weight: Its weight in the running mean.
+        """
+        if self.threshold is None:
+            return
+        if self.activation.learns_threshold:
+            self.threshold.clamp_min_(0)
+        elif torch.isfinite(least):
+            self.threshold.lerp_(least, weight)
 
     @torch.no_grad()
     def decode(self, z_BK: torch.Tensor, indices_BK: torch.Tensor) -> torch.Tensor:
@@ -139,11 +192,12 @@ class TopKDictionary(nn.Module):
     def rescale(self, scale: float) -> None:
         """Turn a dictionary of x * scale into the one of x.
 
-        TopK is positively homogeneous: dividing both biases by the scale divides the code by it, and
-        selects the same features.
+        Scores are positively homogeneous: dividing both biases and the thresholds by the scale divides the code by it,
+        and selects the same features.
         """
-        self.b_enc.div_(scale)
-        self.b_dec.div_(scale)
+        for each in (self.b_enc, self.b_dec, self.threshold):
+            if each is not None:
+                each.div_(scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +225,7 @@ def from_bytes(body: bytes, config_body: bytes) -> Saved:
     try:
         config = DictionaryConfig.model_validate_json(config_body)
         tensors = safetensors.torch.load(body)
-        dictionary = TopKDictionary(config.width, config.features, config.k)
+        dictionary = TopKDictionary(config.width, config.features, kind(config.activation, config.k))
         dictionary.load_state_dict(tensors)
     except (ValidationError, SafetensorError, RuntimeError) as error:
         raise IntegrityError(f"the dictionary cannot be read: {error}", "delete the train stage's folder") from error

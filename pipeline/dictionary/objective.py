@@ -7,12 +7,13 @@ and leaves what `RowAdam` needs to move the rows that fired: no gradient in the 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from pipeline.dictionary import loss, sharding
+from pipeline.dictionary.activation import Code
 from pipeline.dictionary.kernels.portable import RowGradient, weighted
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.ranks import Ranks
@@ -53,87 +54,204 @@ class DenseObjective(nn.Module):
 
 
 class RowObjective(nn.Module):
-    """The same loss, differentiable by b_dec alone; for the rows there is `pending`.
+    """The same loss, differentiable by b_dec and what else is small; for the rows there is `pending`.
 
-    Ranks that share the features never send weights or gradients: they agree on the k largest values (see `sharding`)
+    Ranks that share the features never send weights or gradients: they agree on which features fire (see `sharding`)
     and add up their reconstructions (B D numbers). Ranks that share a batch gather what came of their tokens (2 B D +
     3 B K numbers, where gradients would be 2 F D): each has the whole batch's loss and moves the same rows by the same
     bits, so the weights are those of one rank.
+
+    With prefixes the loss is the mean over nested dictionaries, of the first features of the whole one each (Bussmann
+    et al. 2025, "Learning multi-level features with Matryoshka sparse autoencoders").
 
     Args:
         dictionary: What is trained: this rank's features.
         aux_k: Most dead features that try to predict a token's residual.
         aux_weight: Of their loss.
         ranks: This rank's place.
+        prefixes: Features of the nested dictionaries, ascending; the whole one comes behind them.
     """
 
-    def __init__(self, dictionary: TopKDictionary, aux_k: int, aux_weight: float, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        dictionary: TopKDictionary,
+        aux_k: int,
+        aux_weight: float,
+        ranks: Ranks,
+        prefixes: tuple[int, ...] = (),
+    ) -> None:
         super().__init__()
         self.dictionary, self.aux_k, self.aux_weight, self.ranks = dictionary, aux_k, aux_weight, ranks
+        self.prefixes = prefixes
+        # Of the loss that keeps features few; the loop raises it.
+        self.sparsity = 0.0
         self.pending: RowGradient | None = None
+        # The least value that fired in the last batch.
+        self.least = torch.zeros(())
         for weights in (dictionary.W_enc, dictionary.b_enc, dictionary.W_dec):
             weights.requires_grad_(False)
 
     def forward(self, x_BD: torch.Tensor, dead_F: torch.Tensor | None) -> Made:
         """The loss of a batch; `dead_F` says which features are dead, None that there are none."""
-        made = _Rows.apply(self.dictionary.b_dec, x_BD, dead_F, self)  # type: ignore[no-untyped-call]
+        threshold = self.dictionary.threshold
+        learned = threshold if threshold is not None and threshold.requires_grad else None
+        made = _Rows.apply(self.dictionary.b_dec, learned, x_BD, dead_F, self)  # type: ignore[no-untyped-call]
         return Made(*made)
 
 
 class _Rows(torch.autograd.Function):
-    """Both passes at once; autograd only learns the gradient of b_dec."""
+    """Both passes at once; autograd only learns the gradients of b_dec and of thresholds that are learned."""
 
     @staticmethod
     def forward(
-        ctx: Any, b_dec_D: torch.Tensor, x_BD: torch.Tensor, dead_F: torch.Tensor | None, objective: RowObjective
+        ctx: Any,
+        b_dec_D: torch.Tensor,
+        threshold_F: torch.Tensor | None,
+        x_BD: torch.Tensor,
+        dead_F: torch.Tensor | None,
+        objective: RowObjective,
     ) -> tuple[torch.Tensor, ...]:
         dictionary, ranks = objective.dictionary, objective.ranks
-        W_enc_FD, W_dec_FD, b_enc_F = (each.detach() for each in (dictionary.W_enc, dictionary.W_dec, dictionary.b_enc))
-        with_ = kernels(W_enc_FD, x_BD)
+        encoder = dictionary.encoder
+        with_ = kernels(encoder.W_FD, x_BD)
         count = x_BD.numel() * ranks.data
-        centred_BD = x_BD - b_dec_D
-        z_BK, indices_BK = sharding.top_k(centred_BD, W_enc_FD, b_enc_F, dictionary.k, ranks)
         scale = 2.0 / count
-        error_BD, grad_z_BK, squares_B = _errors(z_BK, indices_BK, W_dec_FD, b_dec_D, x_BD, scale, ranks)
-        main = ranks.gather(squares_B, "scalars").sum() / count
-        auxiliary, aux_error_BD, aux_scale = torch.zeros_like(main), None, 0.0
-        z_BN, indices_BN, grad_z_BN, part_BN = z_BK, indices_BK, grad_z_BK, None
+        centred_BD = x_BD - b_dec_D
+        code = dictionary.activation.code(centred_BD, encoder, ranks)
+        objective.least = code.least
+        explained = _explained(objective, code, x_BD, b_dec_D, scale)
+        main = ranks.gather(explained.squares_B, "scalars").sum() / count
+        total = ranks.gather(explained.nested_B, "scalars").sum() / count
+        sparsity = dictionary.activation.sparsity(code.z_BK, objective.sparsity, x_BD.shape[1], ranks)
+        total = total + sparsity.loss
+        z_BN, indices_BN, part_BN = code.z_BK, code.indices_BK, explained.part_BK
+        grad_z_BN = explained.grad_z_BK
+        if sparsity.by_value:
+            grad_z_BN = grad_z_BN + sparsity.by_value * (z_BN > 0)
+        errors, scales = list(explained.errors), list(explained.scales)
+        auxiliary = torch.zeros_like(main)
         if dead_F is not None and objective.aux_k:
-            dead = dead_F.nonzero().squeeze(1)
-            few = min(objective.aux_k, int(ranks.total(torch.tensor(len(dead), device=x_BD.device), "scalars")))
-            aux_z_BA, places_BA = sharding.top_k(centred_BD, W_enc_FD[dead], b_enc_F[dead], few, ranks)
-            # Where a rank has no dead feature, places are those of none.
-            aux_indices_BA = dead[places_BA] if len(dead) else places_BA
             # The residual is -error; predicting it leaves prediction + error. Its own mean square normalises the loss.
             normal = float(main.clamp_min(1e-12))
-            aux_scale = objective.aux_weight * scale / normal
-            made = _errors(aux_z_BA, aux_indices_BA, W_dec_FD, None, -error_BD, aux_scale, ranks)
-            aux_error_BD, grad_aux_BA, squares_B = made
-            auxiliary = ranks.gather(squares_B, "scalars").sum() / count / normal
-            z_BN, grad_z_BN = torch.cat([z_BK, aux_z_BA], 1), torch.cat([grad_z_BK, grad_aux_BA], 1)
-            indices_BN = torch.cat([indices_BK, aux_indices_BA], 1)
-            aux_error_BD = ranks.gather(aux_error_BD, "rows")
-            part_BN = torch.zeros(len(aux_error_BD), z_BN.shape[1], dtype=torch.uint8, device=x_BD.device)
-            part_BN[:, z_BK.shape[1] :] = 1
-        centred_BD, error_BD = ranks.gather(centred_BD, "rows"), ranks.gather(error_BD, "rows")
+            scales.append(objective.aux_weight * scale / normal)
+            tried = _tried(objective, dead_F, centred_BD, -explained.error_BD, scales[-1])
+            auxiliary = ranks.gather(tried.squares_B, "scalars").sum() / count / normal
+            total = total + objective.aux_weight * auxiliary
+            part_BN = torch.cat([part_BN, torch.full_like(tried.indices_BA, len(errors), dtype=torch.uint8)], 1)
+            errors.append(tried.error_BD)
+            z_BN, grad_z_BN = torch.cat([z_BN, tried.z_BA], 1), torch.cat([grad_z_BN, tried.grad_z_BA], 1)
+            indices_BN = torch.cat([indices_BN, tried.indices_BA], 1)
+        errors = [ranks.gather(error_BD, "rows") for error_BD in errors]
         z_BN, grad_z_BN = ranks.gather(z_BN, "codes"), ranks.gather(grad_z_BN, "codes")
         grouped = with_.group(z_BN, ranks.gather(indices_BN, "codes"), dictionary.features)
-        errors, scales = (
-            ((error_BD,), (scale,)) if aux_error_BD is None else ((error_BD, aux_error_BD), (scale, aux_scale))
+        parts = ranks.gather(part_BN, "codes") if len(errors) > 1 else None
+        objective.pending = RowGradient(
+            grouped, z_BN, grad_z_BN, ranks.gather(centred_BD, "rows"), tuple(errors), tuple(scales), parts
         )
-        objective.pending = RowGradient(grouped, z_BN, grad_z_BN, centred_BD, errors, scales, part_BN)
-        # b_dec is added to every reconstruction, and taken off everything that is encoded.
+        # b_dec is added to every reconstruction, and taken off everything that is encoded. The first error is the sum
+        # of those of all prefixes.
         fired_F = with_.sums(grouped, grad_z_BN, x_BD.new_ones(len(z_BN), 1)).squeeze(1)
-        encoded_D = ranks.total(weighted(W_enc_FD, fired_F), "b_dec")
-        ctx.save_for_backward(scale * error_BD.sum(0) - encoded_D)
-        ctx.mark_non_differentiable(indices_BK)
-        total = main + objective.aux_weight * auxiliary
-        return total.float(), main.float(), auxiliary.float(), z_BK, indices_BK
+        encoded_D = ranks.total(weighted(encoder.W_FD, fired_F), "b_dec")
+        grad_threshold_F = None
+        if threshold_F is not None:
+            by_count = sparsity.by_count / (len(x_BD) * ranks.data)
+            grad_threshold_F = _threshold_gradient(objective, code, explained, threshold_F, by_count)
+        ctx.save_for_backward(scales[0] * errors[0].sum(0) - encoded_D, grad_threshold_F)
+        ctx.mark_non_differentiable(code.indices_BK)
+        return total.float(), main.float(), auxiliary.float(), code.z_BK, code.indices_BK
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (grad_b_dec_D,) = ctx.saved_tensors
-        return cast(torch.Tensor, gradients[0] * grad_b_dec_D), None, None, None
+        grad_b_dec_D, grad_threshold_F = ctx.saved_tensors
+        by_threshold = None if grad_threshold_F is None else gradients[0] * grad_threshold_F
+        return gradients[0] * grad_b_dec_D, by_threshold, None, None, None
+
+
+class _Explained(NamedTuple):
+    """What a code leaves unexplained.
+
+    `errors` has, for each prefix, the sum of the errors of all dictionaries that the features of its last part belong
+    to: what moves those features. `part_BK` says for each entry which one. `error_BD` and `squares_B` are those of the
+    whole dictionary, `nested_B` the mean of squared errors over all prefixes.
+    """
+
+    errors: tuple[torch.Tensor, ...]
+    scales: tuple[float, ...]
+    part_BK: torch.Tensor
+    grad_z_BK: torch.Tensor
+    error_BD: torch.Tensor
+    squares_B: torch.Tensor
+    nested_B: torch.Tensor
+
+
+def _explained(
+    objective: RowObjective, code: Code, x_BD: torch.Tensor, b_dec_D: torch.Tensor, scale: float
+) -> _Explained:
+    dictionary, ranks, W_FD = objective.dictionary, objective.ranks, objective.dictionary.W_dec.detach()
+    part_BK = torch.zeros_like(code.indices_BK, dtype=torch.uint8)
+    if not objective.prefixes:
+        error_BD, grad_z_BK, squares_B = _errors(code.z_BK, code.indices_BK, W_FD, b_dec_D, x_BD, scale, ranks)
+        return _Explained((error_BD,), (scale,), part_BK, grad_z_BK, error_BD, squares_B, squares_B)
+    with_ = kernels(W_FD, code.z_BK)
+    ends = torch.tensor(objective.prefixes, device=x_BD.device)
+    feature_BK = code.indices_BK + ranks.feature_rank * dictionary.features
+    part_BK = torch.bucketize(feature_BK, ends, right=True).to(torch.uint8)
+    parts = [code.z_BK * (part_BK == part) for part in range(len(ends) + 1)]
+    error_BD, every, nested_B = b_dec_D - x_BD, [], torch.zeros(len(x_BD), dtype=torch.float64, device=x_BD.device)
+    for z_BK in parts:
+        error_BD = error_BD + ranks.total(with_.decode(z_BK, code.indices_BK, W_FD), "rows")
+        every.append(error_BD)
+        nested_B += error_BD.double().square().sum(1) / len(parts)
+    scale /= len(parts)
+    errors, sum_BD, grad_z_BK = [], torch.zeros_like(error_BD), torch.zeros_like(code.z_BK)
+    for z_BK, own_BD in zip(reversed(parts), reversed(every), strict=True):
+        sum_BD = sum_BD + own_BD
+        errors.append(sum_BD)
+        grad_z_BK += with_.inner(sum_BD, z_BK, code.indices_BK, W_FD) * scale
+    errors.reverse()
+    squares_B = error_BD.double().square().sum(1)
+    return _Explained(tuple(errors), (scale,) * len(parts), part_BK, grad_z_BK, error_BD, squares_B, nested_B)
+
+
+class _Tried(NamedTuple):
+    """The dead features' try at what was left unexplained."""
+
+    z_BA: torch.Tensor
+    indices_BA: torch.Tensor
+    error_BD: torch.Tensor
+    grad_z_BA: torch.Tensor
+    squares_B: torch.Tensor
+
+
+def _tried(
+    objective: RowObjective, dead_F: torch.Tensor, centred_BD: torch.Tensor, residual_BD: torch.Tensor, scale: float
+) -> _Tried:
+    ranks, encoder = objective.ranks, objective.dictionary.encoder
+    dead = dead_F.nonzero().squeeze(1)
+    few = min(objective.aux_k, int(ranks.total(torch.tensor(len(dead), device=dead.device), "scalars")))
+    z_BA, places_BA = sharding.top_k(centred_BD, encoder.W_FD[dead], encoder.b_F[dead], few, ranks)
+    # Where a rank has no dead feature, places are those of none.
+    indices_BA = dead[places_BA] if len(dead) else places_BA
+    W_dec_FD = objective.dictionary.W_dec.detach()
+    error_BD, grad_z_BA, squares_B = _errors(z_BA, indices_BA, W_dec_FD, None, residual_BD, scale, ranks)
+    return _Tried(z_BA, indices_BA, error_BD, grad_z_BA, squares_B)
+
+
+def _threshold_gradient(
+    objective: RowObjective, code: Code, explained: _Explained, threshold_F: torch.Tensor, by_count: float
+) -> torch.Tensor:
+    """The straight-through estimate (Rajamanoharan et al. 2024, equations 11 and 12). Shape (F,)."""
+    assert code.near_BK is not None
+    ranks, W_FD = objective.ranks, objective.dictionary.W_dec.detach()
+    near_BK = code.near_BK.float()
+    products_BK = torch.zeros_like(code.z_BK)
+    for part, (error_BD, scale) in enumerate(zip(explained.errors, explained.scales, strict=True)):
+        mine_BK = near_BK * (explained.part_BK == part)
+        products_BK += kernels(W_FD, error_BD).inner(error_BD, mine_BK, code.indices_BK, W_FD) * scale
+    moved_BK = -near_BK / code.bandwidth * (threshold_F[code.indices_BK] * products_BK + by_count)
+    moved_BK, indices_BK = ranks.gather(moved_BK, "codes"), ranks.gather(code.indices_BK, "codes")
+    made_F = torch.zeros_like(threshold_F, dtype=torch.float64)
+    return made_F.index_add_(0, indices_BK.reshape(-1), moved_BK.reshape(-1).double()).float()
 
 
 def _errors(

@@ -109,11 +109,13 @@ class RowAdam(torch.optim.Optimizer):
         seed: int = 0,
     ) -> None:
         dictionary = objective.dictionary
-        super().__init__([dictionary.b_dec], {"lr": learning_rate})
+        # What has a gradient like any other: b_dec, the same on all ranks, and thresholds of this rank's features.
+        self._small = {name: each for name, each in dictionary.named_parameters() if each.requires_grad}
+        super().__init__(list(self._small.values()), {"lr": learning_rate})
         self.beta2, self.clip, self.objective, self.seed = beta2, clip, objective, seed
         self.gradient_norm = 0.0
         self.steps = 0
-        self.b_dec_v = torch.zeros_like(dictionary.b_dec)
+        self._v = {name: torch.zeros_like(each) for name, each in self._small.items()}
         self._bound: float | None = None
         W_enc_FD, W_dec_FD = dictionary.W_enc.data, dictionary.W_dec.data
         self.rows = Rows(
@@ -130,7 +132,8 @@ class RowAdam(torch.optim.Optimizer):
     def tensors(self) -> dict[str, torch.Tensor]:
         """What it remembers, by name."""
         moments = {name: getattr(self.rows, name) for name in MOMENTS}
-        return {**moments, "b_dec_v": self.b_dec_v, "steps": torch.tensor(self.steps)}
+        small = {f"{name}_v": v for name, v in self._v.items()}
+        return {**moments, **small, "steps": torch.tensor(self.steps)}
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Remember `tensors` of another one."""
@@ -143,42 +146,41 @@ class RowAdam(torch.optim.Optimizer):
         """No less than the norm of the gradient, and not finite where that is not. Kept for the step that follows."""
         gradient = self._pending()
         of_rows = kernels(self.rows.W_enc, gradient.x_BD).norm_bound(gradient, self.rows)
-        self._bound = math.sqrt(self._everywhere(of_rows**2) + self._square_of_b_dec())
+        self._bound = math.sqrt(self._everywhere(of_rows**2))
         return self._bound
 
     def _pending(self) -> RowGradient:
         assert self.objective.pending is not None
         return self.objective.pending
 
-    def _square_of_b_dec(self) -> float:
-        gradient = self.objective.dictionary.b_dec.grad
-        assert gradient is not None
-        return float(gradient.double().square().sum())
+    def _gradients(self) -> dict[str, torch.Tensor]:
+        return {name: each.grad for name, each in self._small.items() if each.grad is not None}
 
     def _everywhere(self, square: float) -> float:
-        """A sum over features, over those of all ranks."""
-        part = torch.tensor([square], dtype=torch.float64, device=self.rows.W_enc.device)
-        return float(self.objective.ranks.total(part, "scalars"))
+        """The square of the whole gradient's norm, given that of this rank's rows."""
+        squares = {name: float(each.double().square().sum()) for name, each in self._gradients().items()}
+        of_b_dec = squares.pop("b_dec")
+        part = torch.tensor([square + sum(squares.values())], dtype=torch.float64, device=self.rows.W_enc.device)
+        return float(self.objective.ranks.total(part, "scalars")) + of_b_dec
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """One update."""
-        gradient, b_dec = self._pending(), self.objective.dictionary.b_dec
-        assert b_dec.grad is not None
+        gradient = self._pending()
         self.steps += 1
         with_ = kernels(self.rows.W_enc, gradient.x_BD)
-        square, clip = self._square_of_b_dec(), 1.0
+        clip = 1.0
         if self.clip and (self.norm_bound() if self._bound is None else self._bound) > self.clip:
-            norm = math.sqrt(self._everywhere(float(with_.squares(gradient, self.rows).sum())) + square)
+            norm = math.sqrt(self._everywhere(float(with_.squares(gradient, self.rows).sum())))
             clip = min(1.0, self.clip / (norm + 1e-6))
         rate = self.param_groups[0]["lr"]
         adam = Adam(self.steps, rate, self.beta2, EPSILON, clip, self.seed)
         squares_F = with_.update(gradient, self.rows, adam)
-        self.gradient_norm = math.sqrt(self._everywhere(float(squares_F.sum())) + square)
-        b_dec.grad.mul_(clip)
-        self.b_dec_v.mul_(self.beta2).addcmul_(b_dec.grad, b_dec.grad, value=1 - self.beta2)
-        root_D = (self.b_dec_v / (1 - self.beta2**self.steps)).sqrt_().add_(EPSILON)
-        b_dec.addcdiv_(b_dec.grad, root_D, value=-rate)
+        self.gradient_norm = math.sqrt(self._everywhere(float(squares_F.sum())))
+        for name, gradient_ in self._gradients().items():
+            moved, v = gradient_ * clip, self._v[name]
+            v.mul_(self.beta2).addcmul_(moved, moved, value=1 - self.beta2)
+            self._small[name].addcdiv_(moved, (v / (1 - self.beta2**self.steps)).sqrt_().add_(EPSILON), value=-rate)
         self.objective.pending, self._bound = None, None
 
 

@@ -89,6 +89,15 @@ class Ranks:
             dist.all_reduce(mask, op=dist.ReduceOp.MAX, group=self.data_group)
         return mask
 
+    def most(self, value: int) -> int:
+        """The largest of what those say that share a batch."""
+        if self.data == 1:
+            return value
+        said = torch.tensor([value])
+        self.sent["scalars"] += 2 * (self.data - 1) * said.nbytes // self.data
+        dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self.data_group)
+        return int(said)
+
     def first(self, value: float) -> float:
         """What rank 0 says."""
         if self.world_size == 1:

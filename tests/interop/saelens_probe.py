@@ -28,7 +28,7 @@ def probe(folder: Path, out: Path) -> None:
     facts = {
         "version": sae_lens.__version__,
         "class": type(autoencoder).__name__,
-        "k": autoencoder.cfg.k,
+        "k": getattr(autoencoder.cfg, "k", None),
         "dtype": str(autoencoder.W_enc.dtype),
         "metadata": autoencoder.cfg.metadata.to_dict(),
     }

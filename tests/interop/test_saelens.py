@@ -19,6 +19,7 @@ import pytest
 import safetensors.numpy
 import torch
 
+from pipeline.dictionary.activation import Activation, BatchTopK, JumpReLU, ReLU, TopK, kind
 from pipeline.dictionary.model import DictionaryConfig, TopKDictionary
 from pipeline.export import SAELENS_VERSION, ExportParams, saelens_files
 
@@ -43,10 +44,10 @@ class Seen:
     folder: Path
 
 
-def dictionary_of(width: int, features: int, k: int, seed: int) -> TopKDictionary:
+def dictionary_of(width: int, features: int, activation: Activation, seed: int) -> TopKDictionary:
     """A dictionary in which every tensor counts: untied, biased, and rectified now and then."""
     generator = torch.Generator().manual_seed(seed)
-    dictionary = TopKDictionary(width, features, k)
+    dictionary = TopKDictionary(width, features, activation)
     with torch.no_grad():
         for parameter in dictionary.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
@@ -54,6 +55,8 @@ def dictionary_of(width: int, features: int, k: int, seed: int) -> TopKDictionar
         dictionary.W_enc.copy_(0.5 * dictionary.W_dec + 0.05 * dictionary.W_enc)
         # So low that some of the k largest pre-activations are negative.
         dictionary.b_enc.sub_(2.0)
+        if dictionary.threshold is not None:
+            dictionary.threshold.abs_()
     return dictionary
 
 
@@ -72,7 +75,11 @@ def probe(folder: Path, out: Path, x_BD: torch.Tensor) -> None:
 
 
 # Square as well: there a transposed matrix has the right shape.
-@pytest.fixture(scope="module", params=[(24, 96), (32, 32)], ids=["overcomplete", "square"])
+@pytest.fixture(
+    scope="module",
+    params=[(24, 96, "topk"), (32, 32, "topk"), (24, 96, "batch_topk"), (24, 96, "jumprelu"), (24, 96, "relu")],
+    ids=["overcomplete", "square", "batch_topk", "jumprelu", "relu"],
+)
 def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Seen:
     """An export, loaded and used by SAELens."""
     if not PEERS.exists():
@@ -80,10 +87,16 @@ def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         if os.environ.get("KILOBASIS_REQUIRE_PEERS") == "1":
             pytest.fail(reason)
         pytest.skip(reason)
-    width, features = request.param
-    dictionary = dictionary_of(width, features, k=8, seed=width)
+    width, features, activation = request.param
+    dictionary = dictionary_of(width, features, kind(activation, 8), seed=width)
     config = DictionaryConfig(
-        width=width, features=features, k=8, hook_point="layers.2.mlp:in", model="tiny", model_digest="0"
+        width=width,
+        features=features,
+        activation=activation,
+        k=8,
+        hook_point="layers.2.mlp:in",
+        model="tiny",
+        model_digest="0",
     )
     density_F = np.linspace(0.0, 0.5, features)
     settings = ExportParams(formats=("saelens",), context=64, has_bos=True, model_class="AutoModelForCausalLM")
@@ -105,7 +118,8 @@ def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_saelens_encoding_an_export_gives_our_features(seen: Seen) -> None:
     z_BK, indices_BK = seen.dictionary.encode(seen.x_BD)
     ours_BF = torch.zeros(len(seen.x_BD), seen.dictionary.features).scatter_(1, indices_BK, z_BK).numpy()
-    assert 0 < (ours_BF > 0).sum() < ours_BF.shape[0] * seen.dictionary.k
+    most = seen.dictionary.k if isinstance(seen.dictionary.activation, TopK) else seen.dictionary.features
+    assert 0 < (ours_BF > 0).sum() < ours_BF.shape[0] * most
     np.testing.assert_allclose(seen.features_BF, ours_BF, rtol=TOLERANCE, atol=TOLERANCE)
 
 
@@ -116,8 +130,9 @@ def test_saelens_decoding_an_export_gives_our_reconstruction(seen: Seen) -> None
 
 def test_saelens_loading_an_export_keeps_what_the_config_says(seen: Seen) -> None:
     assert seen.facts["version"] == SAELENS_VERSION
-    assert seen.facts["class"] == "TopKSAE"
-    assert seen.facts["k"] == seen.dictionary.k
+    classes = {TopK: "TopKSAE", BatchTopK: "JumpReLUSAE", JumpReLU: "JumpReLUSAE", ReLU: "StandardSAE"}
+    assert seen.facts["class"] == classes[type(seen.dictionary.activation)]
+    assert seen.facts["k"] == (seen.dictionary.k if isinstance(seen.dictionary.activation, TopK) else None)
     assert seen.facts["dtype"] == "torch.float32"
     metadata = seen.facts["metadata"]
     assert metadata["hook_name"] == "layers.2.mlp:in"
