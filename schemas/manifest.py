@@ -183,6 +183,23 @@ class Filter(_Section):
     )
 
 
+class Sparsity(_Section):
+    """The loss that keeps features few."""
+
+    weight: float = Field(default=1.0, gt=0.0, description="Of relu's L1, or of jumprelu's (L0 / k - 1)^2.")
+    warmup: Fraction = Field(default=0.05, description="Share of the steps over which the weight rises from zero.")
+    bandwidth: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="jumprelu: scores so far apart, a threshold in their middle, move it; 0.1 if left out.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        return {"weight": value} if isinstance(value, int | float) else value
+
+
 class Train(_Section):
     """How a dictionary is trained."""
 
@@ -207,14 +224,8 @@ class Train(_Section):
         default=None, description="Dead features that predict the residual (AuxK); d/2 if left out, 0 for none."
     )
     aux_weight: float = Field(default=1 / 32, ge=0.0)
-    sparsity: float | None = Field(
-        default=None,
-        gt=0.0,
-        description="Weight of what keeps features few: of relu's L1, or of jumprelu's (L0 / k - 1)^2, there 1.",
-    )
-    sparsity_warmup: Fraction = Field(default=0.05, description="Share of the steps over which sparsity rises to that.")
-    bandwidth: float = Field(
-        default=0.1, gt=0.0, description="jumprelu: scores so close to a threshold, on both sides together, move it."
+    sparsity: Sparsity | None = Field(
+        default=None, description="Of relu and jumprelu, for which no k does it; a number alone is the weight."
     )
     prefixes: tuple[Count, ...] = Field(
         default=(),
@@ -301,9 +312,11 @@ class Dictionary(_Section):
     def _trained_so(self) -> Self:
         train, name = self.train, self.activation
         if train.sparsity is not None and name in ("topk", "batch_topk"):
-            raise ValueError(f"train.sparsity {train.sparsity} does nothing for {name}, which has k; leave it out")
+            raise ValueError(f"train.sparsity does nothing for {name}, which has k; leave it out")
         if train.sparsity is None and name == "relu":
-            raise ValueError("relu needs train.sparsity, the weight of its L1 loss; 5 is a good start")
+            raise ValueError("relu needs train.sparsity, the weight of its L1 loss; try 1")
+        if train.sparsity is not None and train.sparsity.bandwidth is not None and name != "jumprelu":
+            raise ValueError(f"train.sparsity.bandwidth is jumprelu's, found activation {name}; leave it out")
         if train.optimizer == "adam" and (name != "topk" or train.prefixes):
             what = "train.prefixes need" if train.prefixes else f"activation {name} needs"
             raise ValueError(f"{what} train.optimizer row_adam; found adam")

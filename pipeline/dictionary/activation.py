@@ -15,6 +15,7 @@ import torch
 from pipeline.dictionary import sharding
 from pipeline.dictionary.ranks import Ranks
 from pipeline.dictionary.sharding import Chosen
+from schemas import manifest
 
 
 class Encoder(NamedTuple):
@@ -187,12 +188,19 @@ class ReLU:
         return Sparsity(weight * sum_ / width, by_value=weight / (len(z_BK) * ranks.data * width))
 
 
-def kind(name: str, k: int, bandwidth: float = 0.1) -> Activation:
-    """The activation that a manifest names; the bandwidth is JumpReLU's."""
-    if name == "jumprelu":
-        return JumpReLU(k, bandwidth)
-    kinds: dict[str, Callable[[int], Activation]] = {"topk": TopK, "batch_topk": BatchTopK, "relu": ReLU}
-    return kinds[name](k)
+KINDS: dict[str, Callable[[int], Activation]] = {
+    "topk": TopK,
+    "batch_topk": BatchTopK,
+    "jumprelu": JumpReLU,
+    "relu": ReLU,
+}
+
+
+def kind(name: str, k: int, sparsity: manifest.Sparsity | None = None) -> Activation:
+    """The activation that a manifest names."""
+    if name == "jumprelu" and sparsity is not None and sparsity.bandwidth is not None:
+        return JumpReLU(k, sparsity.bandwidth)
+    return KINDS[name](k)
 
 
 def _mean(sum_: torch.Tensor, tokens: int, ranks: Ranks) -> torch.Tensor:

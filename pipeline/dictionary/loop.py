@@ -30,7 +30,7 @@ from pipeline.dictionary.ranks import Ranks
 from pipeline.stage import Gang
 from schemas import events
 from schemas.errors import NonFiniteError
-from schemas.manifest import Train
+from schemas.manifest import Sparsity, Train
 from schemas.records import CheckpointRecord
 
 CURVE_POINTS = 400
@@ -165,13 +165,12 @@ class Trainer:
 def sparsity_weight(step: int, steps: int, settings: Train) -> float:
     """Weight of the loss that keeps features few: rises from zero, linearly.
 
-    >>> settings = Train(tokens=10, batch=1, sparsity=2.0, sparsity_warmup=0.5)
+    >>> settings = Train(tokens=10, batch=1, sparsity={"weight": 2.0, "warmup": 0.5})
     >>> [sparsity_weight(step, 10, settings) for step in (0, 2, 4, 9)]
     [0.4, 1.2, 2.0, 2.0]
     """
-    return (1.0 if settings.sparsity is None else settings.sparsity) * min(
-        1.0, (step + 1) / max(1.0, settings.sparsity_warmup * steps)
-    )
+    sparsity = settings.sparsity or Sparsity()
+    return sparsity.weight * min(1.0, (step + 1) / max(1.0, sparsity.warmup * steps))
 
 
 def scale_of(sample_ND: torch.Tensor) -> float:
@@ -218,7 +217,7 @@ def train(
     gang.beat(0, "data")
     with parallel.joined(gang.rank, gang.world_size, features, gang.init_method) as ranks:
         count = shape.features // features
-        activation = kind(shape.activation, shape.k, settings.bandwidth)
+        activation = kind(shape.activation, shape.k, settings.sparsity)
         dictionary = TopKDictionary(shape.width, count, activation)
         last = gang.checkpoints.latest()
         progress, curves = Progress(0, 0, 1.0, Cursor()), list[list[float]]()

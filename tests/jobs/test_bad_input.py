@@ -217,6 +217,23 @@ FIELDS: dict[str, tuple[Change, tuple[str, ...]]] = {
         both(at(FIRST + "train.optimizer", "adam"), at(FIRST + "train.second_moment", "row")),
         ("second_moment row is row_adam's",),
     ),
+    "sparsity_of_topk": (at(FIRST + "train.sparsity", 2.0), ("train.sparsity does nothing for topk", "leave it out")),
+    "relu_without_sparsity": (at(FIRST + "activation", "relu"), ("relu needs train.sparsity",)),
+    "bandwidth_of_relu": (
+        both(at(FIRST + "activation", "relu"), at(FIRST + "train.sparsity", {"weight": 1.0, "bandwidth": 0.1})),
+        ("bandwidth is jumprelu's", "found activation relu"),
+    ),
+    "thresholds_of_dense_adam": (
+        both(at(FIRST + "activation", "batch_topk"), at(FIRST + "train.optimizer", "adam")),
+        ("activation batch_topk needs train.optimizer row_adam",),
+    ),
+    "prefixes_that_descend": (at(FIRST + "train.prefixes", [32, 16]), ("[32, 16]", "in ascending order")),
+    "prefix_of_everything": (at(FIRST + "train.prefixes", [16, 64]), ("prefixes has 64", "less than features 64")),
+    "prefix_above_an_expansion": (
+        both(without(FIRST + "features"), at(FIRST + "expansion", 2), at(FIRST + "train.prefixes", [40])),
+        ("prefixes has 40", "32 features"),
+    ),
+    "activation_unknown": (at(FIRST + "activation", "gated"), ("activation", "'topk', 'batch_topk', 'jumprelu'")),
     "units_over_chunks": (
         both(at("harvest.unit_rows", 100), at("harvest.chunk_rows", 32)),
         ("harvest", "unit_rows 100 is not a multiple of chunk_rows 32", "96 or 128"),

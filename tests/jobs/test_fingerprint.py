@@ -6,7 +6,7 @@ import operator
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import pytest
 from pydantic import BaseModel
@@ -62,6 +62,7 @@ IDENTITY: dict[str, tuple[str, str]] = {
     FIRST + "name": ("other", "train"),
     FIRST + "hook_point": ("gpt_neox.layers.0.mlp:in", "train"),
     FIRST + "features": ("128", "train"),
+    FIRST + "activation": ("batch_topk", "train"),
     FIRST + "k": ("5", "train"),
     FIRST + "train.tokens": ("4096", "train"),
     FIRST + "train.batch": ("128", "train"),
@@ -75,6 +76,10 @@ IDENTITY: dict[str, tuple[str, str]] = {
     FIRST + "train.clip": ("0.5", "train"),
     FIRST + "train.aux_k": ("2", "train"),
     FIRST + "train.aux_weight": ("0.5", "train"),
+    FIRST + "train.sparsity.weight": ("2.0", "train"),
+    FIRST + "train.sparsity.warmup": ("0.1", "train"),
+    FIRST + "train.sparsity.bandwidth": ("0.5", "train"),
+    FIRST + "train.prefixes": ("[8]", "train"),
     FIRST + "train.dead_after": ("1024", "train"),
     FIRST + "train.seed": ("1", "train"),
     FIRST + "train.filter.skip_positions": ("1", "train"),
@@ -120,7 +125,7 @@ def leaves(section: type[BaseModel], at: str = "") -> Iterator[str]:
         if inner is None:
             yield at + name
         else:
-            listed = "" if field.annotation is inner else "0."
+            listed = "0." if get_origin(field.annotation) is tuple else ""
             yield from leaves(inner, f"{at}{name}.{listed}")
 
 
@@ -137,6 +142,8 @@ def test_fingerprint_of_an_identity_field_changes_with_it(field: str, tiny_tree:
         for path in folder.iterdir():
             path.write_text(path.read_text().replace('{"text": ', '{"title": "a title for every document", "text": '))
         tiny_tree["corpus"]["source"] = str(folder)
+    if field.startswith(FIRST + "train.sparsity"):
+        tiny_tree["dictionaries"][0]["activation"] = "jumprelu"
     path = write_manifest(tmp_path / "m.yaml", tiny_tree)
     assert stage in changed(path, f"{field}={value}")
 

@@ -17,7 +17,7 @@ from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.objective import RowObjective
 from pipeline.dictionary.optimizer import RowAdam
 from pipeline.dictionary.ranks import Ranks
-from schemas.manifest import Sharding, Train
+from schemas.manifest import Sharding, Sparsity, Train
 from tests.pipeline.dictionary.test_sharding import batch, dense
 
 NAMES = ("topk", "batch_topk", "jumprelu", "relu")
@@ -117,7 +117,7 @@ class _AtThreshold(torch.autograd.Function):
 
 def random_dictionary(name: str, width: int, features: int, k: int, seed: int) -> TopKDictionary:
     generator = torch.Generator().manual_seed(seed)
-    dictionary = TopKDictionary(width, features, kind(name, k, bandwidth=0.4))
+    dictionary = TopKDictionary(width, features, kind(name, k, Sparsity(bandwidth=0.4)))
     for each in dictionary.parameters():
         each.data = torch.randn(each.shape, generator=generator) / width**0.5
     dictionary.W_dec.data = torch.nn.functional.normalize(dictionary.W_dec.data, dim=1)
@@ -203,7 +203,9 @@ def learn(rank: int, mesh: Sharding, steps: int, init_method: str, folder: Path)
 def learned(name: str, ranks: Ranks, steps: int) -> dict[str, torch.Tensor]:
     """A dictionary of this kind, and the curves of its training."""
     prefixes = (24, 40) if name in ("topk", "batch_topk") else ()
-    options = SETTINGS.model_copy(update={"prefixes": prefixes, "sparsity": 0.3 if name == "relu" else None})
+    options = SETTINGS.model_copy(
+        update={"prefixes": prefixes, "sparsity": Sparsity(weight=0.3) if name == "relu" else None}
+    )
     dictionary = TopKDictionary(WIDTH, FEATURES // ranks.features, kind(name, K))
     dictionary.initialize(share(999), 0, ranks)
     trainer = Trainer(dictionary, options, steps, ranks)
