@@ -116,7 +116,7 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
     slab = max(layout.geometry.slab_count(0), 1) * (layout.row_bytes(dictionary.hook_point) + 16)
     sample = layout.geometry.slab_count(0) * width * 4
     train = settings.settings
-    aux = train.aux_k if train.aux_k is not None else width // 2
+    aux = train.auxiliary(width)
     sharding = manifest.compute.sharding
     share = train.batch // sharding.data
     step = (train.batch * (16 * width + 24 * (settings.k + aux)) + share * 1024) * 4 + SEARCH_MEMORY

@@ -221,7 +221,8 @@ class Train(_Section):
     beta2: float = Field(default=0.999, gt=0.0, lt=1.0)
     clip: float = Field(default=1.0, ge=0.0, description="Largest norm of the gradient; 0 does not clip.")
     aux_k: Steps | None = Field(
-        default=None, description="Dead features that predict the residual (AuxK); d/2 if left out, 0 for none."
+        default=None,
+        description="Dead features that predict the residual (AuxK), 0 for none; if left out d/2, or 0 with resample.",
     )
     aux_weight: float = Field(default=1 / 32, ge=0.0)
     sparsity: Sparsity | None = Field(
@@ -235,13 +236,26 @@ class Train(_Section):
     dead_after: Count = Field(
         default=10_000_000, description="A feature is dead once it did not fire in so many tokens."
     )
+    resample: Count | None = Field(
+        default=None,
+        description="Tokens between two times that dead features start again, from tokens that are badly explained; "
+        "until the rate begins to fall. Never if left out.",
+    )
     seed: Seed = 0
     filter: Filter = Filter()
+
+    def auxiliary(self, width: int) -> int:
+        """Most dead features that try to predict a residual of this width."""
+        if self.aux_k is not None:
+            return self.aux_k
+        return width // 2 if self.resample is None else 0
 
     @model_validator(mode="after")
     def _optimizer_fits(self) -> Self:
         if self.optimizer == "row_adam" and self.beta1:
             raise ValueError(f"beta1 {self.beta1} needs a first moment, row_adam has none; leave it out, or use adam")
+        if self.optimizer == "adam" and self.resample:
+            raise ValueError("resample needs row_adam; found optimizer adam, whose dead features have aux_k")
         if self.optimizer == "adam" and self.second_moment == "row":
             raise ValueError("second_moment row is row_adam's; leave it out, or use row_adam")
         return self

@@ -29,7 +29,7 @@ from tests.support.long_runs import UNITS
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 SEED = int(os.environ.get("KILOBASIS_CHAOS_SEED", "20261122"))
-SECONDS = 400.0
+SECONDS = 900.0
 TWO_RANKS = ("--set", "compute.sharding.data=2")
 
 

@@ -27,6 +27,7 @@ from pipeline.dictionary.optimizer import RowAdam, SphereAdam, peak_rate, rate
 from pipeline.dictionary.pace import Pace
 from pipeline.dictionary.parallel import Engine
 from pipeline.dictionary.ranks import Ranks
+from pipeline.dictionary.resampling import resample
 from pipeline.stage import Gang
 from schemas import events
 from schemas.errors import NonFiniteError
@@ -69,7 +70,7 @@ class Trainer:
         self.dictionary, self.settings, self.steps, self.ranks = dictionary, settings, steps, ranks
         self.features = dictionary.features * ranks.features
         self._peak = peak_rate(settings, self.features)
-        aux_k = dictionary.width // 2 if settings.aux_k is None else settings.aux_k
+        aux_k = settings.auxiliary(dictionary.width)
         dictionary.to(parallel.device(ranks.rank))
         self.optimizer: RowAdam | SphereAdam
         if settings.optimizer == "row_adam":
@@ -118,6 +119,7 @@ class Trainer:
                 f"train: loss {made.total.item()}, gradient norm {norm} in step {index}",
                 "lower train.learning_rate; the last good checkpoint is kept",
             )
+        residual_BD = self._residual(index, bool(int(dead)))
         self.skipped = 0 if self.engine.step() else self.skipped + 1
         if self.skipped >= MOST_SKIPPED:
             raise NonFiniteError(
@@ -131,6 +133,9 @@ class Trainer:
             self.dictionary.settle(self._rows.least, max(1 / (index + 1), THRESHOLD_WEIGHT))
         self.optimizer.zero_grad(set_to_none=True)
         self._count(made.z_BK, made.indices_BK)
+        if rows is not None and residual_BD is not None:
+            started = resample(rows.rows, dead_F, residual_BD, self.settings.seed, index, self.ranks)
+            self.since_fired_F[started] = 0
 
         def scalars() -> StepScalars:
             # Of the whole batch, about its own mean: in float64, however many ranks share it, it is the same number.
@@ -152,6 +157,17 @@ class Trainer:
             )
 
         return scalars
+
+    def _residual(self, index: int, dead: bool) -> torch.Tensor | None:
+        """What is left of the whole batch, in a step behind which dead features start again. Shape (B, D)."""
+        every, batch = self.settings.resample, self.settings.batch
+        if self._rows is None or every is None or not dead or index >= self.steps * (1 - self.settings.decay):
+            return None
+        if (index + 1) * batch // every == index * batch // every:
+            return None
+        pending = self._rows.pending
+        assert pending is not None
+        return -pending.errors[len(self.settings.prefixes)]
 
     def _count(self, z_BK: torch.Tensor, indices_BK: torch.Tensor) -> None:
         """Tokens since each feature fired, over the batches of all ranks."""

@@ -227,6 +227,10 @@ FIELDS: dict[str, tuple[Change, tuple[str, ...]]] = {
         both(at(FIRST + "activation", "batch_topk"), at(FIRST + "train.optimizer", "adam")),
         ("activation batch_topk needs train.optimizer row_adam",),
     ),
+    "resampling_of_dense_adam": (
+        both(at(FIRST + "train.resample", 4096), at(FIRST + "train.optimizer", "adam")),
+        ("resample needs row_adam", "found optimizer adam"),
+    ),
     "prefixes_that_descend": (at(FIRST + "train.prefixes", [32, 16]), ("[32, 16]", "in ascending order")),
     "prefix_of_everything": (at(FIRST + "train.prefixes", [16, 64]), ("prefixes has 64", "less than features 64")),
     "prefix_above_an_expansion": (

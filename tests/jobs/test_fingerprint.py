@@ -81,6 +81,7 @@ IDENTITY: dict[str, tuple[str, str]] = {
     FIRST + "train.sparsity.bandwidth": ("0.5", "train"),
     FIRST + "train.prefixes": ("[8]", "train"),
     FIRST + "train.dead_after": ("1024", "train"),
+    FIRST + "train.resample": ("4096", "train"),
     FIRST + "train.seed": ("1", "train"),
     FIRST + "train.filter.skip_positions": ("1", "train"),
     FIRST + "train.filter.max_norm": ("10", "train"),

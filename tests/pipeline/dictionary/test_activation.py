@@ -178,6 +178,15 @@ def test_step_follows_the_gradient_of_the_plain_loss(
 
 
 SETTINGS = Train(tokens=20_000, batch=128, learning_rate=3e-3, dead_after=2_000, aux_k=6)
+# What is trained on meshes: an activation, and what else is said of its training.
+TRAINED: dict[str, tuple[str, dict[str, Any]]] = {
+    "topk": ("topk", {"prefixes": (24, 40)}),
+    "batch_topk": ("batch_topk", {"prefixes": (24, 40)}),
+    "jumprelu": ("jumprelu", {}),
+    "relu": ("relu", {"sparsity": Sparsity(weight=0.3)}),
+    "left_dead": ("topk", {"aux_k": 0, "dead_after": 127, "decay": 0.4}),
+    "resampled": ("topk", {"resample": 1280, "aux_k": 0, "dead_after": 127, "decay": 0.4}),
+}
 WIDTH, FEATURES, K = 16, 64, 4
 
 
@@ -196,26 +205,24 @@ def learn(rank: int, mesh: Sharding, steps: int, init_method: str, folder: Path)
     """One rank of a training of each kind, on batches that are the same on any mesh."""
     torch.set_num_threads(1)
     with parallel.joined(rank, mesh.ranks, mesh.features, init_method) as ranks:
-        for name in NAMES:
+        for name in TRAINED:
             torch.save(learned(name, ranks, steps), folder / f"{name}-{rank}.pt")
 
 
 def learned(name: str, ranks: Ranks, steps: int) -> dict[str, torch.Tensor]:
     """A dictionary of this kind, and the curves of its training."""
-    prefixes = (24, 40) if name in ("topk", "batch_topk") else ()
-    options = SETTINGS.model_copy(
-        update={"prefixes": prefixes, "sparsity": Sparsity(weight=0.3) if name == "relu" else None}
-    )
-    dictionary = TopKDictionary(WIDTH, FEATURES // ranks.features, kind(name, K))
+    activation, options = TRAINED[name]
+    settings_ = SETTINGS.model_copy(update=options)
+    dictionary = TopKDictionary(WIDTH, FEATURES // ranks.features, kind(activation, K))
     dictionary.initialize(share(999), 0, ranks)
-    trainer = Trainer(dictionary, options, steps, ranks)
+    trainer = Trainer(dictionary, settings_, steps, ranks)
     size = SETTINGS.batch // ranks.data
     curves = []
     with trainer.engine:
         for index in range(steps):
             part = slice(ranks.data_rank * size, (ranks.data_rank + 1) * size)
             scalars = trainer.step(index, share(index)[part])()
-            curves.append([scalars.fvu, scalars.l0])
+            curves.append([scalars.fvu, scalars.l0, scalars.dead])
     return {**{at: value.clone() for at, value in dictionary.state_dict().items()}, "curves": torch.tensor(curves)}
 
 
@@ -223,7 +230,7 @@ def outcomes(mesh: Sharding, folder: Path) -> dict[str, dict[str, torch.Tensor]]
     """What ranks of a mesh learn together, by activation."""
     processes.spawn(learn, (mesh, 40, f"tcp://127.0.0.1:{free_port()}", folder), nprocs=mesh.ranks, join=True)
     made = {}
-    for name in NAMES:
+    for name in TRAINED:
         parts = [torch.load(folder / f"{name}-{rank}.pt") for rank in range(mesh.features)]
         rows = [at for at in parts[0] if at not in ("b_dec", "curves")]
         made[name] = {**parts[0], **{at: torch.cat([part[at] for part in parts]) for at in rows}}
@@ -236,12 +243,18 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.T
     return outcomes(Sharding(), tmp_path_factory.mktemp("one"))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TRAINED)
 def test_activation_learns(name: str, one: dict[str, dict[str, torch.Tensor]]) -> None:
-    fvu, l0 = one[name]["curves"].unbind(1)
+    fvu, l0, _ = one[name]["curves"].unbind(1)
     assert float(fvu[-5:].mean()) < 0.8 * float(fvu[:5].mean())
     if name != "relu":
         assert float(l0[-5:].mean()) == pytest.approx(K, rel=0.3)
+
+
+def test_dead_features_started_again(one: dict[str, dict[str, torch.Tensor]]) -> None:
+    """Else the tests below say nothing about it."""
+    assert float(one["left_dead"]["curves"][18, 2]) > 0
+    assert not torch.equal(one["resampled"]["W_dec"], one["left_dead"]["W_dec"])
 
 
 def test_activations_learn_the_same_on_ranks_that_share_a_batch(
@@ -251,7 +264,7 @@ def test_activations_learn_the_same_on_ranks_that_share_a_batch(
     halves = outcomes(Sharding(data=2), tmp_path)
     for name, expected in one.items():
         for at, value in expected.items():
-            if at != "curves" and name in ("topk", "batch_topk"):
+            if at != "curves" and name not in ("jumprelu", "relu"):
                 assert torch.equal(halves[name][at], value), (name, at)
             torch.testing.assert_close(halves[name][at], value, rtol=1e-3, atol=1e-4, msg=f"{name} {at}")
 
