@@ -59,7 +59,7 @@ def with_mesh(manifest: Manifest, mesh: Sharding) -> Manifest:
 def _mesh(manifest: Manifest, sources: Sources, parts: int, count: int) -> Sharding | None:
     """The largest mesh with so many feature ranks on which every dictionary can be trained."""
     for dictionary in manifest.dictionaries:
-        if dictionary.size(sources.model.widths[dictionary.hook_point]) % parts:
+        if dictionary.size(sources.model.widths[dictionary.encoded]) % parts:
             return None
         if parts > 1 and dictionary.train.optimizer == "adam":
             return None

@@ -82,7 +82,7 @@ def params(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) 
     assert dictionary is not None
     return CatalogParams(
         dictionary=dictionary.name,
-        hook_point=dictionary.hook_point,
+        hook_point=dictionary.encoded,
         **dictionary.catalog.model_dump(),
         skip_positions=dictionary.train.filter.skip_positions,
         model_digest=sources.model.digest,
@@ -97,7 +97,7 @@ def check(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -
 def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -> Estimate:
     """See `Stage.estimate`. A worker holds one unit, its codes, and its best examples of every feature."""
     assert dictionary is not None
-    width = sources.model.widths[dictionary.hook_point]
+    width = sources.model.widths[dictionary.encoded]
     features = dictionary.size(width)
     layout = harvest.store_layout(harvest.params(manifest, None, sources), sources.corpus.train_rows)
     rows = min(layout.rows, dictionary.catalog.tokens)
@@ -253,7 +253,7 @@ def describe_weights(task: WeightsTask, path: StoragePath) -> Unit:
         {
             "decoder_norm": W_dec_FD.norm(dim=1).numpy(),
             "encoder_norm": W_enc_FD.norm(dim=1).numpy(),
-            "encoder_decoder_cosine": torch.nn.functional.cosine_similarity(W_enc_FD, W_dec_FD).numpy(),
+            "encoder_decoder_cosine": pa.array(_cosine(dictionary), pa.float32()),
             "nearest_feature": neighbour_F.numpy(),
             "nearest_cosine": cosine_F.numpy(),
             "top_tokens": promoted,
@@ -263,6 +263,14 @@ def describe_weights(task: WeightsTask, path: StoragePath) -> Unit:
     body = parquet_body(table)
     create_or_adopt(path / "weights.parquet", body)
     return Unit(objects=(ObjectEntry.of("weights.parquet", body),))
+
+
+def _cosine(dictionary: TopKDictionary) -> list[float | None]:
+    """Of encoder and decoder rows; a transcoder's lie in two spaces."""
+    if dictionary.b_in is not None:
+        return [None] * dictionary.features
+    cosine_F: list[float | None] = torch.nn.functional.cosine_similarity(dictionary.W_enc, dictionary.W_dec).tolist()
+    return cosine_F
 
 
 def _direct_effect(settings: CatalogParams, W_dec_FD: torch.Tensor) -> tuple[list[list[int]], list[list[int]]]:
@@ -339,7 +347,7 @@ def _report(
     saved = open_dictionary(train)
     facts = {
         "model": saved.config.model,
-        "hook point": settings.hook_point,
+        "hook point": " \u2192 ".join(each for each in (saved.config.hook_point, saved.config.target) if each),
         "width d": train.facts["width"],
         "features F": f"{train.facts['features']:,}",
         "F / d": f"{train.facts['features'] / train.facts['width']:g}",

@@ -46,6 +46,7 @@ class EvaluateParams(Params):
     """Identity of an evaluation."""
 
     hook_point: str
+    target: str | None
     features: int
     k: int
     tokens: int
@@ -80,8 +81,9 @@ def params(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) 
     """See `Stage.params`."""
     assert dictionary is not None
     return EvaluateParams(
-        hook_point=dictionary.hook_point,
-        features=dictionary.size(sources.model.widths[dictionary.hook_point]),
+        hook_point=dictionary.encoded,
+        target=None if dictionary.transcode is None else dictionary.explained,
+        features=dictionary.size(sources.model.widths[dictionary.encoded]),
         k=dictionary.k,
         tokens=dictionary.evaluate.tokens,
         baselines=dictionary.evaluate.baselines,
@@ -152,7 +154,8 @@ def fit_baselines(task: BaselineTask, path: StoragePath) -> Unit:
     settings = task.params
     store = open_store(task.harvest)
     sample_ND = store.slab(settings.hook_point, 0).x_ND.float()
-    body = safetensors.torch.save(baselines.fit(sample_ND, settings.features, settings.k, settings.seed))
+    target_NE = None if settings.target is None else store.slab(settings.target, 0).x_ND.float()
+    body = safetensors.torch.save(baselines.fit(sample_ND, settings.features, settings.k, settings.seed, target_NE))
     create_or_adopt(path / BASELINES, body)
     return Unit(objects=(ObjectEntry.of(BASELINES, body),), rows=len(sample_ND))
 
@@ -175,9 +178,9 @@ def judge_span(task: SpanTask, path: StoragePath) -> Unit:
     if task.baselines is not None:
         fitted = read_tensors(path, task.baselines)
         contenders |= {name: baselines.reconstructor(name, fitted, settings.k) for name in settings.baselines}
-        mean_D = fitted["mean"]
-        contenders["mean"] = lambda x_ND: mean_D.expand_as(x_ND)
-    contenders["zero"] = torch.zeros_like
+        mean_E = fitted["mean"]
+        contenders["mean"] = lambda x_ND: mean_E.expand(len(x_ND), -1)
+    contenders["zero"] = lambda x_ND: x_ND.new_zeros(len(x_ND), dictionary.W_dec.shape[1])
     judge = _Judge(loaded.model, loaded.is_causal_lm, settings, contenders, codes)
     sequences = read(task.tokens.path, task.pieces, task.first, task.end)
     # A sequence belongs to the span that holds its first row, so that no token is judged twice.
@@ -219,14 +222,17 @@ class _Judge:
         position_S = torch.arange(inputs["input_ids"].shape[1])
         real_BS = position_S < length_B[:, None]
         judged_BS = real_BS & (position_S >= self._settings.skip_positions)
-        hook_point = self._settings.hook_point
-        x_ND = capture(self._model, [hook_point], inputs, stop_at=hook_point)[hook_point][judged_BS].float()
+        source, target = self._settings.hook_point, self._settings.target or self._settings.hook_point
+        # What comes last in the model is not known: all of it is run where there are two.
+        stop_at = source if source == target else None
+        seen = capture(self._model, list(dict.fromkeys((source, target))), inputs, stop_at=stop_at)
+        x_ND, y_ND = (seen[place][judged_BS].float() for place in (source, target))
         untouched = self._read_out(self._model(**inputs), inputs, real_BS)
         for name, contender in self._contenders.items():
             self._codes.clear()
             x_hat_ND = contender(x_ND)
             if name not in ("zero", "mean"):
-                made = Moments.of(x_ND, x_hat_ND, self._codes.get(name))
+                made = Moments.of(y_ND, x_hat_ND, self._codes.get(name))
                 self._moments[name] = self._moments[name] + made if name in self._moments else made
 
             def put(x_BSD: torch.Tensor, x_hat_ND: torch.Tensor = x_hat_ND) -> torch.Tensor:
@@ -234,7 +240,7 @@ class _Judge:
                 changed_BSD[judged_BS] = x_hat_ND.to(x_BSD.dtype)
                 return changed_BSD
 
-            with spliced(self._model, hook_point, put):
+            with spliced(self._model, target, put):
                 self._compare(name, untouched, self._read_out(self._model(**inputs), inputs, real_BS))
 
     def _read_out(self, output: Any, inputs: dict[str, torch.Tensor], real_BS: torch.Tensor) -> torch.Tensor:
@@ -284,6 +290,7 @@ def summarize(params: EvaluateParams, train: Committed, units: list[tuple[Storag
             numbers[name] = numbers.get(name, 0.0) + number
     judged: dict[str, Any] = {
         "hook_point": params.hook_point,
+        **({} if params.target is None else {"target": params.target}),
         "width": train.facts["width"],
         "features": params.features,
         "k": params.k,

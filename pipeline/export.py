@@ -19,6 +19,7 @@ from cluster.storage.formats import read_table
 from pipeline.dictionary.model import DictionaryConfig, TopKDictionary
 from pipeline.dictionary.stored import open_dictionary
 from pipeline.stage import Committed, Estimate, Out, Params, Sources
+from schemas.errors import ManifestError
 from schemas.layouts import FEATURES
 from schemas.manifest import Dictionary, Manifest
 from schemas.records import Outputs
@@ -28,6 +29,7 @@ from schemas.tables import FEATURE_STATISTICS
 SAELENS_VERSION = "6.54.12"
 # What its inference is called there. A trained BatchTopK looks at one token at a time, so it is a JumpReLU.
 SAELENS_ARCHITECTURES = {"topk": "topk", "batch_topk": "jumprelu", "jumprelu": "jumprelu", "relu": "standard"}
+SAELENS_TRANSCODERS = {"batch_topk": "jumprelu_transcoder", "jumprelu": "jumprelu_transcoder", "relu": "transcoder"}
 
 
 class ExportParams(Params):
@@ -51,14 +53,20 @@ def params(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) 
 
 
 def check(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -> None:
-    """Nothing to refuse: every dictionary there is fits every layout there is."""
+    """Refuse what a layout has no place for."""
+    assert dictionary is not None
+    if dictionary.transcode is not None and dictionary.activation == "topk" and "saelens" in dictionary.export:
+        raise ManifestError(
+            f"dictionary {dictionary.name!r}: SAELens has no transcoder with activation topk",
+            "set activation to batch_topk, or export to []",
+        )
 
 
 def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -> Estimate:
     """See `Stage.estimate`. Runs in the driver."""
     assert dictionary is not None
-    width = sources.model.widths[dictionary.hook_point]
-    weights = (2 * width + 1) * dictionary.size(width) * 4
+    width, target = sources.model.widths[dictionary.encoded], sources.model.widths[dictionary.explained]
+    weights = (width + target + 1) * dictionary.size(width) * 4
     count = len(dictionary.export)
     return Estimate(0, 0, count * weights, 3 * count + 2, 600 * 2**20 + 5 * weights, 1)
 
@@ -90,14 +98,18 @@ def saelens_files(
     Returns:
         File contents by name. `sparsity` is log10 of the density, -10 for a feature that never fired.
     """
+    transcodes = config.target is not None
+    architectures = SAELENS_TRANSCODERS if transcodes else SAELENS_ARCHITECTURES
+    metadata = {"hook_name_out": config.target} if transcodes else {}
     cfg = {
-        "architecture": SAELENS_ARCHITECTURES[config.activation],
+        "architecture": architectures[config.activation],
         "d_in": config.width,
+        **({"d_out": config.target_width} if transcodes else {}),
         "d_sae": config.features,
         **({"k": config.k} if config.activation == "topk" else {}),
         "dtype": "float32",
         "device": "cpu",
-        "apply_b_dec_to_input": True,
+        "apply_b_dec_to_input": not transcodes,
         "normalize_activations": "none",
         "reshape_activations": "none",
         "rescale_acts_by_decoder_norm": False,
@@ -112,11 +124,13 @@ def saelens_files(
             "context_size": settings.context,
             "prepend_bos": settings.has_bos,
             "neuronpedia_id": None,
+            **metadata,
         },
     }
     weights = {
         "W_enc": dictionary.W_enc.T.contiguous(),
-        "b_enc": dictionary.b_enc,
+        # There is no bias on a transcoder's input there; taking it off is adding to the other one.
+        "b_enc": dictionary.b_enc if dictionary.b_in is None else dictionary.b_enc - dictionary.W_enc @ dictionary.b_in,
         "W_dec": dictionary.W_dec,
         "b_dec": dictionary.b_dec,
     }

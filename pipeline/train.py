@@ -35,6 +35,7 @@ class TrainParams(Params):
     """Identity of a training run."""
 
     hook_point: str
+    target: str | None
     features: int
     activation: Literal["topk", "batch_topk", "jumprelu", "relu"]
     k: int
@@ -58,8 +59,9 @@ def params(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) 
     """See `Stage.params`."""
     assert dictionary is not None
     return TrainParams(
-        hook_point=dictionary.hook_point,
-        features=dictionary.size(sources.model.widths[dictionary.hook_point]),
+        hook_point=dictionary.encoded,
+        target=None if dictionary.transcode is None else dictionary.explained,
+        features=dictionary.size(sources.model.widths[dictionary.encoded]),
         activation=dictionary.activation,
         k=dictionary.k,
         # For people. The digest says which model it is, whatever its folder is called.
@@ -110,16 +112,17 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
     """
     assert dictionary is not None
     settings = params(manifest, dictionary, sources)
-    width = sources.model.widths[dictionary.hook_point]
+    width, target = sources.model.widths[dictionary.encoded], sources.model.widths[dictionary.explained]
     layout = harvest.store_layout(harvest.params(manifest, None, sources), sources.corpus.train_rows)
-    weights = (2 * width + 1) * settings.features * 4
-    slab = max(layout.geometry.slab_count(0), 1) * (layout.row_bytes(dictionary.hook_point) + 16)
-    sample = layout.geometry.slab_count(0) * width * 4
+    weights = (width + target + 1) * settings.features * 4
+    read = {dictionary.encoded, dictionary.explained}
+    slab = max(layout.geometry.slab_count(0), 1) * (sum(layout.row_bytes(each) for each in read) + 16)
+    sample = layout.geometry.slab_count(0) * sum(sources.model.widths[each] for each in read) * 4
     train = settings.settings
     aux = train.auxiliary(width)
     sharding = manifest.compute.sharding
     share = train.batch // sharding.data
-    step = (train.batch * (16 * width + 24 * (settings.k + aux)) + share * 1024) * 4 + SEARCH_MEMORY
+    step = (train.batch * (8 * (width + target) + 24 * (settings.k + aux)) + share * 1024) * 4 + SEARCH_MEMORY
     # Kept, and saved: weights and moments. A gradient is kept only.
     kept, saved = {("adam", "full"): (4, 3), ("row_adam", "full"): (2, 2), ("row_adam", "row"): (1, 1)}[
         train.optimizer, train.second_moment
@@ -162,10 +165,9 @@ def train_rank(task: TrainTask, path: StoragePath, gang: Gang) -> Outputs | None
     if task.deterministic:
         torch.use_deterministic_algorithms(True)
     store = open_store(task.harvest)
-    expected = int(task.harvest.facts["hashes"][settings.hook_point], 16)
-    stream = Stream(
-        store, settings.hook_point, settings.settings.seed, settings.settings.batch, settings.settings.filter, expected
-    )
+    read = (settings.hook_point,) if settings.target is None else (settings.hook_point, settings.target)
+    expected = sum(int(task.harvest.facts["hashes"][hook_point], 16) for hook_point in read)
+    stream = Stream(store, read, settings.settings.seed, settings.settings.batch, settings.settings.filter, expected)
     width = store.layout.widths[settings.hook_point]
     config = DictionaryConfig(
         width=width,
@@ -174,6 +176,8 @@ def train_rank(task: TrainTask, path: StoragePath, gang: Gang) -> Outputs | None
         activation=settings.activation,
         prefixes=settings.settings.prefixes,
         hook_point=settings.hook_point,
+        target=settings.target,
+        target_width=None if settings.target is None else store.layout.widths[settings.target],
         model=settings.model,
         model_digest=settings.model_digest,
     )

@@ -75,7 +75,12 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 class _Section(BaseModel):
     model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+        serialize_by_alias=True,
     )
 
     @field_validator("*", mode="before")
@@ -296,11 +301,27 @@ class Catalog(_Section):
     )
 
 
+class Transcode(_Section):
+    """A dictionary that encodes the activations of one hook point and explains those of another."""
+
+    from_: str = Field(alias="from", description="What is encoded; an MLP's input, say.")
+    to: str = Field(description="What is explained; the MLP's output, say.")
+
+    @model_validator(mode="after")
+    def _two_places(self) -> Self:
+        if self.from_ == self.to:
+            raise ValueError(f"from and to are both {self.to!r}; give hook_point instead")
+        return self
+
+
 class Dictionary(_Section):
     """One dictionary: what it factorizes, its shape and its training."""
 
     name: Name
-    hook_point: str
+    hook_point: str | None = Field(default=None, description="Whose activations are factorized.")
+    transcode: Transcode | None = Field(
+        default=None, description="Instead of hook_point: encode one hook point's activations, explain another's."
+    )
     features: Count | None = Field(default=None, description="F, the number of features.")
     expansion: Count | None = Field(default=None, description="F / d, instead of `features`.")
     activation: Literal["topk", "batch_topk", "jumprelu", "relu"] = Field(
@@ -313,6 +334,24 @@ class Dictionary(_Section):
     evaluate: Evaluate = Evaluate()
     catalog: Catalog = Catalog()
     export: tuple[Literal["saelens"], ...] = ("saelens",)
+
+    @property
+    def encoded(self) -> str:
+        """The hook point whose activations are encoded."""
+        return self.transcode.from_ if self.transcode is not None else str(self.hook_point)
+
+    @property
+    def explained(self) -> str:
+        """The hook point whose activations are explained: the same, but for a transcoder."""
+        return self.transcode.to if self.transcode is not None else str(self.hook_point)
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.hook_point is None) == (self.transcode is None):
+            raise ValueError("give either hook_point or transcode")
+        if self.transcode is not None and self.train.optimizer == "adam":
+            raise ValueError("transcode needs train.optimizer row_adam; found adam")
+        return self
 
     @model_validator(mode="after")
     def _one_size(self) -> Self:
@@ -449,11 +488,15 @@ class Manifest(_Section):
                 raise ValueError(f"two dictionaries are named {name!r}")
         for index, dictionary in enumerate(self.dictionaries):
             where = f"dictionaries.{index}"
-            if dictionary.hook_point not in self.harvest.hook_points:
-                raise ValueError(
-                    f"{where}.hook_point {dictionary.hook_point!r} is not harvested; "
-                    f"harvest.hook_points has {list(self.harvest.hook_points)}"
-                )
+            places = {"hook_point": dictionary.hook_point}
+            if dictionary.transcode is not None:
+                places = {"transcode.from": dictionary.encoded, "transcode.to": dictionary.explained}
+            for field, place in places.items():
+                if place not in self.harvest.hook_points:
+                    raise ValueError(
+                        f"{where}.{field} {place!r} is not harvested; "
+                        f"harvest.hook_points has {list(self.harvest.hook_points)}"
+                    )
             if dictionary.train.batch % sharding.data:
                 raise ValueError(
                     f"{where}.train.batch {dictionary.train.batch} is not divisible by compute.sharding.data "

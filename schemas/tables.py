@@ -36,7 +36,7 @@ FEATURE_STATISTICS = pa.schema(
         pa.field("max", pa.float32(), nullable=False),
         pa.field("decoder_norm", pa.float32(), nullable=False),
         pa.field("encoder_norm", pa.float32(), nullable=False),
-        pa.field("encoder_decoder_cosine", pa.float32(), nullable=False),
+        pa.field("encoder_decoder_cosine", pa.float32()),
         pa.field("nearest_feature", pa.int64(), nullable=False),
         pa.field("nearest_cosine", pa.float32(), nullable=False),
         pa.field("top_tokens", pa.list_(pa.int32()), nullable=False),

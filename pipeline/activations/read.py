@@ -152,32 +152,50 @@ class Cursor:
 
 
 class Stream:
-    """The training stream of one hook point: endless epochs, globally shuffled, resumable at any row.
+    """The training stream of hook points, side by side: endless epochs, globally shuffled, resumable at any row.
 
     Every rank sees the same stream and takes its share of each batch. The next slab is read while the
     current one is consumed, so that at most two are in memory.
 
     Args:
         store: Where the rows are.
-        hook_point: Which rows.
+        hook_points: Whose rows: D is the sum of their widths. The first one's norms are what the filter sees.
         seed: Decides the order of every epoch.
         batch: Rows in a batch, over all ranks.
         passing: Rows to pass over.
-        expected_hash: The harvest's hash sum of this hook point.
+        expected_hash: The sum of the harvest's hash sums of these hook points.
     """
 
     def __init__(
-        self, store: ActivationStore, hook_point: str, seed: int, batch: int, passing: Filter, expected_hash: int
+        self,
+        store: ActivationStore,
+        hook_points: tuple[str, ...],
+        seed: int,
+        batch: int,
+        passing: Filter,
+        expected_hash: int,
     ) -> None:
-        self._store, self._hook_point, self._seed, self._batch = store, hook_point, seed, batch
-        self._filter, self._expected = passing, expected_hash
+        self._store, self._hook_points, self._seed, self._batch = store, hook_points, seed, batch
+        self._filter, self._expected = passing, expected_hash % 2**64
         self._norm_limit: float | None = None
         if passing.max_norm is not None:
-            self._norm_limit = passing.max_norm * float(np.median(store.slab(hook_point, 0).norm_N))
+            self._norm_limit = passing.max_norm * float(np.median(store.slab(hook_points[0], 0).norm_N))
 
     def sample(self) -> torch.Tensor:
         """Slab 0, filtered, in float32: a stratified random sample of the corpus. Shape (N, D)."""
-        return self._kept(self._store.slab(self._hook_point, 0)).float()
+        return self._kept(self._slab(0)).float()
+
+    def _slab(self, slab: int) -> Rows:
+        """The same tokens of every hook point."""
+        parts = [self._store.slab(hook_point, slab) for hook_point in self._hook_points]
+        if len(parts) == 1:
+            return parts[0]
+        total = sum(part.hash_sum for part in parts) % 2**64
+        return replace(parts[0], x_ND=torch.cat([part.x_ND for part in parts], 1), hash_sum=total)
+
+    @property
+    def _name(self) -> str:
+        return " and ".join(repr(hook_point) for hook_point in self._hook_points)
 
     def _kept(self, rows: Rows) -> torch.Tensor:
         keep = rows.position_N >= self._filter.skip_positions
@@ -187,7 +205,7 @@ class Stream:
 
     def _load(self, epoch: int, index: int) -> tuple[torch.Tensor, int, int]:
         slab = int(epoch_slabs(self._seed, epoch, self._store.layout.geometry.slabs)[index])
-        rows = self._store.slab(self._hook_point, slab)
+        rows = self._slab(slab)
         kept = self._kept(rows)
         order = torch.from_numpy(slab_order(self._seed, epoch, slab, len(kept)))
         return kept[order], len(rows), rows.hash_sum
@@ -199,7 +217,7 @@ class Stream:
             return Cursor(cursor.epoch, cursor.slab + 1, 0, seen, total)
         if (seen, total) != (self._store.layout.rows, self._expected):
             raise IntegrityError(
-                f"epoch {cursor.epoch} of {self._hook_point!r} streamed {seen} rows with hash {total:016x}, "
+                f"epoch {cursor.epoch} of {self._name} streamed {seen} rows with hash {total:016x}, "
                 f"harvested were {self._store.layout.rows} with {self._expected:016x}",
                 REPAIR,
             )
@@ -231,7 +249,7 @@ class Stream:
                 barren = 0 if len(x_ND) else barren + 1
                 if barren > slabs:
                     raise StageFailedError(
-                        f"the filter of {self._hook_point!r} leaves no row of {self._store.layout.rows}",
+                        f"the filter of {self._name} leaves no row of {self._store.layout.rows}",
                         "relax train.filter",
                     )
                 while len(x_ND) - cursor.row >= wanted:

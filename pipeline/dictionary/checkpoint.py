@@ -34,12 +34,16 @@ SINCE_FIRED, CURVES = "since_fired", "curves"
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """The numbers of a checkpoint. `scale` multiplies activations before training; `tokens` counts rows."""
+    """The numbers of a checkpoint; `tokens` counts rows.
+
+    `scale` multiplies activations before training, and `target_scale` what a transcoder explains.
+    """
 
     step: int
     tokens: int
     scale: float
     cursor: Cursor
+    target_scale: float
 
 
 def state(
@@ -126,7 +130,13 @@ def parse_facts(numbers: Mapping[str, Any]) -> Progress:
     """`facts`, read back."""
     cursor = dict(numbers["cursor"])
     cursor["hash"] = int(cursor["hash"], 16)
-    return Progress(int(numbers["step"]), int(numbers["tokens"]), float(numbers["scale"]), Cursor(**cursor))
+    return Progress(
+        step=int(numbers["step"]),
+        tokens=int(numbers["tokens"]),
+        scale=float(numbers["scale"]),
+        cursor=Cursor(**cursor),
+        target_scale=float(numbers["target_scale"]),
+    )
 
 
 class Saver:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -89,12 +89,13 @@ class Trainer:
         self.since_fired_F = torch.zeros(dictionary.features, dtype=torch.int64, device=self.engine.device)
         self.skipped = 0
 
-    def step(self, index: int, x_BD: torch.Tensor) -> Callable[[], StepScalars]:
+    def step(self, index: int, x_BD: torch.Tensor, y_BD: torch.Tensor | None = None) -> Callable[[], StepScalars]:
         """Train on this rank's share of a batch.
 
         Args:
             index: The step, from 0; decides the learning rate.
             x_BD: Scaled activations, float32, on the engine's device.
+            y_BD: The same of what a transcoder explains.
 
         Returns:
             A function that gives the step's scalars. It is collective: call it on every rank or on none.
@@ -110,7 +111,7 @@ class Trainer:
         if self._rows is not None:
             self._rows.sparsity = sparsity_weight(index, self.steps, self.settings)
         dead = self.ranks.total(dead_F.sum(), "scalars")
-        made: Made = self.engine(x_BD, dead_F if int(dead) else None)
+        made: Made = self.engine(x_BD, dead_F if int(dead) else None, *([] if y_BD is None else [y_BD]))
         self.engine.backward(made.total)
         rows = self.optimizer if isinstance(self.optimizer, RowAdam) else None
         norm = self.engine.gradient_norm() if rows is None else rows.norm_bound()
@@ -119,7 +120,7 @@ class Trainer:
                 f"train: loss {made.total.item()}, gradient norm {norm} in step {index}",
                 "lower train.learning_rate; the last good checkpoint is kept",
             )
-        residual_BD = self._residual(index, bool(int(dead)))
+        unexplained = self._unexplained(index, bool(int(dead)))
         self.skipped = 0 if self.engine.step() else self.skipped + 1
         if self.skipped >= MOST_SKIPPED:
             raise NonFiniteError(
@@ -133,13 +134,16 @@ class Trainer:
             self.dictionary.settle(self._rows.least, max(1 / (index + 1), THRESHOLD_WEIGHT))
         self.optimizer.zero_grad(set_to_none=True)
         self._count(made.z_BK, made.indices_BK)
-        if rows is not None and residual_BD is not None:
-            started = resample(rows.rows, dead_F, residual_BD, self.settings.seed, index, self.ranks)
+        if rows is not None and unexplained is not None:
+            residual_BD, seen_BD = unexplained
+            started = resample(
+                rows.rows, dead_F, residual_BD, self.settings.seed, index, self.ranks, None if y_BD is None else seen_BD
+            )
             self.since_fired_F[started] = 0
 
         def scalars() -> StepScalars:
             # Of the whole batch, about its own mean: in float64, however many ranks share it, it is the same number.
-            whole_BD = self.ranks.gather(x_BD, "curves").double()
+            whole_BD = self.ranks.gather(x_BD if y_BD is None else y_BD, "curves").double()
             variance = float((whole_BD - whole_BD.mean(0)).square().mean())
             active = (made.z_BK > 0).double().sum() / len(x_BD)
             losses = [each.detach().double() for each in (made.total, made.main, made.auxiliary)]
@@ -158,8 +162,8 @@ class Trainer:
 
         return scalars
 
-    def _residual(self, index: int, dead: bool) -> torch.Tensor | None:
-        """What is left of the whole batch, in a step behind which dead features start again. Shape (B, D)."""
+    def _unexplained(self, index: int, dead: bool) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """In a step behind which dead features start again: what is left of the whole batch, and what was encoded."""
         every, batch = self.settings.resample, self.settings.batch
         if self._rows is None or every is None or not dead or index >= self.steps * (1 - self.settings.decay):
             return None
@@ -167,7 +171,7 @@ class Trainer:
             return None
         pending = self._rows.pending
         assert pending is not None
-        return -pending.errors[len(self.settings.prefixes)]
+        return -pending.errors[len(self.settings.prefixes)], pending.x_BD
 
     def _count(self, z_BK: torch.Tensor, indices_BK: torch.Tensor) -> None:
         """Tokens since each feature fired, over the batches of all ranks."""
@@ -193,6 +197,13 @@ def scale_of(sample_ND: torch.Tensor) -> float:
     """The factor that makes the variance of the activations sum to d."""
     centred_ND = sample_ND.double() - sample_ND.double().mean(0)
     return float(centred_ND.square().mean().clamp_min(1e-30).rsqrt())
+
+
+def sides(x_BD: torch.Tensor, shape: DictionaryConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rows of a stream as what is encoded and, with a transcoder, what is explained. Shapes (B, D), (B, E)."""
+    if shape.target_width is None:
+        return x_BD, None
+    return x_BD[:, : shape.width].contiguous(), x_BD[:, shape.width :].contiguous()
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,17 +245,18 @@ def train(
     with parallel.joined(gang.rank, gang.world_size, features, gang.init_method) as ranks:
         count = shape.features // features
         activation = kind(shape.activation, shape.k, settings.sparsity)
-        dictionary = TopKDictionary(shape.width, count, activation)
+        dictionary = TopKDictionary(shape.width, count, activation, target_width=shape.target_width)
         last = gang.checkpoints.latest()
-        progress, curves = Progress(0, 0, 1.0, Cursor()), list[list[float]]()
+        progress, curves = Progress(0, 0, 1.0, Cursor(), 1.0), list[list[float]]()
         state = None
         if last is not None:
             progress, state = _read(stage, last, gang, ranks.feature_rank * count, count)
         else:
-            sample_ND = stream.sample()
-            progress = Progress(0, 0, scale_of(sample_ND), Cursor())
-            dictionary.initialize(sample_ND * progress.scale, settings.seed, ranks)
-            del sample_ND
+            x_ND, y_ND = sides(stream.sample(), shape)
+            progress = Progress(0, 0, scale_of(x_ND), Cursor(), scale_of(x_ND if y_ND is None else y_ND))
+            target_ND = None if y_ND is None else y_ND * progress.target_scale
+            dictionary.initialize(x_ND * progress.scale, settings.seed, ranks, target_ND)
+            del x_ND, y_ND, target_ND
         gang.beat(progress.step, "starting")
         trainer = Trainer(dictionary, settings, steps, ranks)
         if gang.rank == 0 and trainer.engine.device.type == "cpu" and native.library() is None:
@@ -266,9 +278,9 @@ def train(
             last = gang.checkpoints.latest()
             assert last is not None
             _, state = _read(stage, last, gang, 0, shape.features, moments=False)
-            dictionary = TopKDictionary(shape.width, shape.features, activation)
+            dictionary = TopKDictionary(shape.width, shape.features, activation, target_width=shape.target_width)
             since_fired_F, _ = checkpoint.restore(state, dictionary, None)
-        dictionary.rescale(progress.scale)
+        dictionary.rescale(progress.scale, progress.target_scale)
         return Trained(dictionary, since_fired_F, curves, progress)
 
 
@@ -313,11 +325,13 @@ def _loop(
             with pace.waiting():
                 x_BD, cursor = next(batches)
             gang.beat(index, "step")
-            # The scale is applied in float32: in the store's type it would round.
-            scalars = trainer.step(index, x_BD[mine].to(trainer.engine.device, torch.float32) * progress.scale)
+            # Scales are applied in float32: in the store's type they would round.
+            share_BD, target_BD = sides(x_BD[mine].to(trainer.engine.device, torch.float32), shape)
+            target_BD = None if target_BD is None else target_BD * progress.target_scale
+            scalars = trainer.step(index, share_BD * progress.scale, target_BD)
             if trainer.skipped and gang.rank == 0:
                 gang.emit(events.Note(stage, f"DeepSpeed skipped step {index}, {trainer.skipped} in a row"))
-            progress = Progress(index + 1, progress.tokens + settings.batch, progress.scale, cursor)
+            progress = replace(progress, step=index + 1, tokens=progress.tokens + settings.batch, cursor=cursor)
             if index % every == 0 or index == steps - 1:
                 now = scalars()
                 curves.append([progress.step, progress.tokens, *_values(now)])

@@ -91,11 +91,18 @@ class RowObjective(nn.Module):
         for weights in (dictionary.W_enc, dictionary.b_enc, dictionary.W_dec):
             weights.requires_grad_(False)
 
-    def forward(self, x_BD: torch.Tensor, dead_F: torch.Tensor | None) -> Made:
-        """The loss of a batch; `dead_F` says which features are dead, None that there are none."""
+    def forward(self, x_BD: torch.Tensor, dead_F: torch.Tensor | None, y_BD: torch.Tensor | None = None) -> Made:
+        """The loss of a batch.
+
+        Args:
+            x_BD: Activations.
+            dead_F: Which features are dead; None where none is.
+            y_BD: What a transcoder explains.
+        """
         threshold = self.dictionary.threshold
         learned = threshold if threshold is not None and threshold.requires_grad else None
-        made = _Rows.apply(self.dictionary.b_dec, learned, x_BD, dead_F, self)  # type: ignore[no-untyped-call]
+        y_BD = x_BD if y_BD is None else y_BD
+        made = _Rows.apply(self.dictionary.b_dec, learned, x_BD, y_BD, dead_F, self)  # type: ignore[no-untyped-call]
         return Made(*made)
 
 
@@ -108,21 +115,22 @@ class _Rows(torch.autograd.Function):
         b_dec_D: torch.Tensor,
         threshold_F: torch.Tensor | None,
         x_BD: torch.Tensor,
+        y_BD: torch.Tensor,
         dead_F: torch.Tensor | None,
         objective: RowObjective,
     ) -> tuple[torch.Tensor, ...]:
         dictionary, ranks = objective.dictionary, objective.ranks
         encoder = dictionary.encoder
         with_ = kernels(encoder.W_FD, x_BD)
-        count = x_BD.numel() * ranks.data
+        count = y_BD.numel() * ranks.data
         scale = 2.0 / count
-        centred_BD = x_BD - b_dec_D
+        centred_BD = dictionary.centred(x_BD).detach()
         code = dictionary.activation.code(centred_BD, encoder, ranks)
         objective.least = code.least
-        explained = _explained(objective, code, x_BD, b_dec_D, scale)
+        explained = _explained(objective, code, y_BD, b_dec_D, scale)
         main = ranks.gather(explained.squares_B, "scalars").sum() / count
         total = ranks.gather(explained.nested_B, "scalars").sum() / count
-        sparsity = dictionary.activation.sparsity(code.z_BK, objective.sparsity, x_BD.shape[1], ranks)
+        sparsity = dictionary.activation.sparsity(code.z_BK, objective.sparsity, y_BD.shape[1], ranks)
         total = total + sparsity.loss
         z_BN, indices_BN, part_BN = code.z_BK, code.indices_BK, explained.part_BK
         grad_z_BN = explained.grad_z_BK
@@ -150,13 +158,15 @@ class _Rows(torch.autograd.Function):
         )
         # b_dec is added to every reconstruction, and taken off everything that is encoded. The first error is the sum
         # of those of all prefixes.
-        fired_F = with_.sums(grouped, grad_z_BN, x_BD.new_ones(len(z_BN), 1)).squeeze(1)
-        encoded_D = ranks.total(weighted(encoder.W_FD, fired_F), "b_dec")
+        grad_b_dec_D = scales[0] * errors[0].sum(0)
+        if dictionary.b_in is None:
+            fired_F = with_.sums(grouped, grad_z_BN, x_BD.new_ones(len(z_BN), 1)).squeeze(1)
+            grad_b_dec_D -= ranks.total(weighted(encoder.W_FD, fired_F), "b_dec")
         grad_threshold_F = None
         if threshold_F is not None:
             by_count = sparsity.by_count / (len(x_BD) * ranks.data)
             grad_threshold_F = _threshold_gradient(objective, code, explained, threshold_F, by_count)
-        ctx.save_for_backward(scales[0] * errors[0].sum(0) - encoded_D, grad_threshold_F)
+        ctx.save_for_backward(grad_b_dec_D, grad_threshold_F)
         ctx.mark_non_differentiable(code.indices_BK)
         return total.float(), main.float(), auxiliary.float(), code.z_BK, code.indices_BK
 
@@ -164,7 +174,7 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_b_dec_D, grad_threshold_F = ctx.saved_tensors
         by_threshold = None if grad_threshold_F is None else gradients[0] * grad_threshold_F
-        return gradients[0] * grad_b_dec_D, by_threshold, None, None, None
+        return gradients[0] * grad_b_dec_D, by_threshold, None, None, None, None
 
 
 class _Explained(NamedTuple):

@@ -14,7 +14,13 @@ from pipeline.dictionary.ranks import Ranks
 
 @torch.no_grad()
 def resample(
-    rows: Rows, dead_F: torch.Tensor, residual_BD: torch.Tensor, seed: int, step: int, ranks: Ranks
+    rows: Rows,
+    dead_F: torch.Tensor,
+    residual_BD: torch.Tensor,
+    seed: int,
+    step: int,
+    ranks: Ranks,
+    x_BD: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Give dead features new rows, each from another token; those of them that come first where tokens are too few.
 
@@ -28,6 +34,7 @@ def resample(
         seed: Of the draw.
         step: The training step, mixed into the seed.
         ranks: This rank's place.
+        x_BD: What a transcoder's encoder saw of the whole batch: its rows become directions of that.
 
     Returns:
         Which features have new rows, counted from this rank's first. Shape (N,).
@@ -38,9 +45,11 @@ def resample(
     tokens = _drawn(residual_BD, min(len(residual_BD), int(counts_P.sum())), seed, step)
     mine = tokens[first : first + len(own)]
     own = own[: len(mine)]
-    direction_ND = torch.nn.functional.normalize(residual_BD[mine], dim=1)
-    rows.W_dec[own] = direction_ND.to(rows.W_dec.dtype)
-    rows.W_enc[own] = (direction_ND * _mean_norm(rows.W_enc, ~dead_F, ranks)).to(rows.W_enc.dtype)
+    directions_ND = torch.nn.functional.normalize(residual_BD[mine], dim=1)
+    rows.W_dec[own] = directions_ND.to(rows.W_dec.dtype)
+    if x_BD is not None:
+        directions_ND = torch.nn.functional.normalize(x_BD[mine], dim=1)
+    rows.W_enc[own] = (directions_ND * _mean_norm(rows.W_enc, ~dead_F, ranks)).to(rows.W_enc.dtype)
     for each in (rows.b_enc, rows.encoder_v, rows.decoder_v, rows.bias_v, rows.stamps_F):
         each[own] = 0
     return own

@@ -44,15 +44,18 @@ class Seen:
     folder: Path
 
 
-def dictionary_of(width: int, features: int, activation: Activation, seed: int) -> TopKDictionary:
+def dictionary_of(
+    width: int, features: int, activation: Activation, seed: int, target_width: int | None
+) -> TopKDictionary:
     """A dictionary in which every tensor counts: untied, biased, and rectified now and then."""
     generator = torch.Generator().manual_seed(seed)
-    dictionary = TopKDictionary(width, features, activation)
+    dictionary = TopKDictionary(width, features, activation, target_width=target_width)
     with torch.no_grad():
         for parameter in dictionary.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
         dictionary.W_dec.copy_(torch.nn.functional.normalize(dictionary.W_dec, dim=1))
-        dictionary.W_enc.copy_(0.5 * dictionary.W_dec + 0.05 * dictionary.W_enc)
+        if target_width is None:
+            dictionary.W_enc.copy_(0.5 * dictionary.W_dec + 0.05 * dictionary.W_enc)
         # So low that some of the k largest pre-activations are negative.
         dictionary.b_enc.sub_(2.0)
         if dictionary.threshold is not None:
@@ -77,8 +80,16 @@ def probe(folder: Path, out: Path, x_BD: torch.Tensor) -> None:
 # Square as well: there a transposed matrix has the right shape.
 @pytest.fixture(
     scope="module",
-    params=[(24, 96, "topk"), (32, 32, "topk"), (24, 96, "batch_topk"), (24, 96, "jumprelu"), (24, 96, "relu")],
-    ids=["overcomplete", "square", "batch_topk", "jumprelu", "relu"],
+    params=[
+        (24, 96, "topk", None),
+        (32, 32, "topk", None),
+        (24, 96, "batch_topk", None),
+        (24, 96, "jumprelu", None),
+        (24, 96, "relu", None),
+        (24, 96, "batch_topk", 20),
+        (24, 96, "relu", 24),
+    ],
+    ids=["overcomplete", "square", "batch_topk", "jumprelu", "relu", "jumprelu_transcoder", "relu_transcoder"],
 )
 def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Seen:
     """An export, loaded and used by SAELens."""
@@ -87,14 +98,16 @@ def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         if os.environ.get("KILOBASIS_REQUIRE_PEERS") == "1":
             pytest.fail(reason)
         pytest.skip(reason)
-    width, features, activation = request.param
-    dictionary = dictionary_of(width, features, kind(activation, 8), seed=width)
+    width, features, activation, target_width = request.param
+    dictionary = dictionary_of(width, features, kind(activation, 8), width, target_width)
     config = DictionaryConfig(
         width=width,
         features=features,
         activation=activation,
         k=8,
         hook_point="layers.2.mlp:in",
+        target="layers.2.mlp" if target_width else None,
+        target_width=target_width,
         model="tiny",
         model_digest="0",
     )
@@ -131,7 +144,11 @@ def test_saelens_decoding_an_export_gives_our_reconstruction(seen: Seen) -> None
 def test_saelens_loading_an_export_keeps_what_the_config_says(seen: Seen) -> None:
     assert seen.facts["version"] == SAELENS_VERSION
     classes = {TopK: "TopKSAE", BatchTopK: "JumpReLUSAE", JumpReLU: "JumpReLUSAE", ReLU: "StandardSAE"}
-    assert seen.facts["class"] == classes[type(seen.dictionary.activation)]
+    expected = classes[type(seen.dictionary.activation)]
+    if seen.dictionary.b_in is not None:
+        expected = expected.replace("SAE", "Transcoder").replace("Standard", "")
+        assert seen.facts["metadata"]["hook_name_out"] == "layers.2.mlp"
+    assert seen.facts["class"] == expected
     assert seen.facts["k"] == (seen.dictionary.k if isinstance(seen.dictionary.activation, TopK) else None)
     assert seen.facts["dtype"] == "torch.float32"
     metadata = seen.facts["metadata"]

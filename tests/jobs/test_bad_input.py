@@ -231,6 +231,25 @@ FIELDS: dict[str, tuple[Change, tuple[str, ...]]] = {
         both(at(FIRST + "train.resample", 4096), at(FIRST + "train.optimizer", "adam")),
         ("resample needs row_adam", "found optimizer adam"),
     ),
+    "transcoder_and_hook_point": (
+        at(FIRST + "transcode", {"from": HOOK_POINT, "to": "gpt_neox.layers.0.mlp:in"}),
+        ("give either hook_point or transcode",),
+    ),
+    "transcoder_of_one_place": (
+        both(without(FIRST + "hook_point"), at(FIRST + "transcode", {"from": HOOK_POINT, "to": HOOK_POINT})),
+        ("from and to are both", "give hook_point instead"),
+    ),
+    "transcoder_of_nothing_harvested": (
+        both(without(FIRST + "hook_point"), at(FIRST + "transcode", {"from": HOOK_POINT, "to": "gpt_neox.layers.0"})),
+        ("dictionaries.0.transcode.to 'gpt_neox.layers.0' is not harvested",),
+    ),
+    "transcoder_that_saelens_lacks": (
+        both(
+            without(FIRST + "hook_point"),
+            at(FIRST + "transcode", {"from": "gpt_neox.layers.0.mlp:in", "to": HOOK_POINT}),
+        ),
+        ("SAELens has no transcoder with activation topk", "set activation to batch_topk, or export to []"),
+    ),
     "prefixes_that_descend": (at(FIRST + "train.prefixes", [32, 16]), ("[32, 16]", "in ascending order")),
     "prefix_of_everything": (at(FIRST + "train.prefixes", [16, 64]), ("prefixes has 64", "less than features 64")),
     "prefix_above_an_expansion": (

@@ -61,6 +61,8 @@ IDENTITY: dict[str, tuple[str, str]] = {
     "harvest.seed": ("1", "harvest"),
     FIRST + "name": ("other", "train"),
     FIRST + "hook_point": ("gpt_neox.layers.0.mlp:in", "train"),
+    FIRST + "transcode.from": ("gpt_neox.layers.0", "train"),
+    FIRST + "transcode.to": ("gpt_neox.layers.0", "train"),
     FIRST + "features": ("128", "train"),
     FIRST + "activation": ("batch_topk", "train"),
     FIRST + "k": ("5", "train"),
@@ -124,7 +126,7 @@ def leaves(section: type[BaseModel], at: str = "") -> Iterator[str]:
         kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
         (inner, *_) = [kind for kind in kinds if issubclass(kind, BaseModel)] or [None]
         if inner is None:
-            yield at + name
+            yield at + (field.alias or name)
         else:
             listed = "0." if get_origin(field.annotation) is tuple else ""
             yield from leaves(inner, f"{at}{name}.{listed}")
@@ -143,8 +145,12 @@ def test_fingerprint_of_an_identity_field_changes_with_it(field: str, tiny_tree:
         for path in folder.iterdir():
             path.write_text(path.read_text().replace('{"text": ', '{"title": "a title for every document", "text": '))
         tiny_tree["corpus"]["source"] = str(folder)
+    (dictionary,) = tiny_tree["dictionaries"]
     if field.startswith(FIRST + "train.sparsity"):
-        tiny_tree["dictionaries"][0]["activation"] = "jumprelu"
+        dictionary["activation"] = "jumprelu"
+    if field.startswith(FIRST + "transcode"):
+        tiny_tree["harvest"]["hook_points"].append("gpt_neox.layers.0")
+        dictionary["transcode"] = {"from": "gpt_neox.layers.0.mlp:in", "to": dictionary.pop("hook_point")}
     path = write_manifest(tmp_path / "m.yaml", tiny_tree)
     assert stage in changed(path, f"{field}={value}")
 

@@ -87,9 +87,9 @@ def struck_rank(strike: Strike, marker: Path, task: Any, path: StoragePath, gang
     if gang.rank == strike.rank and not marker.exists():
         if strike.moment == "step":
             inner = loop.Trainer.step
-            loop.Trainer.step = lambda self, index, x_BD: (  # type: ignore[method-assign]
+            loop.Trainer.step = lambda self, index, *batch: (  # type: ignore[method-assign]
                 once(marker) if index >= strike.step else None,
-                inner(self, index, x_BD),
+                inner(self, index, *batch),
             )[1]
         else:
             _break_off(strike, marker)

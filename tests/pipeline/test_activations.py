@@ -15,13 +15,18 @@ from jobs.runner import run
 from pipeline.stage import Committed
 from schemas.layouts import CURVES, DICTIONARY, METRICS
 from tests.pipeline.test_train import DiesAtStepError, crash_at
-from tests.support.fixtures import manifest_tree, write_manifest
+from tests.support.fixtures import HOOK_POINT, manifest_tree, write_manifest
 from tests.support.runs import run_inline
 
 KINDS: dict[str, dict[str, Any]] = {
     "batch_topk": {"activation": "batch_topk", "train": {"prefixes": [16, 32]}},
     "jumprelu": {"activation": "jumprelu"},
     "relu": {"activation": "relu", "train": {"sparsity": 0.5}},
+    "transcoder": {
+        "activation": "jumprelu",
+        "hook_point": None,
+        "transcode": {"from": "gpt_neox.layers.0.mlp:in", "to": HOOK_POINT},
+    },
 }
 
 
@@ -59,10 +64,15 @@ def test_dictionary_learns_and_is_judged_by_what_fires_outside_of_training(
 @pytest.mark.parametrize("name", KINDS)
 def test_export_says_how_the_dictionary_fires(name: str, done: dict[str, Committed]) -> None:
     folder = (done[f"export/{name}"].path / "saelens").local
-    expected = {"batch_topk": "jumprelu", "jumprelu": "jumprelu", "relu": "standard"}[name]
+    expected = {
+        "batch_topk": "jumprelu",
+        "jumprelu": "jumprelu",
+        "relu": "standard",
+        "transcoder": "jumprelu_transcoder",
+    }[name]
     assert json.loads((folder / "cfg.json").read_text())["architecture"] == expected
     weights = safetensors.torch.load_file(folder / "sae_weights.safetensors")
-    assert ("threshold" in weights) == (expected == "jumprelu")
+    assert ("threshold" in weights) == (name != "relu")
     if name == "batch_topk":
         assert weights["threshold"].unique().numel() == 1
     if name == "jumprelu":

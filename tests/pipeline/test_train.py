@@ -39,14 +39,14 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, step: int, slots: int = 0, root: P
     """The trainer stops dead at a step, once; at a later one, if its log is to have some slots first."""
     inner = loop.Trainer.step
 
-    def step_or_die(self: loop.Trainer, index: int, x_BD: torch.Tensor) -> Any:
+    def step_or_die(self: loop.Trainer, index: int, *batch: Any) -> Any:
         if root is not None:
             # Checkpoints are written behind training's back: give them time.
             time.sleep(0.02)
         if index >= step and (root is None or len(list((train_folder(root) / "log").glob("*.json"))) >= slots):
             monkeypatch.setattr(loop.Trainer, "step", inner)
             raise DiesAtStepError
-        return inner(self, index, x_BD)
+        return inner(self, index, *batch)
 
     monkeypatch.setattr(loop.Trainer, "step", step_or_die)
 

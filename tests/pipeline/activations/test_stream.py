@@ -48,7 +48,7 @@ class Written:
 
     def stream(self, batch: int, passing: Filter | None = None, seed: int = 0, expected: int | None = None) -> Stream:
         return Stream(
-            self.store, HOOK, seed, batch, passing or Filter(), self.expected if expected is None else expected
+            self.store, (HOOK,), seed, batch, passing or Filter(), self.expected if expected is None else expected
         )
 
 

@@ -70,10 +70,13 @@ class _Step(torch.autograd.Function):
         return None, -(gradients[0] * near_BF / ctx.bandwidth).sum(0), None
 
 
-def plain_loss(dictionary: TopKDictionary, x_BD: torch.Tensor, name: str, weight: float, prefixes: list[int]) -> Any:
+def plain_loss(
+    dictionary: TopKDictionary, x_BD: torch.Tensor, y_BD: torch.Tensor, name: str, weight: float, prefixes: list[int]
+) -> Any:
     """The loss as the papers write it, with every feature's score, for autograd."""
-    scores_BF = (x_BD - dictionary.b_dec) @ dictionary.W_enc.T + dictionary.b_enc
-    tokens, width, k = len(x_BD), x_BD.shape[1], dictionary.k
+    bias_D = dictionary.b_dec if dictionary.b_in is None else dictionary.b_in.detach()
+    scores_BF = (x_BD - bias_D) @ dictionary.W_enc.T + dictionary.b_enc
+    tokens, width, k = len(x_BD), y_BD.shape[1], dictionary.k
     penalty = x_BD.new_zeros(())
     if name == "topk":
         kept = torch.zeros_like(scores_BF, dtype=torch.bool).scatter(1, scores_BF.topk(k, dim=1).indices, True)
@@ -94,7 +97,7 @@ def plain_loss(dictionary: TopKDictionary, x_BD: torch.Tensor, name: str, weight
     losses = []
     for end in [*prefixes, dictionary.features]:
         x_hat_BD = z_BF[:, :end] @ dictionary.W_dec[:end] + dictionary.b_dec
-        losses.append((x_hat_BD - x_BD).square().mean())
+        losses.append((x_hat_BD - y_BD).square().mean())
     return sum(losses) / len(losses) + penalty
 
 
@@ -115,9 +118,11 @@ class _AtThreshold(torch.autograd.Function):
         return gradients[0] * (scores_BF > threshold_F), by_threshold_F, None
 
 
-def random_dictionary(name: str, width: int, features: int, k: int, seed: int) -> TopKDictionary:
+def random_dictionary(
+    name: str, width: int, features: int, k: int, seed: int, target: int | None = None
+) -> TopKDictionary:
     generator = torch.Generator().manual_seed(seed)
-    dictionary = TopKDictionary(width, features, kind(name, k, Sparsity(bandwidth=0.4)))
+    dictionary = TopKDictionary(width, features, kind(name, k, Sparsity(bandwidth=0.4)), target_width=target)
     for each in dictionary.parameters():
         each.data = torch.randn(each.shape, generator=generator) / width**0.5
     dictionary.W_dec.data = torch.nn.functional.normalize(dictionary.W_dec.data, dim=1)
@@ -134,30 +139,36 @@ def random_dictionary(name: str, width: int, features: int, k: int, seed: int) -
     k=st.integers(1, 12),
     tokens=st.integers(1, 30),
     cuts=st.lists(st.integers(1, 59), max_size=3, unique=True),
+    target=st.one_of(st.none(), st.integers(1, 20)),
     seed=st.integers(0, 10_000),
 )
 def test_step_follows_the_gradient_of_the_plain_loss(
-    name: str, width: int, features: int, k: int, tokens: int, cuts: list[int], seed: int
+    name: str, width: int, features: int, k: int, tokens: int, cuts: list[int], target: int | None, seed: int
 ) -> None:
     """One step of Adam with beta1 = beta2 = 0 shows the gradient's sign; the norm, and b_dec's, its size."""
     k = min(k, features)
     prefixes = sorted(cut for cut in cuts if cut < features)
-    dictionary = random_dictionary(name, width, features, k, seed)
+    dictionary = random_dictionary(name, width, features, k, seed, target)
     x_BD = torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed + 1))
+    y_BD = None
+    if target is not None:
+        y_BD = torch.randn(tokens, target, generator=torch.Generator().manual_seed(seed + 2))
     for each in dictionary.parameters():
         each.requires_grad_(True)
-    expected = plain_loss(dictionary, x_BD, name, 0.7, prefixes)
+    expected = plain_loss(dictionary, x_BD, x_BD if y_BD is None else y_BD, name, 0.7, prefixes)
     expected.backward()
     gradients = {at: each.grad for at, each in dictionary.named_parameters() if each.grad is not None}
     for each in dictionary.parameters():
         each.grad = None
     if dictionary.threshold is not None and name == "batch_topk":
         dictionary.threshold.requires_grad_(False)
+    if dictionary.b_in is not None:
+        dictionary.b_in.requires_grad_(False)
     objective = RowObjective(dictionary, 0, 0.0, Ranks(), tuple(prefixes))
     objective.sparsity = 0.7
     # So far below any gradient's square root that a step is the gradient's sign times the rate.
     adam = RowAdam(objective, 1e-3, 0.5, 0.0, row_wise=False)
-    made = objective(x_BD, None)
+    made = objective(x_BD, None, y_BD)
     made.total.backward()
     assert float(made.total.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
     close = {"rtol": 1e-3, "atol": 1e-5}
@@ -184,10 +195,11 @@ TRAINED: dict[str, tuple[str, dict[str, Any]]] = {
     "batch_topk": ("batch_topk", {"prefixes": (24, 40)}),
     "jumprelu": ("jumprelu", {}),
     "relu": ("relu", {"sparsity": Sparsity(weight=0.3)}),
+    "transcoder": ("batch_topk", {"resample": 1280, "dead_after": 127, "decay": 0.4}),
     "left_dead": ("topk", {"aux_k": 0, "dead_after": 127, "decay": 0.4}),
     "resampled": ("topk", {"resample": 1280, "aux_k": 0, "dead_after": 127, "decay": 0.4}),
 }
-WIDTH, FEATURES, K = 16, 64, 4
+WIDTH, FEATURES, K, TARGET = 16, 64, 4, 12
 
 
 def share(seed: int) -> torch.Tensor:
@@ -199,6 +211,12 @@ def share(seed: int) -> torch.Tensor:
     active_BM = torch.rand(SETTINGS.batch, 32, generator=generator) < 0.08
     x_BD = (active_BM * torch.rand(SETTINGS.batch, 32, generator=generator)) @ directions_MD
     return 4 * x_BD + 0.05 * torch.randn(SETTINGS.batch, WIDTH, generator=generator)
+
+
+def explained(x_BD: torch.Tensor) -> torch.Tensor:
+    """What a transcoder explains: no linear map of the input. Shape (B, E)."""
+    map_DE = torch.randn(WIDTH, TARGET, generator=torch.Generator().manual_seed(5)) / WIDTH**0.5
+    return (x_BD @ map_DE).relu()
 
 
 def learn(rank: int, mesh: Sharding, steps: int, init_method: str, folder: Path) -> None:
@@ -213,15 +231,17 @@ def learned(name: str, ranks: Ranks, steps: int) -> dict[str, torch.Tensor]:
     """A dictionary of this kind, and the curves of its training."""
     activation, options = TRAINED[name]
     settings_ = SETTINGS.model_copy(update=options)
-    dictionary = TopKDictionary(WIDTH, FEATURES // ranks.features, kind(activation, K))
-    dictionary.initialize(share(999), 0, ranks)
+    target = TARGET if name == "transcoder" else None
+    dictionary = TopKDictionary(WIDTH, FEATURES // ranks.features, kind(activation, K), target_width=target)
+    dictionary.initialize(share(999), 0, ranks, y_ND=explained(share(999)) if target else None)
     trainer = Trainer(dictionary, settings_, steps, ranks)
     size = SETTINGS.batch // ranks.data
     curves = []
     with trainer.engine:
         for index in range(steps):
             part = slice(ranks.data_rank * size, (ranks.data_rank + 1) * size)
-            scalars = trainer.step(index, share(index)[part])()
+            x_BD = share(index)[part]
+            scalars = trainer.step(index, x_BD, explained(x_BD) if target else None)()
             curves.append([scalars.fvu, scalars.l0, scalars.dead])
     return {**{at: value.clone() for at, value in dictionary.state_dict().items()}, "curves": torch.tensor(curves)}
 
@@ -232,7 +252,7 @@ def outcomes(mesh: Sharding, folder: Path) -> dict[str, dict[str, torch.Tensor]]
     made = {}
     for name in TRAINED:
         parts = [torch.load(folder / f"{name}-{rank}.pt") for rank in range(mesh.features)]
-        rows = [at for at in parts[0] if at not in ("b_dec", "curves")]
+        rows = [at for at in parts[0] if at not in ("b_dec", "b_in", "curves")]
         made[name] = {**parts[0], **{at: torch.cat([part[at] for part in parts]) for at in rows}}
     return made
 

@@ -45,12 +45,12 @@ def train(rank: int, mesh: Sharding, init_method: str, until: int, folder: Path)
     torch.set_num_threads(1)
     inner = loop.Trainer.step
 
-    def step(self: loop.Trainer, index: int, x_BD: torch.Tensor) -> Any:
+    def step(self: loop.Trainer, index: int, *batch: Any) -> Any:
         if index == until:
             raise InterruptedError
         # Checkpoints are written behind training's back: give them time.
         time.sleep(0.05)
-        return inner(self, index, x_BD)
+        return inner(self, index, *batch)
 
     loop.Trainer.step = step  # type: ignore[method-assign]
     log = TrainingLog(StoragePath.parse(folder / "train"))
