@@ -15,7 +15,16 @@ from tests.support.runs import ROOT
     [
         ("harvest.py", [], {"harvest/quickstart/ratio", "harvest/last-layer/ratio"}),
         ("commits.py", [], {"commits/quickstart/ratio"}),
-        ("train.py", ["--only", "kilobasis"], {"kilobasis/tokens_per_s", "kilobasis/peak_rss"}),
+        (
+            "train.py",
+            ["--only", "encoder-gemm"],
+            {
+                "d64x16/kilobasis/tokens_per_s",
+                "d64x16/kilobasis/step_by_gemm",
+                "d64x64/kilobasis/peak_rss",
+                "d64x64/encoder-gemm/times",
+            },
+        ),
     ],
 )
 def test_benchmark_quick_run_writes_its_numbers(
