@@ -13,6 +13,9 @@ import numpy.typing as npt
 
 # Mean of an exponential weight's square, by which the variance is known without looking at a sample.
 SECOND_MOMENT = 2.0
+# Random streams of their own. Plain seeds would not do: numpy's generators of 0, [0] and [0, 0] are one and the same,
+# and a dictionary whose rows start from the generator of [seed, 0] would start from the true directions of seed 0.
+OF_DIRECTIONS, OF_TOKENS = (71,), (72,)
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class GroundTruth:
 
     def vectors(self) -> npt.NDArray[np.float32]:
         """The true directions, unit rows. Shape (M, D)."""
-        made_MD = np.random.default_rng(self.seed).standard_normal((self.directions, self.width), dtype=np.float32)
+        random = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=OF_DIRECTIONS))
+        made_MD = random.standard_normal((self.directions, self.width), dtype=np.float32)
         return made_MD / np.linalg.norm(made_MD, axis=1, keepdims=True)
 
     def frequencies(self) -> npt.NDArray[np.float64]:
@@ -53,7 +57,8 @@ class GroundTruth:
             batch: B.
             seed: Of the tokens.
         """
-        random, vectors_MD, frequencies_M = np.random.default_rng(seed), self.vectors(), self.frequencies()
+        random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=OF_TOKENS))
+        vectors_MD, frequencies_M = self.vectors(), self.frequencies()
         scale = self._scale(vectors_MD, frequencies_M)
         x_NBD = np.empty((batches, batch, self.width), np.float32)
         for x_BD in x_NBD:

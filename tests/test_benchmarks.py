@@ -181,3 +181,16 @@ def test_ground_truth_variance_sums_to_the_width(load: Any) -> None:
     x_NBD = truth.sample(2, 8192, seed=1)
     assert x_NBD.var(axis=(0, 1)).sum() == pytest.approx(32, rel=0.05)
     assert not (x_NBD[0] == truth.sample(1, 8192, seed=2)[0]).any(axis=1).any()
+
+
+def test_ground_truth_is_not_where_a_dictionary_starts(load: Any) -> None:
+    import torch
+
+    from pipeline.dictionary.model import TopKDictionary
+
+    truth = load("synthetic").GroundTruth(width=64, directions=512)
+    vectors_MD = torch.from_numpy(truth.vectors())
+    for seed in range(3):
+        dictionary = TopKDictionary(64, 512, 4)
+        dictionary.initialize(torch.from_numpy(truth.sample(1, 512, seed)[0]), seed)
+        assert (dictionary.W_dec.detach() @ vectors_MD.T).max() < 0.9
