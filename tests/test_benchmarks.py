@@ -149,11 +149,11 @@ def test_train_table_and_marks_of_failed_peers_show_the_reason(load: Any) -> Non
 def test_ledger_torn_line_is_passed_over_and_written_behind(load: Any, tmp_path: Path) -> None:
     trainings = load("trainings")
     path = tmp_path / "found" / "ledger.jsonl"
-    trainings.Ledger(path).put({"seed": 0}, trainings.Result(0.25))
+    trainings.Ledger(path).put({"seed": 0}, trainings.Result(0.25, 0.0, 1.0))
     with path.open("a") as stream:
         stream.write('{"of": {"se')
     again = trainings.Ledger(path)
-    assert again.get({"seed": 0}) == trainings.Result(0.25)
+    assert again.get({"seed": 0}) == trainings.Result(0.25, 0.0, 1.0)
     assert again.get({"seed": 1}) is None
     again.put({"seed": 1}, trainings.Result(0.5))
     assert trainings.Ledger(path).get({"seed": 1}).fvu == 0.5
