@@ -1,64 +1,20 @@
 """sparsify: `Trainer.fit` on its sparse coder, with the library's defaults.
 
-Its step is written inside `fit`, which takes activations out of a running model. So the model here is one
-whose only layer hands out the benchmark's batches.
+Its step is written inside `fit`, which takes activations out of a running model: see `sparsify_source.py`.
 
 Variants: `signum` (the default: sign descent, schedule-free) and `adam`.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-
-import torch
 from protocol import Session
 from sparsify import SparseCoderConfig, TrainConfig, Trainer  # type: ignore[import-not-found]
-from torch import Tensor, nn
+from sparsify_source import Sequences, Source
+from torch import Tensor
 
 session = Session()
 setting = session.setting
-
-
-class Batches:
-    """A dataset of one sequence of `batch` tokens, over and over. The tokens mean nothing."""
-
-    def __len__(self) -> int:
-        return 10**6
-
-    def __getitem__(self, _index: int) -> dict[str, Tensor]:
-        return {"input_ids": torch.ones(setting.batch, dtype=torch.int64)}
-
-
-class Source(nn.Module):
-    """A model as far as the trainer looks at one. Its layer's output is (1, B, D): the next batch."""
-
-    device = torch.device("cpu")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dummy_inputs = {"input_ids": torch.ones((1, 1), dtype=torch.int64)}
-        self.layer = nn.Identity()
-        self.batches: Iterator[Tensor] | None = None
-
-    @property
-    def base_model(self) -> Source:
-        """Where the trainer looks for hook points."""
-        return self
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Ends the process where there is no more to do, because `fit` has no other way out."""
-        if self.batches is None:
-            x_BD: Tensor | None = torch.zeros(1, setting.width)
-        else:
-            x_BD = next(self.batches, None)
-        if x_BD is None:
-            sys.exit(0)
-        out_1BD: Tensor = self.layer(x_BD.unsqueeze(0))
-        return out_1BD
-
-
-source = Source()
+source = Source(setting.width)
 trainer = Trainer(
     TrainConfig(
         SparseCoderConfig(num_latents=setting.features, k=setting.k),
@@ -73,7 +29,7 @@ trainer = Trainer(
         hookpoints=["layer"],
         log_to_wandb=False,
     ),
-    Batches(),
+    Sequences(10**6, setting.batch),
     source,
 )
 (coder,) = trainer.saes.values()

@@ -1,0 +1,151 @@
+"""A whole training run of one contender, and its judgement; what `trainings.py` and its workers say to each other.
+
+A worker is a script beside this file, run by the interpreter of the environment that holds its library. Its one
+argument is a `Task` as JSON. It trains on exactly the task's batches, in their order, and writes a `Judgement` as JSON.
+
+Standalone: torch and numpy only, so that it runs in both environments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+# Rows of the start of the stream that a run may look at before it trains.
+SAMPLE_ROWS = 65_536
+# Rows of the end of the stream on which a feature may show that it lives, besides the held-out ones.
+CENSUS_ROWS = 500_000
+JUDGED_AT_ONCE = 2048
+# A rise of the learning rate that is given in steps is meant for long runs. Here it is no longer than this part of one.
+LONGEST_RISE = 10
+
+# From rows (B, D) to their reconstructions (B, D) and which features fired on any of them (F).
+Judge = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One run.
+
+    `rate` multiplies the learning rate that the library would choose. `data` and `heldout` are .npy files of rows of
+    bfloat16, as int16 of the same bits: `data` has steps x batch of them. `directions` is a .npy file of the true
+    features, where there are any. `settings` are fields of the manifest's `train`, and `start` multiplies the encoder
+    that training starts from; both are for Kilobasis alone.
+    """
+
+    width: int
+    features: int
+    k: int
+    batch: int
+    steps: int
+    threads: int
+    seed: int
+    variant: str
+    rate: float
+    data: str
+    heldout: str
+    result: str
+    directions: str | None = None
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    start: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """What came of a run.
+
+    `fvu`: sum of squared errors over sum of squared deviations from the mean, over all held-out rows, unscaled.
+    `dead`: share of features that fire neither on a held-out row nor on the last rows of training.
+    `found`: mean over true features of their largest cosine similarity to a decoder row that fires; `true`: mean over
+    those decoder rows of their largest one to a true feature.
+    """
+
+    fvu: float
+    dead: float
+    seconds: float
+    found: float | None = None
+    true: float | None = None
+
+
+class Course:
+    """A worker's side. Made before anything else, because it sets threads and the seed."""
+
+    def __init__(self) -> None:
+        self.task = Task(**json.loads(sys.argv[1]))
+        torch.set_num_threads(self.task.threads)
+        torch.manual_seed(self.task.seed)
+        self._data_ND = np.load(self.task.data, mmap_mode="r")
+        self._began = time.perf_counter()
+
+    def sample(self) -> torch.Tensor:
+        """Rows to start from; those that are trained on first. Shape (N, D)."""
+        return decoded(self._data_ND[:SAMPLE_ROWS])
+
+    def batches(self) -> Iterator[torch.Tensor]:
+        """All batches, from the first one on. Shape of each (B, D)."""
+        for first in range(0, self.task.steps * self.task.batch, self.task.batch):
+            yield decoded(self._data_ND[first : first + self.task.batch])
+
+    def rise(self, own: int) -> int:
+        """Steps of a rise of the rate for which the library would take `own`."""
+        return min(own, self.task.steps // LONGEST_RISE)
+
+    def finish(self, judge: Judge, W_dec_FD: torch.Tensor) -> None:
+        """Judge what was trained, and write it down.
+
+        Args:
+            judge: See `Judge`; of raw rows.
+            W_dec_FD: The decoder's rows, of any length.
+        """
+        seconds = time.perf_counter() - self._began
+        with torch.no_grad():
+            fvu, fired_F = self._fvu(judge)
+            found, true = None, None
+            if self.task.directions is not None:
+                found, true = recovery(torch.from_numpy(np.load(self.task.directions)), W_dec_FD[fired_F])
+        dead = 1.0 - float(fired_F.double().mean())
+        judgement = Judgement(fvu, dead, seconds, found, true)
+        Path(self.task.result).write_text(json.dumps(dataclasses.asdict(judgement)))
+
+    def _fvu(self, judge: Judge) -> tuple[float, torch.Tensor]:
+        heldout_ND = np.load(self.task.heldout, mmap_mode="r")
+        fired_F = torch.zeros(self.task.features, dtype=torch.bool)
+        error, square, sum_D = 0.0, 0.0, torch.zeros(self.task.width, dtype=torch.float64)
+        for x_BD in pieces(heldout_ND):
+            x_hat_BD, now_F = judge(x_BD)
+            fired_F |= now_F
+            error += float((x_hat_BD.double() - x_BD.double()).square().sum())
+            square += float(x_BD.double().square().sum())
+            sum_D += x_BD.double().sum(0)
+        for x_BD in pieces(self._data_ND[-CENSUS_ROWS:]):
+            fired_F |= judge(x_BD)[1]
+        return error / (square - float(sum_D.square().sum()) / len(heldout_ND)), fired_F
+
+
+def decoded(rows_ND: np.ndarray[Any, np.dtype[np.int16]]) -> torch.Tensor:
+    """Rows as float32."""
+    return torch.from_numpy(np.array(rows_ND)).view(torch.bfloat16).float()
+
+
+def pieces(rows_ND: np.ndarray[Any, np.dtype[np.int16]]) -> Iterator[torch.Tensor]:
+    """Rows as float32, a few at a time."""
+    for first in range(0, len(rows_ND), JUDGED_AT_ONCE):
+        yield decoded(rows_ND[first : first + JUDGED_AT_ONCE])
+
+
+def recovery(true_MD: torch.Tensor, learned_FD: torch.Tensor) -> tuple[float, float]:
+    """See `Judgement`: found, true. Signs count, because features are never negative."""
+    if not len(learned_FD):
+        return 0.0, 0.0
+    true_MD, learned_FD = (torch.nn.functional.normalize(each.float(), dim=1) for each in (true_MD, learned_FD))
+    best_M = torch.cat([(part @ learned_FD.T).amax(1) for part in torch.split(true_MD, JUDGED_AT_ONCE)])
+    best_F = torch.cat([(part @ true_MD.T).amax(1) for part in torch.split(learned_FD, JUDGED_AT_ONCE)])
+    return float(best_M.double().mean()), float(best_F.double().mean())
