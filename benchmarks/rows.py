@@ -32,8 +32,9 @@ from pipeline.sources.hooks import capture
 from pipeline.sources.sequences import batches, overlapping, padded, pieces, read
 from pipeline.stage import Committed, Stage
 from pipeline.stages import STAGES
-from schemas.manifest import Dictionary, Filter, Manifest
+from schemas.manifest import Dictionary, Manifest
 from schemas.manifest import Model as ModelPlace
+from schemas.training import Filter
 
 QUICKSTART = ROOT / "jobs" / "manifests" / "quickstart.yaml"
 BATCH = 4096

@@ -21,9 +21,10 @@ from pipeline.stage import Committed, Estimate, Gang, Out, Params, Sources, Task
 from pipeline.tokenize import parquet_body
 from schemas.errors import ManifestError
 from schemas.layouts import CURVES, DICTIONARY, DICTIONARY_CONFIG
-from schemas.manifest import Dictionary, Manifest, Train
+from schemas.manifest import Dictionary, Manifest
 from schemas.records import ObjectEntry, Outputs
 from schemas.tables import CURVES as CURVES_SCHEMA
+from schemas.training import Train
 
 # Measured: a rank that has imported torch, deepspeed, zarr and pyarrow and joined its group.
 RANK_MEMORY = 750 * 2**20

@@ -10,89 +10,15 @@ This module describes and cross-checks; it opens nothing. Reading YAML, override
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
-# Every product of a few of these is exact in Python and finite as a float.
-LARGEST = 2**53
-_SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_SIZES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+from schemas.quantities import Bytes, Count, Fraction, Name, Processes, Section, Seed
+from schemas.training import Train
 
 
-def parse_bytes(value: object) -> object:
-    """`"512MiB"` as a number of bytes; numbers pass."""
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGTkmgt]?[Ii]?[Bb]?)\s*", value)
-    if match is None or match[2].upper() not in _SIZES:
-        raise ValueError(f"{value[:60]!r} is no size; expected for example 512MiB or 2GB")
-    return int(_whole(float(match[1]) * _SIZES[match[2].upper()]))
-
-
-def parse_count(value: object) -> object:
-    """`"1.5M"` as a whole number; numbers pass."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([KMBkmb]?)\s*", value)
-    if match is None:
-        raise ValueError(f"{value[:60]!r} is no count; expected for example 2_000_000 or 2M")
-    return round(_whole(float(match[1].replace("_", "")) * _COUNTS[match[2].upper()]))
-
-
-def _whole(value: float) -> float:
-    if value > LARGEST:
-        raise ValueError(f"{value:g} is more than {LARGEST}, the largest number that a manifest may hold")
-    return value
-
-
-def _identifier(value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value):
-        raise ValueError(f"{value!r} is no name; expected letters, digits, '.', '_' or '-', at most 64 of them")
-    return value
-
-
-Bytes = Annotated[int, BeforeValidator(parse_bytes, json_schema_input_type=int | str), Field(gt=0, le=LARGEST)]
-Count = Annotated[int, BeforeValidator(parse_count, json_schema_input_type=int | str), Field(ge=1, le=LARGEST)]
-Steps = Annotated[int, BeforeValidator(parse_count, json_schema_input_type=int | str), Field(ge=0, le=LARGEST)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Processes = Annotated[int, Field(ge=1, le=2**20)]
-Name = Annotated[str, AfterValidator(_identifier)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        validate_default=True,
-        protected_namespaces=(),
-        allow_inf_nan=False,
-        serialize_by_alias=True,
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_number_is_a_truth_value(cls, value: object, info: ValidationInfo) -> object:
-        # YAML reads yes and on as true, and pydantic would take that for 1.
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError(f"found {str(value).lower()}, expected no truth value here; quote it if it is a word")
-        return value
-
-
-class Model(_Section):
+class Model(Section):
     """The transformer whose activations are factorized."""
 
     source: str = Field(min_length=1, description="A local folder, or a name on the Hugging Face hub.")
@@ -119,7 +45,7 @@ class Model(_Section):
         return self
 
 
-class Corpus(_Section):
+class Corpus(Section):
     """The text, and how it becomes sequences."""
 
     source: str = Field(min_length=1, description="A file, a folder or a glob; any URL that fsspec opens.")
@@ -142,7 +68,7 @@ class Corpus(_Section):
     )
 
 
-class Harvest(_Section):
+class Harvest(Section):
     """What is taken out of the model, and how it lies in the store."""
 
     hook_points: tuple[str, ...] = Field(
@@ -177,111 +103,7 @@ class Harvest(_Section):
         return self
 
 
-class Filter(_Section):
-    """Rows that training passes over. They stay in the store."""
-
-    skip_positions: int = Field(
-        default=0, ge=0, le=2**31, description="Leave out the first so many tokens of a sequence."
-    )
-    max_norm: float | None = Field(
-        default=None, gt=1.0, description="Leave out rows whose norm exceeds so many times the median norm."
-    )
-
-
-class Sparsity(_Section):
-    """The loss that keeps features few."""
-
-    weight: float = Field(default=1.0, gt=0.0, description="Of relu's L1, or of jumprelu's (L0 / k - 1)^2.")
-    warmup: Fraction = Field(default=0.05, description="Share of the steps over which the weight rises from zero.")
-    bandwidth: float | None = Field(
-        default=None,
-        gt=0.0,
-        description="jumprelu: scores so far apart, a threshold in their middle, move it; 0.1 if left out.",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _number(cls, value: Any) -> Any:
-        return {"weight": value} if isinstance(value, int | float) else value
-
-
-class Train(_Section):
-    """How a dictionary is trained."""
-
-    tokens: Count = Field(description="Rows that pass through the trainer, over all epochs.")
-    batch: Count = Field(default=4096, description="Rows in one step, over all ranks.")
-    learning_rate: float | None = Field(
-        default=None, gt=0, description="Peak rate; 2e-4 * sqrt(2^14 / features) if left out."
-    )
-    warmup: Fraction = Field(default=0.02, description="Share of the steps over which the rate rises from zero.")
-    decay: Fraction = Field(default=0.2, description="Share of the steps over which the rate falls to zero at the end.")
-    optimizer: Literal["row_adam", "adam"] = Field(
-        default="row_adam",
-        description="row_adam has no first moment (beta1 is 0) and visits only the features that fired; adam is dense.",
-    )
-    second_moment: Literal["full", "row"] = Field(
-        default="full", description="row: a feature's row shares one number, which takes a third of the memory away."
-    )
-    beta1: float | None = Field(default=None, ge=0.0, lt=1.0, description="Of adam; 0.9 if left out.")
-    beta2: float = Field(default=0.999, gt=0.0, lt=1.0)
-    clip: float = Field(default=1.0, ge=0.0, description="Largest norm of the gradient; 0 does not clip.")
-    aux_k: Steps | None = Field(
-        default=None,
-        description="Dead features that predict the residual (AuxK), 0 for none; if left out d/2, or 0 with resample.",
-    )
-    aux_weight: float = Field(default=1 / 32, ge=0.0)
-    sparsity: Sparsity | None = Field(
-        default=None, description="Of relu and jumprelu, for which no k does it; a number alone is the weight."
-    )
-    prefixes: tuple[Count, ...] = Field(
-        default=(),
-        max_length=63,
-        description="Matryoshka: the first so many features are dictionaries too, and the loss is the mean of all.",
-    )
-    dead_after: Count = Field(
-        default=10_000_000, description="A feature is dead once it did not fire in so many tokens."
-    )
-    resample: Count | None = Field(
-        default=None,
-        description="Tokens between two times that dead features start again, from tokens that are badly explained; "
-        "until the rate begins to fall. Never if left out.",
-    )
-    seed: Seed = 0
-    filter: Filter = Filter()
-
-    def auxiliary(self, width: int) -> int:
-        """Most dead features that try to predict a residual of this width."""
-        if self.aux_k is not None:
-            return self.aux_k
-        return width // 2 if self.resample is None else 0
-
-    @model_validator(mode="after")
-    def _optimizer_fits(self) -> Self:
-        if self.optimizer == "row_adam" and self.beta1:
-            raise ValueError(f"beta1 {self.beta1} needs a first moment, row_adam has none; leave it out, or use adam")
-        if self.optimizer == "adam" and self.resample:
-            raise ValueError("resample needs row_adam; found optimizer adam, whose dead features have aux_k")
-        if self.optimizer == "adam" and self.second_moment == "row":
-            raise ValueError("second_moment row is row_adam's; leave it out, or use row_adam")
-        return self
-
-    @field_validator("prefixes")
-    @classmethod
-    def _ascend(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if list(value) != sorted(set(value)):
-            raise ValueError(f"found {list(value)}, expected numbers of features in ascending order, each once")
-        return value
-
-    @model_validator(mode="after")
-    def _phases_fit(self) -> Self:
-        if self.warmup + self.decay > 1.0:
-            raise ValueError(f"warmup {self.warmup} and decay {self.decay} together exceed the whole run")
-        if self.batch > self.tokens:
-            raise ValueError(f"batch {self.batch} is larger than tokens {self.tokens}")
-        return self
-
-
-class Evaluate(_Section):
+class Evaluate(Section):
     """How a dictionary is judged on the held-out split."""
 
     tokens: Count = Field(default=200_000, description="Most held-out tokens to use.")
@@ -290,7 +112,7 @@ class Evaluate(_Section):
     )
 
 
-class Catalog(_Section):
+class Catalog(Section):
     """What is kept about every feature."""
 
     tokens: Count = Field(default=1_000_000, description="Most training rows to look through.")
@@ -301,7 +123,7 @@ class Catalog(_Section):
     )
 
 
-class Transcode(_Section):
+class Transcode(Section):
     """A dictionary that encodes the activations of one hook point and explains those of another."""
 
     from_: str = Field(alias="from", description="What is encoded; an MLP's input, say.")
@@ -314,7 +136,7 @@ class Transcode(_Section):
         return self
 
 
-class Dictionary(_Section):
+class Dictionary(Section):
     """One dictionary: what it factorizes, its shape and its training."""
 
     name: Name
@@ -395,7 +217,7 @@ def _multiples(value: int, of: int) -> str:
     return f"{below} or {below + of}" if below else str(of)
 
 
-class Sharding(_Section):
+class Sharding(Section):
     """The mesh of training ranks, features x data: each has a part of the features and a part of each batch."""
 
     features: Processes = Field(default=1, description="Ranks that share the features of a dictionary.")
@@ -421,7 +243,7 @@ class Sharding(_Section):
         return self.features * self.data
 
 
-class Compute(_Section):
+class Compute(Section):
     """Where the run happens. Nothing here can change a result, so nothing here enters a fingerprint."""
 
     pool: Literal["ray", "inline"] = Field(
@@ -463,7 +285,7 @@ class Compute(_Section):
         return value
 
 
-class Manifest(_Section):
+class Manifest(Section):
     """One model and corpus, one harvest, and any number of dictionaries trained from it."""
 
     name: Name

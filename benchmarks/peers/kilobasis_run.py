@@ -14,7 +14,7 @@ from pipeline.dictionary.loop import Trainer, scale_of
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.optimizer import peak_rate
 from pipeline.dictionary.parallel import joined
-from schemas.manifest import Train
+from schemas.training import Train
 
 course = Course()
 task = course.task

@@ -14,7 +14,7 @@ from cluster.pool import free_port
 from pipeline.dictionary.loop import Trainer, scale_of
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.parallel import joined
-from schemas.manifest import Train
+from schemas.training import Train
 
 STEPS = 10**6
 

@@ -18,8 +18,8 @@ from pipeline.activations.layout import StoreLayout, hash_sum, restored, row_has
 from pipeline.activations.order import epoch_slabs, slab_order, unit_order
 from schemas.errors import IntegrityError, StageFailedError
 from schemas.layouts import POSITION, ROW, STORE, TOKEN, array_name, norm_name, shard_key
-from schemas.manifest import Filter
 from schemas.records import REPAIR, ObjectEntry
+from schemas.training import Filter
 
 
 @dataclass(frozen=True, slots=True)

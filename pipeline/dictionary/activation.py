@@ -15,7 +15,7 @@ import torch
 from pipeline.dictionary import sharding
 from pipeline.dictionary.ranks import Ranks
 from pipeline.dictionary.sharding import Chosen
-from schemas import manifest
+from schemas.training import Sparsity as SparsitySettings
 
 
 class Encoder(NamedTuple):
@@ -196,7 +196,7 @@ KINDS: dict[str, Callable[[int], Activation]] = {
 }
 
 
-def kind(name: str, k: int, sparsity: manifest.Sparsity | None = None) -> Activation:
+def kind(name: str, k: int, sparsity: SparsitySettings | None = None) -> Activation:
     """The activation that a manifest names."""
     if name == "jumprelu" and sparsity is not None and sparsity.bandwidth is not None:
         return JumpReLU(k, sparsity.bandwidth)

@@ -31,8 +31,8 @@ from pipeline.dictionary.resampling import resample
 from pipeline.stage import Gang
 from schemas import events
 from schemas.errors import NonFiniteError
-from schemas.manifest import Sparsity, Train
 from schemas.records import CheckpointRecord
+from schemas.training import Sparsity, Train
 
 CURVE_POINTS = 400
 EVENT_SECONDS = 1.0

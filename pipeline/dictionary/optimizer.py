@@ -12,7 +12,7 @@ from pipeline.dictionary.kernels.portable import Adam, RowGradient, Rows
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.objective import RowObjective
 from pipeline.dictionary.topk import kernels
-from schemas.manifest import Train
+from schemas.training import Train
 
 
 class DictionaryOptimizer(Protocol):

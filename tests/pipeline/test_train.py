@@ -17,7 +17,7 @@ from pipeline.dictionary import loop
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.parallel import joined
 from schemas.errors import IntegrityError, NonFiniteError
-from schemas.manifest import Train
+from schemas.training import Train
 from tests.support.fixtures import write_manifest
 from tests.support.runs import run_inline
 

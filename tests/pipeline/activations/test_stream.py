@@ -21,8 +21,8 @@ from pipeline.activations.read import ActivationStore, Cursor, Stream
 from pipeline.activations.write import read_back, write_unit
 from schemas.errors import IntegrityError, NonFiniteError, StageFailedError
 from schemas.layouts import POSITION, ROW, STORE, TOKEN, array_name, norm_name, shard_key
-from schemas.manifest import Filter
 from schemas.records import ObjectEntry, Unit
+from schemas.training import Filter
 
 HOOK, OTHER = "layers.0", "layers.1.mlp:in"
 CONTEXT = 10

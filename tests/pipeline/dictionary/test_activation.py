@@ -17,7 +17,8 @@ from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.objective import RowObjective
 from pipeline.dictionary.optimizer import RowAdam
 from pipeline.dictionary.ranks import Ranks
-from schemas.manifest import Sharding, Sparsity, Train
+from schemas.manifest import Sharding
+from schemas.training import Sparsity, Train
 from tests.pipeline.dictionary.test_sharding import batch, dense
 
 NAMES = ("topk", "batch_topk", "jumprelu", "relu")

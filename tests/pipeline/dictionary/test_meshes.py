@@ -18,7 +18,8 @@ from pipeline.activations.read import Cursor
 from pipeline.dictionary import loop, model
 from pipeline.dictionary.model import DictionaryConfig
 from pipeline.stage import Gang
-from schemas.manifest import Sharding, Train
+from schemas.manifest import Sharding
+from schemas.training import Train
 from tests.pipeline.dictionary.test_ranks import BATCH, activations
 
 STEPS = 24

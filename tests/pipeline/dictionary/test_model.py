@@ -4,7 +4,7 @@ import torch
 from pipeline.dictionary.model import DictionaryConfig, TopKDictionary, from_bytes, to_bytes
 from pipeline.dictionary.optimizer import SphereAdam, peak_rate, rate
 from schemas.errors import IntegrityError
-from schemas.manifest import Train
+from schemas.training import Train
 
 
 def data(rows: int, width: int, seed: int = 0) -> torch.Tensor:

@@ -10,7 +10,8 @@ from cluster.pool import free_port
 from pipeline.dictionary.loop import StepScalars, Trainer
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.parallel import joined
-from schemas.manifest import Sharding, Train
+from schemas.manifest import Sharding
+from schemas.training import Train
 
 STEPS, BATCH = 30, 64
 SETTINGS = Train(

@@ -11,7 +11,7 @@ from pipeline.dictionary import loop
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.parallel import joined
 from schemas.errors import NonFiniteError
-from schemas.manifest import Train
+from schemas.training import Train
 
 
 class SkippingEngine:

@@ -1,0 +1,113 @@
+"""The manifest's sections about training: what can change a dictionary's bits."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from schemas.quantities import Count, Fraction, Section, Seed, Steps
+
+
+class Filter(Section):
+    """Rows that training passes over. They stay in the store."""
+
+    skip_positions: int = Field(
+        default=0, ge=0, le=2**31, description="Leave out the first so many tokens of a sequence."
+    )
+    max_norm: float | None = Field(
+        default=None, gt=1.0, description="Leave out rows whose norm exceeds so many times the median norm."
+    )
+
+
+class Sparsity(Section):
+    """The loss that keeps features few."""
+
+    weight: float = Field(default=1.0, gt=0.0, description="Of relu's L1, or of jumprelu's (L0 / k - 1)^2.")
+    warmup: Fraction = Field(default=0.05, description="Share of the steps over which the weight rises from zero.")
+    bandwidth: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="jumprelu: scores so far apart, a threshold in their middle, move it; 0.1 if left out.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        return {"weight": value} if isinstance(value, int | float) else value
+
+
+class Train(Section):
+    """How a dictionary is trained."""
+
+    tokens: Count = Field(description="Rows that pass through the trainer, over all epochs.")
+    batch: Count = Field(default=4096, description="Rows in one step, over all ranks.")
+    learning_rate: float | None = Field(
+        default=None, gt=0, description="Peak rate; 2e-4 * sqrt(2^14 / features) if left out."
+    )
+    warmup: Fraction = Field(default=0.02, description="Share of the steps over which the rate rises from zero.")
+    decay: Fraction = Field(default=0.2, description="Share of the steps over which the rate falls to zero at the end.")
+    optimizer: Literal["row_adam", "adam"] = Field(
+        default="row_adam",
+        description="row_adam has no first moment (beta1 is 0) and visits only the features that fired; adam is dense.",
+    )
+    second_moment: Literal["full", "row"] = Field(
+        default="full", description="row: a feature's row shares one number, which takes a third of the memory away."
+    )
+    beta1: float | None = Field(default=None, ge=0.0, lt=1.0, description="Of adam; 0.9 if left out.")
+    beta2: float = Field(default=0.999, gt=0.0, lt=1.0)
+    clip: float = Field(default=1.0, ge=0.0, description="Largest norm of the gradient; 0 does not clip.")
+    aux_k: Steps | None = Field(
+        default=None,
+        description="Dead features that predict the residual (AuxK), 0 for none; if left out d/2, or 0 with resample.",
+    )
+    aux_weight: float = Field(default=1 / 32, ge=0.0)
+    sparsity: Sparsity | None = Field(
+        default=None, description="Of relu and jumprelu, for which no k does it; a number alone is the weight."
+    )
+    prefixes: tuple[Count, ...] = Field(
+        default=(),
+        max_length=63,
+        description="Matryoshka: the first so many features are dictionaries too, and the loss is the mean of all.",
+    )
+    dead_after: Count = Field(
+        default=10_000_000, description="A feature is dead once it did not fire in so many tokens."
+    )
+    resample: Count | None = Field(
+        default=None,
+        description="Tokens between two times that dead features start again, from tokens that are badly explained; "
+        "until the rate begins to fall. Never if left out.",
+    )
+    seed: Seed = 0
+    filter: Filter = Filter()
+
+    def auxiliary(self, width: int) -> int:
+        """Most dead features that try to predict a residual of this width."""
+        if self.aux_k is not None:
+            return self.aux_k
+        return width // 2 if self.resample is None else 0
+
+    @model_validator(mode="after")
+    def _optimizer_fits(self) -> Self:
+        if self.optimizer == "row_adam" and self.beta1:
+            raise ValueError(f"beta1 {self.beta1} needs a first moment, row_adam has none; leave it out, or use adam")
+        if self.optimizer == "adam" and self.resample:
+            raise ValueError("resample needs row_adam; found optimizer adam, whose dead features have aux_k")
+        if self.optimizer == "adam" and self.second_moment == "row":
+            raise ValueError("second_moment row is row_adam's; leave it out, or use row_adam")
+        return self
+
+    @field_validator("prefixes")
+    @classmethod
+    def _ascend(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if list(value) != sorted(set(value)):
+            raise ValueError(f"found {list(value)}, expected numbers of features in ascending order, each once")
+        return value
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> Self:
+        if self.warmup + self.decay > 1.0:
+            raise ValueError(f"warmup {self.warmup} and decay {self.decay} together exceed the whole run")
+        if self.batch > self.tokens:
+            raise ValueError(f"batch {self.batch} is larger than tokens {self.tokens}")
+        return self
