@@ -100,7 +100,7 @@ def stream_files(source: Harvested, hook_point: str, rows: int, seed: int, heldo
 
 def _streamed(source: Harvested, hook_point: str, rows: int, seed: int, passing: Filter) -> Iterable[torch.Tensor]:
     expected = int(source.harvest.facts["hashes"][hook_point], 16)
-    stream = Stream(open_store(source.harvest), hook_point, seed, BATCH, passing, expected)
+    stream = Stream(open_store(source.harvest), (hook_point,), seed, BATCH, passing, expected)
     with closing(stream.batches(Cursor())) as read_out:
         for x_BD, _ in itertools.islice(read_out, -(-rows // BATCH)):
             yield x_BD
