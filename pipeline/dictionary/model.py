@@ -212,9 +212,9 @@ class TopKDictionary(nn.Module):
 
     @torch.no_grad()
     def encode(self, x_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Active features of each token and their values. Shapes (B, K), (B, K); some values may be 0.
+        """Active features of each token and their values. Shapes (B, K), (B, K).
 
-        K is that of the token with most of them.
+        K is that of the token with most of them. Values of the rest are 0, whatever features they name.
         """
         return self.activation.fire(self.centred(x_BD), self.encoder)
 
