@@ -43,7 +43,7 @@ def probe(root: StoragePath) -> str:
 def _twice(folder: StoragePath, made: list[StoragePath]) -> str:
     path = folder / "twice"
     made.append(path)
-    first, second = b"first " + uuid.uuid4().bytes, b"second " + uuid.uuid4().bytes
+    first, second = (f"{word} {uuid.uuid4().hex}".encode() for word in ("first", "second"))
     create(path, first)
     _try(path, second)
     return "" if read_bytes(path) == first else "it overwrites an object that it was asked to create only"
