@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from cluster.pool import Pool, Rank, Resources
 from cluster.storage.attempts import shortage
@@ -12,7 +12,7 @@ from cluster.storage.create import create_or_adopt
 from cluster.storage.path import StoragePath
 from jobs.log import TrainingLog
 from jobs.state import StageFolder, peak_memory, run_unit
-from pipeline.stage import Gang, Task
+from pipeline.stage import Gang, Member, Out, Task
 from schemas.events import Event, StageStarted, UnitCommitted
 from schemas.manifest import Compute
 from schemas.records import ObjectEntry, Unit, UnitRecord
@@ -71,10 +71,25 @@ class StageOut:
                 self.emit(UnitCommitted(self.stage, record.unit, made.rows, record.seconds, record.peak_memory))
         return {task.unit: self.records[task.unit] for task in tasks}
 
-    def gang(self, fn: Callable[[T, StoragePath, Gang], Any], task: T, world_size: int, resources: Resources) -> Any:
-        """Run a gang that keeps its checkpoints in the stage's folder."""
-        work = functools.partial(_run_rank, fn, task, self.path, self._lease)
-        result, self.peak_memory = self._pool.gang(work, world_size, resources, self.emit, self.stage)
+    def gang(
+        self,
+        fn: Callable[[Sequence[Member[T]], Gang], Any],
+        task: T,
+        world_size: int,
+        resources: Resources,
+        others: Sequence[tuple[Out, T]] = (),
+    ) -> Any:
+        """Run a gang that keeps the checkpoints of each of its stages in that stage's folder."""
+        outs, tasks = [self], [task]
+        for out, each in others:
+            assert isinstance(out, StageOut)
+            outs.append(out)
+            tasks.append(each)
+        seats = [_Seat(each, out.path, out._lease) for out, each in zip(outs, tasks, strict=True)]
+        work = functools.partial(_run_rank, fn, seats)
+        result, peak = self._pool.gang(work, world_size, resources, self.emit, self.stage)
+        for out in outs:
+            out.peak_memory = peak
         return result
 
     def write(self, key: str, body: bytes) -> ObjectEntry:
@@ -87,9 +102,16 @@ class StageOut:
         self._emit(event)
 
 
-def _run_rank(
-    fn: Callable[[T, StoragePath, Gang], Any], task: T, path: StoragePath, lease: str, rank: Rank
-) -> tuple[Any, int]:
-    gang = Gang(rank.rank, rank.world_size, rank.init_method, rank.emit, rank.beat, TrainingLog(path, lease))
+class _Seat(NamedTuple):
+    """What a rank has to know of a stage to be its member."""
+
+    task: Any
+    path: StoragePath
+    lease: str
+
+
+def _run_rank(fn: Callable[[Sequence[Member[T]], Gang], Any], seats: Sequence[_Seat], rank: Rank) -> tuple[Any, int]:
+    members = [Member(seat.task, seat.path, TrainingLog(seat.path, seat.lease)) for seat in seats]
+    gang = Gang(rank.rank, rank.world_size, rank.init_method, rank.emit, rank.beat)
     with shortage(f"rank {rank.rank} of {rank.world_size}"):
-        return fn(task, path, gang), peak_memory()
+        return fn(members, gang), peak_memory()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -11,16 +12,13 @@ from cluster.storage.objects import free_bytes
 from jobs.fingerprint import differences, fingerprint, spec
 from jobs.fitting import nearest
 from jobs.log import TrainingLog
+from jobs.passes import companions, joint, needed, overhead
 from jobs.state import StageFolder
 from jobs.workspace import Workspace, label
 from pipeline.stage import Committed, Estimate, Params, Sources, Stage
 from pipeline.stages import STAGES
 from schemas.errors import ManifestError, StorageError
 from schemas.manifest import Dictionary, Manifest
-
-# Measured: the driver with torch, transformers and ray imported, and the processes of a local Ray.
-DRIVER_MEMORY = 900 * 2**20
-RAY_MEMORY = 700 * 2**20
 
 
 class Action(StrEnum):
@@ -132,7 +130,35 @@ def make(manifest: Manifest, workspace: Workspace, sources: Sources) -> Plan:
         if action is Action.RUN:
             reason = _changed(workspace, stage, dictionary, params, digests) or "not run yet"
         planned.append(Planned(stage, dictionary, params, action, reason, estimate, folder))
-    return Plan(tuple(planned), sources)
+    return Plan(tuple(_together(planned, manifest, sources)), sources)
+
+
+def _together(planned: list[Planned], manifest: Manifest, sources: Sources) -> list[Planned]:
+    """The stages as they run: what runs together needs the memory of all of it, and says so."""
+    todo = {each.label: each for each in planned if each.action is not Action.SKIP}
+    groups: dict[str, list[Planned]] = {}
+    for first in planned:
+        if todo.pop(first.label, None) is None:
+            continue
+        is_open = functools.partial(_is_open, todo, first.stage)
+        others = companions(first.stage, first.dictionary, manifest, sources, is_open)
+        group = [first, *(todo.pop(label(first.stage, other)) for other in others)]
+        groups |= {each.label: group for each in group}
+    return [_beside(each, groups.get(each.label, [])) for each in planned]
+
+
+def _is_open(todo: Mapping[str, Planned], stage: Stage, dictionary: Dictionary) -> bool:
+    return label(stage, dictionary) in todo
+
+
+def _beside(one: Planned, group: list[Planned]) -> Planned:
+    """A stage with the memory of the group that it runs in."""
+    others = [each for each in group if each is not one]
+    if not others:
+        return one
+    estimate = functools.reduce(joint, (each.estimate for each in others), one.estimate)
+    note = f"{estimate.note}, in one pass with {', '.join(each.label for each in others)}"
+    return replace(one, estimate=replace(estimate, note=note))
 
 
 def _progress(folder: StageFolder, estimate: Estimate) -> tuple[Action, str]:
@@ -183,18 +209,17 @@ def refuse(plan: Plan, manifest: Manifest, workspace: Workspace, started: bool =
     todo = [planned for planned in plan.stages if planned.action is not Action.SKIP]
     limit = manifest.compute.memory or machine_memory()
     for planned in todo:
-        estimate, overhead = planned.estimate, _overhead(manifest)
-        needed = _needed(estimate, manifest)
-        if needed > limit:
+        estimate, beside, wanted = planned.estimate, overhead(manifest), needed(planned.estimate, manifest)
+        if wanted > limit:
             raise ManifestError(
-                f"{planned.label} needs {size(needed)} of memory ({estimate.workers} x {size(estimate.memory)} and "
-                f"{size(overhead)} for the driver and Ray), there are {size(limit)}",
+                f"{planned.label} needs {size(wanted)} of memory ({estimate.workers} x {size(estimate.memory)} and "
+                f"{size(beside)} for the driver and Ray), there are {size(limit)}",
                 nearest(
                     planned.stage,
                     planned.dictionary,
                     manifest,
                     plan.sources,
-                    lambda other, of: _needed(other, of) <= limit,
+                    lambda other, of: needed(other, of) <= limit,
                 ),
             )
     free = free_bytes(workspace.root)
@@ -204,17 +229,6 @@ def refuse(plan: Plan, manifest: Manifest, workspace: Workspace, started: bool =
         if started:
             raise StorageError(what, "make room, then resume: everything committed is kept")
         raise ManifestError(what, "lower harvest.tokens, choose another root, or make room")
-
-
-def _overhead(manifest: Manifest) -> int:
-    """Bytes that everything but the workers takes on this machine."""
-    return (DRIVER_MEMORY + RAY_MEMORY) if manifest.compute.address is None and manifest.compute.pool == "ray" else 0
-
-
-def _needed(estimate: Estimate, manifest: Manifest) -> int:
-    """Bytes on one machine: here all workers are, on a cluster every one may have its own."""
-    workers = estimate.workers if manifest.compute.address is None else 1
-    return estimate.memory * workers + _overhead(manifest)
 
 
 def size(count: float) -> str:

@@ -7,9 +7,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from types import TracebackType
+from typing import Any, NamedTuple, Self
 
 from cluster import interruption
 from cluster.pool import InlinePool, Pool
@@ -19,15 +20,16 @@ from jobs import plan as planning
 from jobs.fingerprint import fingerprint, spec
 from jobs.mesh import resolved
 from jobs.out import StageOut
+from jobs.passes import companions
 from jobs.progress import Watchers
 from jobs.sources import survey
 from jobs.state import StageFolder
 from jobs.workspace import PROCESS, Workspace, label
-from pipeline.stage import Committed, Sources
-from schemas.errors import FencedError, InterruptedRunError
+from pipeline.stage import Committed, Job, Out, Params, Sources, Stage
+from schemas.errors import BusyError, FencedError, InterruptedRunError, KilobasisError
 from schemas.events import Event, Note, StageCommitted, StageStarted
-from schemas.manifest import Compute, Manifest
-from schemas.records import canonical_json
+from schemas.manifest import Compute, Dictionary, Manifest
+from schemas.records import Outputs, canonical_json
 
 
 def run(manifest: Manifest, resume: bool = False, wait: bool = False) -> dict[str, Committed]:
@@ -70,42 +72,158 @@ def _run_stages(
 ) -> dict[str, Committed]:
     done: dict[str, Committed] = {}
     for stage, dictionary in planning.instances(manifest):
-        name = label(stage, dictionary)
-        inputs = planning.inputs_of(stage, dictionary, done)
-        assert inputs is not None, f"{name} comes before what it needs"
-        params = stage.params(manifest, dictionary, sources)
-        digests = {need: committed.record.digest for need, committed in inputs.items()}
-        specification = spec(stage, params, digests)
-        folder = workspace.folder(stage, dictionary, fingerprint(specification))
-        committed = _whole(folder, emit)
-        if committed is None:
-            folder.claim(specification)
-            tell = functools.partial(_tell, emit, name)
-            finished = functools.partial(_is_whole, folder)
-            lease = leases.take(
-                folder.path, name, manifest.compute.lease_seconds, wait, tell, functools.partial(stop, name), finished
-            )
-            if lease is not None:
-                with lease:
-                    began = time.monotonic()
-                    emit(StageStarted(name, 0, 1, str(folder.path)))
-                    out = StageOut(folder, pool.open(), manifest.compute, emit, lease.record.nonce)
-                    outputs = stage.run(inputs, params, out)
-                    seconds = time.monotonic() - began
-                    peak = max(out.peak_memory, 0)
-                    committed = folder.commit(outputs, out.records, digests, seconds, peak, lease.read_log())
-                    emit(StageCommitted(name, seconds, committed.record.digest, str(folder.path)))
-            else:
-                committed = folder.committed()
-        else:
-            emit(StageCommitted(name, 0.0, committed.record.digest, str(folder.path), skipped=True))
-        assert committed is not None, f"{name} was committed by another run, and then was not"
-        done[name] = committed
+        if label(stage, dictionary) in done:
+            # Another dictionary's stage took it along.
+            continue
+        with _StageRun(stage, manifest, workspace, sources, done, emit, pool, stop) as run:
+            run.add(dictionary, wait)
+            if run.leads:
+                for other in companions(stage, dictionary, manifest, sources, run.is_open):
+                    run.add(other, wait=None)
+            done |= run.finish()
         if stage.name == "tokenize":
             # Only now the number of rows is known, so what was planned from an estimate is checked again.
-            sources = planning.refine(sources, committed)
+            sources = planning.refine(sources, done[stage.name])
             planning.refuse(planning.make(manifest, workspace, sources), manifest, workspace, started=True)
     return done
+
+
+class _Place(NamedTuple):
+    """One dictionary's stage: its folder, and what it runs on."""
+
+    folder: StageFolder
+    params: Params
+    inputs: Mapping[str, Committed]
+
+    @property
+    def digests(self) -> dict[str, str]:
+        return {need: committed.record.digest for need, committed in self.inputs.items()}
+
+
+class _StageRun:
+    """Brings a stage of one dictionary, or of several at once, from wherever it is to its commit. A context manager.
+
+    Leases that were taken are kept alive until it ends.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        manifest: Manifest,
+        workspace: Workspace,
+        sources: Sources,
+        done: Mapping[str, Committed],
+        emit: Callable[[Event], None],
+        pool: _LazyPool,
+        stop: Callable[[str, str], None],
+    ) -> None:
+        self._stage, self._manifest, self._workspace, self._sources = stage, manifest, workspace, sources
+        self._done, self._emit, self._pool, self._stop = done, emit, pool, stop
+        self._committed: dict[str, Committed] = {}
+        self._led: list[tuple[_Place, leases.Lease]] = []
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    @property
+    def leads(self) -> bool:
+        """Whether there is anything to be done, and we are the ones to do it."""
+        return bool(self._led)
+
+    def is_open(self, dictionary: Dictionary) -> bool:
+        """Whether a dictionary's stage can be run and is not committed."""
+        place = self._place(dictionary)
+        return place is not None and not _is_whole(place.folder)
+
+    def add(self, dictionary: Dictionary | None, wait: bool | None) -> None:
+        """Take the lease of a dictionary's stage, unless it is committed already.
+
+        Args:
+            dictionary: Whose.
+            wait: Wait where another run leads it, or refuse; None leaves it to the other run.
+        """
+        place = self._place(dictionary)
+        assert place is not None, f"{label(self._stage, dictionary)} comes before what it needs"
+        folder = place.folder
+        committed = _whole(folder, self._emit)
+        if committed is not None:
+            skipped = StageCommitted(folder.label, 0.0, committed.record.digest, str(folder.path), skipped=True)
+            self._emit(skipped)
+            self._committed[folder.label] = committed
+            return
+        folder.claim(spec(self._stage, place.params, place.digests))
+        try:
+            lease = leases.take(
+                folder.path,
+                folder.label,
+                self._manifest.compute.lease_seconds,
+                bool(wait),
+                functools.partial(_tell, self._emit, folder.label),
+                functools.partial(self._stop, folder.label),
+                functools.partial(_is_whole, folder),
+            )
+        except BusyError:
+            if wait is None:
+                return
+            raise
+        if lease is not None:
+            self._led.append((place, self._stack.enter_context(lease)))
+            return
+        committed = folder.committed()
+        assert committed is not None, f"{folder.label} was committed by another run, and then was not"
+        self._committed[folder.label] = committed
+
+    def finish(self) -> dict[str, Committed]:
+        """Do what there is to do, and commit it; all that was added, by label.
+
+        Raises:
+            KilobasisError: one of them failed. The others are committed.
+        """
+        if not self._led:
+            return self._committed
+        began, jobs = time.monotonic(), []
+        for place, lease in self._led:
+            folder = place.folder
+            self._emit(StageStarted(folder.label, 0, 1, str(folder.path)))
+            out = StageOut(folder, self._pool.open(), self._manifest.compute, self._emit, lease.record.nonce)
+            jobs.append(Job(place.inputs, place.params, out))
+        failures = []
+        for (place, lease), job, made in zip(self._led, jobs, self._run(jobs), strict=True):
+            if isinstance(made, KilobasisError):
+                failures.append(made)
+            else:
+                self._commit(place, lease, job.out, made, time.monotonic() - began)
+        if failures:
+            raise failures[0]
+        return self._committed
+
+    def _run(self, jobs: list[Job]) -> Sequence[Outputs | KilobasisError]:
+        if len(jobs) == 1:
+            return [self._stage.run(*jobs[0])]
+        assert self._stage.together is not None
+        return self._stage.together.run(jobs)
+
+    def _commit(self, place: _Place, lease: leases.Lease, out: Out, made: Outputs, seconds: float) -> None:
+        assert isinstance(out, StageOut)
+        folder, peak = place.folder, max(out.peak_memory, 0)
+        committed = folder.commit(made, out.records, place.digests, seconds, peak, lease.read_log())
+        self._emit(StageCommitted(folder.label, seconds, committed.record.digest, str(folder.path)))
+        self._committed[folder.label] = committed
+
+    def _place(self, dictionary: Dictionary | None) -> _Place | None:
+        inputs = planning.inputs_of(self._stage, dictionary, self._done)
+        if inputs is None:
+            return None
+        params = self._stage.params(self._manifest, dictionary, self._sources)
+        digests = {need: committed.record.digest for need, committed in inputs.items()}
+        identity = fingerprint(spec(self._stage, params, digests))
+        return _Place(self._workspace.folder(self._stage, dictionary, identity), params, inputs)
 
 
 def _whole(folder: StageFolder, emit: Callable[[Event], None]) -> Committed | None:

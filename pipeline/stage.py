@@ -6,14 +6,15 @@ locks, retries or Ray: run twice with the same inputs and params, it makes the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
 from cluster.pool import Phase, Resources
 from cluster.storage.path import StoragePath
+from schemas.errors import KilobasisError
 from schemas.events import Event
 from schemas.manifest import Compute, Dictionary, Manifest, Model
 from schemas.records import CheckpointRecord, ObjectEntry, Outputs, StageRecord, Unit, UnitRecord
@@ -56,7 +57,11 @@ class Committed:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a stage will take, as `plan` prints it. `memory` is the peak of one worker or rank, in bytes."""
+    """What a stage will take, as `plan` prints it.
+
+    `memory` is the peak of one worker or rank, in bytes; `shared` is the part of it that stages which run together need
+    only once.
+    """
 
     units: int
     rows: int
@@ -65,6 +70,7 @@ class Estimate:
     memory: int
     workers: int
     note: str = ""
+    shared: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +137,18 @@ class Gang:
     init_method: str
     emit: Callable[[Event], None]
     beat: Callable[[int, Phase], None]
-    checkpoints: Checkpoints
 
 
 T = TypeVar("T", bound=Task)
+
+
+@dataclass(frozen=True, slots=True)
+class Member(Generic[T]):
+    """One of the stages that a gang works for: its task, its folder, and where its checkpoints go."""
+
+    task: T
+    path: StoragePath
+    checkpoints: Checkpoints
 
 
 class Out(Protocol):
@@ -157,8 +171,23 @@ class Out(Protocol):
     ) -> dict[str, UnitRecord]:
         """Run `fn(task, path)` for every task that is not committed yet; commit each as it ends."""
 
-    def gang(self, fn: Callable[[T, StoragePath, Gang], Any], task: T, world_size: int, resources: Resources) -> Any:
-        """Run `fn(task, path, gang)` on every rank, all or nothing; returns what rank 0 returned."""
+    def gang(
+        self,
+        fn: Callable[[Sequence[Member[T]], Gang], Any],
+        task: T,
+        world_size: int,
+        resources: Resources,
+        others: Sequence[tuple[Out, T]] = (),
+    ) -> Any:
+        """Run `fn(members, gang)` on every rank, all or nothing; returns what rank 0 returned.
+
+        Args:
+            fn: Module-level function.
+            task: This stage's.
+            world_size: Ranks.
+            resources: Of each.
+            others: Stages that the same gang works for as well, and their tasks.
+        """
 
     def write(self, key: str, body: bytes) -> ObjectEntry:
         """Create one object of the stage itself."""
@@ -167,13 +196,33 @@ class Out(Protocol):
         """Tell whoever watches."""
 
 
+class Job(NamedTuple):
+    """What a stage runs on: its inputs, its params, its door."""
+
+    inputs: Mapping[str, Committed]
+    params: Any
+    out: Out
+
+
+@dataclass(frozen=True, slots=True)
+class Together:
+    """How several dictionaries' instances of a stage run as one.
+
+    Those whose params have the same `key` can. `run` takes all of them, and gives for each what it made or why it
+    failed; each makes the same bytes as it would alone.
+    """
+
+    key: Callable[[Any], Hashable]
+    run: Callable[[Sequence[Job]], Sequence[Outputs | KilobasisError]]
+
+
 @dataclass(frozen=True, slots=True)
 class Stage:
     """One step of a manifest.
 
     `version` is raised by hand whenever the stage makes other bytes for the same params. `params` picks
     what identifies the stage, `estimate` says what it will take, and `check` refuses what cannot work,
-    before anything is written.
+    before anything is written. `together` is there where several dictionaries' instances can run as one.
     """
 
     name: str
@@ -184,3 +233,4 @@ class Stage:
     estimate: Callable[[Manifest, Dictionary | None, Sources], Estimate]
     check: Callable[[Manifest, Dictionary | None, Sources], None]
     per_dictionary: bool = field(default=True)
+    together: Together | None = None

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from pipeline import catalog, evaluate, export, harvest, tokenize, train
-from pipeline.stage import Stage
+from pipeline.stage import Stage, Together
 
 STAGES: tuple[Stage, ...] = (
     Stage("tokenize", 1, (), tokenize.params, tokenize.run, tokenize.estimate, tokenize.check, per_dictionary=False),
     Stage(
         "harvest", 1, ("tokenize",), harvest.params, harvest.run, harvest.estimate, harvest.check, per_dictionary=False
     ),
-    Stage("train", 2, ("harvest",), train.params, train.run, train.estimate, train.check),
+    Stage(
+        "train",
+        2,
+        ("harvest",),
+        train.params,
+        train.run,
+        train.estimate,
+        train.check,
+        together=Together(train.shared, train.run_together),
+    ),
     Stage(
         "evaluate",
         2,

@@ -1,8 +1,8 @@
-"""train: one dictionary from one hook point of the harvest, by a gang of DeepSpeed ranks."""
+"""train: dictionaries from one hook point of the harvest, in one pass of it, by a gang of DeepSpeed ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -11,15 +11,15 @@ from pydantic import Field
 
 from cluster.pool import Resources
 from cluster.storage.create import create_or_adopt
-from cluster.storage.path import StoragePath
 from pipeline import harvest
+from pipeline.activations.layout import StoreLayout
 from pipeline.activations.read import Stream
 from pipeline.activations.source import open_store
 from pipeline.dictionary import loop, model
 from pipeline.dictionary.model import DictionaryConfig
-from pipeline.stage import Committed, Estimate, Gang, Out, Params, Sources, Task
+from pipeline.stage import Committed, Estimate, Gang, Job, Member, Out, Params, Sources, Task
 from pipeline.tokenize import parquet_body
-from schemas.errors import ManifestError
+from schemas.errors import KilobasisError, ManifestError
 from schemas.layouts import CURVES, DICTIONARY, DICTIONARY_CONFIG
 from schemas.manifest import Dictionary, Manifest
 from schemas.records import ObjectEntry, Outputs
@@ -132,72 +132,111 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
     whole = 3 * weights + 2 * (1 + saved) * weights // sharding.features if sharding.features > 1 else 0
     steps = -(-settings.settings.tokens // settings.settings.batch)
     mesh = f", mesh {sharding.features} x {sharding.data}" if sharding.ranks > 1 else ""
+    once = RANK_MEMORY + 3 * slab + 3 * sample
     return Estimate(
         units=1,
         rows=settings.settings.tokens,
         stored_bytes=(1 + saved) * weights,
         objects=5,
         # What is saved is packed twice over (tensors and bytes).
-        memory=RANK_MEMORY + (kept + 2 * saved) * weights // sharding.features + whole + 3 * slab + 3 * sample + step,
+        memory=once + (kept + 2 * saved) * weights // sharding.features + whole + step,
+        shared=once,
         workers=sharding.ranks,
         note=f"F {settings.features} (F/d {settings.features / width:g}), k {settings.k}, {steps} steps{mesh}",
     )
 
 
+def shared(params: TrainParams) -> tuple[object, ...]:
+    """What the stream of activations depends on: dictionaries with equal ones see the same batches."""
+    settings = params.settings
+    return params.hook_point, params.target, settings.seed, settings.batch, settings.filter
+
+
 def run(inputs: Mapping[str, Committed], params: TrainParams, out: Out) -> Outputs:
     """Train, then commit the dictionary and its curves."""
-    task = TrainTask(
-        unit="train",
-        harvest=inputs["harvest"],
-        params=params,
-        stage=out.stage,
-        checkpoint_seconds=out.compute.checkpoint_seconds,
-        feature_ranks=out.compute.sharding.features,
-        deterministic=out.compute.deterministic,
-    )
-    resources = Resources(threads=out.compute.rank_threads, gpus=out.compute.gpus)
-    made: Outputs = out.gang(train_rank, task, out.compute.sharding.ranks, resources)
+    (made,) = run_together([Job(inputs, params, out)])
+    if isinstance(made, KilobasisError):
+        raise made
     return made
 
 
-def train_rank(task: TrainTask, path: StoragePath, gang: Gang) -> Outputs | None:
-    """One rank of the gang; rank 0 writes what comes of it, and says so."""
-    settings = task.params
-    if task.deterministic:
+def run_together(jobs: Sequence[Job]) -> Sequence[Outputs | KilobasisError]:
+    """Train dictionaries with equal `shared` in one pass of the store, by one gang."""
+    tasks = [
+        TrainTask(
+            unit="train",
+            harvest=job.inputs["harvest"],
+            params=job.params,
+            stage=job.out.stage,
+            checkpoint_seconds=job.out.compute.checkpoint_seconds,
+            feature_ranks=job.out.compute.sharding.features,
+            deterministic=job.out.compute.deterministic,
+        )
+        for job in jobs
+    ]
+    out, compute = jobs[0].out, jobs[0].out.compute
+    resources = Resources(threads=compute.rank_threads, gpus=compute.gpus)
+    others = [(job.out, task) for job, task in zip(jobs[1:], tasks[1:], strict=True)]
+    made: Sequence[Outputs | KilobasisError] = out.gang(
+        train_ranks, tasks[0], compute.sharding.ranks, resources, others
+    )
+    return made
+
+
+def train_ranks(members: Sequence[Member[TrainTask]], gang: Gang) -> Sequence[Outputs | KilobasisError]:
+    """One rank of the gang; rank 0 writes what comes of each dictionary, and says so."""
+    first = members[0].task
+    settings = first.params.settings
+    if first.deterministic:
         torch.use_deterministic_algorithms(True)
-    store = open_store(task.harvest)
-    read = (settings.hook_point,) if settings.target is None else (settings.hook_point, settings.target)
-    expected = sum(int(task.harvest.facts["hashes"][hook_point], 16) for hook_point in read)
-    stream = Stream(store, read, settings.settings.seed, settings.settings.batch, settings.settings.filter, expected)
-    width = store.layout.widths[settings.hook_point]
-    config = DictionaryConfig(
-        width=width,
-        features=settings.features,
-        k=settings.k,
-        activation=settings.activation,
-        prefixes=settings.settings.prefixes,
-        hook_point=settings.hook_point,
-        target=settings.target,
-        target_width=None if settings.target is None else store.layout.widths[settings.target],
-        model=settings.model,
-        model_digest=settings.model_digest,
+    store = open_store(first.harvest)
+    read = (first.params.hook_point,) if first.params.target is None else (first.params.hook_point, first.params.target)
+    expected = sum(int(first.harvest.facts["hashes"][hook_point], 16) for hook_point in read)
+    stream = Stream(store, read, settings.seed, settings.batch, settings.filter, expected)
+    wanted = [
+        loop.Wanted(
+            member.task.stage, _config(member.task.params, store.layout), member.task.params.settings,
+            member.checkpoints,
+        )
+        for member in members
+    ]  # fmt: skip
+    made: dict[int, Outputs | KilobasisError] = {}
+
+    def done(index: int, trained: loop.Trained) -> None:
+        made[index] = _written(members[index], wanted[index], trained)
+
+    made |= loop.train(wanted, stream, first.checkpoint_seconds, first.feature_ranks, gang, done)
+    return [made[index] for index in range(len(members))] if gang.rank == 0 else []
+
+
+def _config(params: TrainParams, layout: StoreLayout) -> DictionaryConfig:
+    return DictionaryConfig(
+        width=layout.widths[params.hook_point],
+        features=params.features,
+        k=params.k,
+        activation=params.activation,
+        prefixes=params.settings.prefixes,
+        hook_point=params.hook_point,
+        target=params.target,
+        target_width=None if params.target is None else layout.widths[params.target],
+        model=params.model,
+        model_digest=params.model_digest,
     )
-    trained = loop.train(
-        task.stage, stream, config, settings.settings, task.checkpoint_seconds, task.feature_ranks, gang
-    )
-    if trained is None:
-        return None
+
+
+def _written(member: Member[TrainTask], wanted: loop.Wanted, trained: loop.Trained) -> Outputs:
+    """Write a dictionary and its curves."""
     columns = dict(zip(CURVES_SCHEMA.names, zip(*trained.curves, strict=True), strict=True))
     table = pa.Table.from_pydict({name: list(values) for name, values in columns.items()}).cast(CURVES_SCHEMA)
     bodies = {
         DICTIONARY: model.to_bytes(trained.dictionary),
-        DICTIONARY_CONFIG: config.model_dump_json(indent=1).encode(),
+        DICTIONARY_CONFIG: wanted.shape.model_dump_json(indent=1).encode(),
         CURVES: parquet_body(table),
     }
     for key, body in bodies.items():
-        create_or_adopt(path / key, body)
+        create_or_adopt(member.path / key, body)
     facts: dict[str, Any] = {
-        **loop.describe(trained.dictionary, trained.since_fired_F, settings.settings),
+        **loop.describe(trained.dictionary, trained.since_fired_F, wanted.settings),
         "steps": trained.progress.step,
         "tokens": trained.progress.tokens,
         "scale": trained.progress.scale,

@@ -266,6 +266,11 @@ class Compute(Section):
         le=2**20,
         description="Times that a unit which fails by itself is tried. Lost workers are replaced without end.",
     )
+    share_reads: bool = Field(
+        default=True,
+        description="Train dictionaries that see the same activations in the same order in one pass of the store, as "
+        "many as there is memory for.",
+    )
     checkpoint_seconds: float = Field(default=30.0, gt=0.0, description="Time between training checkpoints.")
     lease_seconds: float = Field(
         default=90.0, ge=1.0, description="Silence after which a run counts as dead and another one may take over."

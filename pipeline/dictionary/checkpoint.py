@@ -10,8 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -213,11 +212,6 @@ class Saver:
             self._committed(self._committing.result().step, time.monotonic() - self._began)
             self._committing = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """What is not committed is left; nobody refers to it."""
+    def close(self) -> None:
+        """Wait for what is being written. What is not committed is left; nobody refers to it."""
         self._thread.shutdown(wait=True, cancel_futures=True)

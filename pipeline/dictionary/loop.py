@@ -1,4 +1,4 @@
-"""The training loop of one dictionary on one rank, top to bottom.
+"""The training loop of dictionaries of the same activations on one rank, top to bottom.
 
 Construction follows execution: data, dictionary, optimizer, engine, checkpoint, loop. Activations are
 scaled so that their variance sums to d; the scale is folded back before a dictionary is saved, so that
@@ -8,10 +8,11 @@ what is saved takes raw activations.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 
@@ -28,7 +29,7 @@ from pipeline.dictionary.pace import Pace
 from pipeline.dictionary.parallel import Engine
 from pipeline.dictionary.ranks import Ranks
 from pipeline.dictionary.resampling import resample
-from pipeline.stage import Gang
+from pipeline.stage import Checkpoints, Gang
 from schemas import events
 from schemas.errors import NonFiniteError
 from schemas.records import CheckpointRecord
@@ -207,8 +208,21 @@ def sides(x_BD: torch.Tensor, shape: DictionaryConfig) -> tuple[torch.Tensor, to
 
 
 @dataclass(frozen=True, slots=True)
+class Wanted:
+    """A dictionary that is to be trained: its label for events, its shape, how, and where its checkpoints are."""
+
+    stage: str
+    shape: DictionaryConfig
+    settings: Train
+    checkpoints: Checkpoints
+
+
+@dataclass(frozen=True, slots=True)
 class Trained:
-    """What training ends with, the same on every rank but for the dictionary, which is this rank's part of it."""
+    """What training ends with: the dictionary of raw activations, tokens since each feature fired, and the curves.
+
+    Curves are rows of `schemas.tables.CURVES`; `progress` is where training ended, by a committed checkpoint.
+    """
 
     dictionary: TopKDictionary
     since_fired_F: torch.Tensor
@@ -217,134 +231,220 @@ class Trained:
 
 
 def train(
-    stage: str,
+    wanted: Sequence[Wanted],
     stream: Stream,
-    shape: DictionaryConfig,
-    settings: Train,
     checkpoint_seconds: float,
     features: int,
     gang: Gang,
-) -> Trained | None:
-    """Train to the end, from the last checkpoint if there is one.
+    done: Callable[[int, Trained], None],
+) -> dict[int, NonFiniteError]:
+    """Train dictionaries of the same activations to their ends, each from its last checkpoint if there is one.
+
+    All of them see each batch that is read, so the store is read once, and each trains the same bits as it would alone.
+    Those that are further than others wait until the stream comes to where they are.
 
     Args:
-        stage: Label for events.
+        wanted: Dictionaries whose settings have the same seed, batch and filter.
         stream: The shuffled activations.
-        shape: Width, features and k of the dictionary.
-        settings: The manifest's `train`.
         checkpoint_seconds: Time between checkpoints.
         features: Ranks that share the features.
-        gang: This rank's place, and where checkpoints go.
+        gang: This rank's place.
+        done: Told, on rank 0, which one has come to its end, and with what.
 
     Returns:
-        On rank 0 the dictionary of raw activations, the tokens since each feature fired, the curves (rows of
-        `schemas.tables.CURVES`) and where training ended, from a committed checkpoint. Nothing on the others.
+        Which ones have failed, on every rank. Their last good checkpoints are kept, and the others were trained.
     """
-    steps = -(-settings.tokens // settings.batch)
     gang.beat(0, "data")
-    with parallel.joined(gang.rank, gang.world_size, features, gang.init_method) as ranks:
-        count = shape.features // features
-        activation = kind(shape.activation, shape.k, settings.sparsity)
-        dictionary = TopKDictionary(shape.width, count, activation, target_width=shape.target_width)
-        last = gang.checkpoints.latest()
-        progress, curves = Progress(0, 0, 1.0, Cursor(), 1.0), list[list[float]]()
-        state = None
-        if last is not None:
-            progress, state = _read(stage, last, gang, ranks.feature_rank * count, count)
-        else:
-            x_ND, y_ND = sides(stream.sample(), shape)
-            progress = Progress(0, 0, scale_of(x_ND), Cursor(), scale_of(x_ND if y_ND is None else y_ND))
-            target_ND = None if y_ND is None else y_ND * progress.target_scale
-            dictionary.initialize(x_ND * progress.scale, settings.seed, ranks, target_ND)
-            del x_ND, y_ND, target_ND
-        gang.beat(progress.step, "starting")
-        trainer = Trainer(dictionary, settings, steps, ranks)
-        if gang.rank == 0 and trainer.engine.device.type == "cpu" and native.library() is None:
-            gang.emit(events.Note(stage, NO_KERNELS))
-        with trainer.engine:
-            if state is not None:
-                with parsing(f"{stage}: slot {last.slot if last else 0} of the log", "checkpoint"):
-                    since_fired_F, curves = checkpoint.restore(state, dictionary, trainer.optimizer)
-                trainer.since_fired_F = since_fired_F.to(trainer.engine.device)
-                del state
-            if progress.step < steps:
-                progress = _loop(stage, stream, trainer, shape, progress, curves, checkpoint_seconds, gang)
-            gang.beat(progress.step, "saving")
-            since_fired_F = trainer.since_fired_F.cpu()
-        if gang.rank != 0:
-            return None
-        dictionary.cpu()
-        if features > 1:
-            last = gang.checkpoints.latest()
-            assert last is not None
-            _, state = _read(stage, last, gang, 0, shape.features, moments=False)
-            dictionary = TopKDictionary(shape.width, shape.features, activation, target_width=shape.target_width)
-            since_fired_F, _ = checkpoint.restore(state, dictionary, None)
-        dictionary.rescale(progress.scale, progress.target_scale)
-        return Trained(dictionary, since_fired_F, curves, progress)
+    failed: dict[int, NonFiniteError] = {}
+    with parallel.joined(gang.rank, gang.world_size, features, gang.init_method) as ranks, ExitStack() as stack:
+        fresh = any(each.checkpoints.latest() is None for each in wanted)
+        sample_ND = stream.sample() if fresh else None
+        going = {
+            index: stack.enter_context(Training(each, sample_ND, checkpoint_seconds, ranks, gang))
+            for index, each in enumerate(wanted)
+        }
+        del sample_ND
 
+        def end(index: int) -> None:
+            trained = going.pop(index).finish()
+            if trained is not None:
+                done(index, trained)
 
-def _read(
-    stage: str, last: CheckpointRecord, gang: Gang, first: int, count: int, moments: bool = True
-) -> tuple[Progress, dict[str, torch.Tensor]]:
-    """Where a checkpoint is, and its state of some features."""
-    with parsing(f"slot {last.slot} of {stage}'s log", "checkpoint"):
-        progress = checkpoint.parse_facts(last.facts)
-    bodies = (gang.checkpoints.read(entry) for entry in last.objects)
-    with parsing(f"{stage}: {last.objects[0].key}", "checkpoint"):
-        return progress, checkpoint.read(bodies, first, count, moments)
-
-
-def _loop(
-    stage: str,
-    stream: Stream,
-    trainer: Trainer,
-    shape: DictionaryConfig,
-    progress: Progress,
-    curves: list[list[float]],
-    checkpoint_seconds: float,
-    gang: Gang,
-) -> Progress:
-    settings, steps, ranks = trainer.settings, trainer.steps, trainer.ranks
-    share = settings.batch // ranks.data
-    mine = slice(ranks.data_rank * share, (ranks.data_rank + 1) * share)
-    every = max(1, steps // CURVE_POINTS)
-    told = time.monotonic()
-    pace = Pace(shape, trainer.engine.device, ranks.world_size, progress.tokens)
-    batches = stream.batches(progress.cursor)
-
-    def snapshot() -> dict[str, torch.Tensor]:
-        return checkpoint.state(trainer.dictionary, trainer.optimizer, trainer.since_fired_F, curves)
-
-    def committed(step: int, seconds: float) -> None:
-        gang.emit(events.CheckpointCommitted(stage, step, seconds))
-
-    with closing(batches), Saver(gang.checkpoints, ranks, checkpoint_seconds, committed) as saver:
-        for index in range(progress.step, steps):
-            gang.beat(index, "data")
-            with pace.waiting():
+        for index in [index for index, each in going.items() if each.is_over]:
+            end(index)
+        if not going:
+            return failed
+        behind = min(going.values(), key=lambda each: each.progress.step)
+        step = behind.progress.step
+        with closing(stream.batches(behind.progress.cursor)) as batches:
+            while going:
+                gang.beat(step, "data")
+                began = time.monotonic()
                 x_BD, cursor = next(batches)
-            gang.beat(index, "step")
-            # Scales are applied in float32: in the store's type they would round.
-            share_BD, target_BD = sides(x_BD[mine].to(trainer.engine.device, torch.float32), shape)
-            target_BD = None if target_BD is None else target_BD * progress.target_scale
-            scalars = trainer.step(index, share_BD * progress.scale, target_BD)
-            if trainer.skipped and gang.rank == 0:
-                gang.emit(events.Note(stage, f"DeepSpeed skipped step {index}, {trainer.skipped} in a row"))
-            progress = replace(progress, step=index + 1, tokens=progress.tokens + settings.batch, cursor=cursor)
-            if index % every == 0 or index == steps - 1:
-                now = scalars()
-                curves.append([progress.step, progress.tokens, *_values(now)])
-                if gang.rank == 0 and (time.monotonic() - told >= EVENT_SECONDS or index == steps - 1):
-                    told = time.monotonic()
-                    named = {name: getattr(now, name) for name in StepScalars.__slots__}
-                    named |= pace.scalars(progress.step, progress.tokens)
-                    whole = steps * settings.batch
-                    gang.emit(events.Progress(stage, progress.step, progress.tokens, whole, named))
-            if index == steps - 1:
-                gang.beat(progress.step, "saving")
-            saver.turn(progress, snapshot, last=index == steps - 1)
-    return progress
+                waited = time.monotonic() - began
+                for index, each in list(going.items()):
+                    if each.progress.step > step:
+                        continue
+                    try:
+                        each.step(x_BD, cursor, waited)
+                    except NonFiniteError as error:
+                        failed[index] = error
+                        going.pop(index).close()
+                        if len(wanted) > 1 and gang.rank == 0:
+                            gang.emit(events.Note(each.wanted.stage, f"{error.what}; other dictionaries go on"))
+                        continue
+                    if each.is_over:
+                        end(index)
+                step += 1
+    return failed
+
+
+class Training:
+    """One dictionary on its way from its beginning, or its last checkpoint, to its end. A context manager.
+
+    Args:
+        wanted: Which.
+        sample_ND: Rows of the stream, where training begins.
+        checkpoint_seconds: Time between checkpoints.
+        ranks: This rank's place.
+        gang: Whom to tell.
+    """
+
+    def __init__(
+        self, wanted: Wanted, sample_ND: torch.Tensor | None, checkpoint_seconds: float, ranks: Ranks, gang: Gang
+    ) -> None:
+        self.wanted, self._ranks, self._gang = wanted, ranks, gang
+        shape, settings = wanted.shape, wanted.settings
+        self._steps = -(-settings.tokens // settings.batch)
+        self._share = settings.batch // ranks.data
+        dictionary = self._empty(shape.features // ranks.features)
+        self.progress, self._curves, state = Progress(0, 0, 1.0, Cursor(), 1.0), list[list[float]](), None
+        last = wanted.checkpoints.latest()
+        if last is not None:
+            first = ranks.feature_rank * dictionary.features
+            self.progress, state = self._read(last, first, dictionary.features)
+        else:
+            assert sample_ND is not None
+            self._begin(dictionary, sample_ND)
+        gang.beat(self.progress.step, "starting")
+        self._trainer = Trainer(dictionary, settings, self._steps, ranks)
+        device = self._trainer.engine.device
+        if gang.rank == 0 and device.type == "cpu" and native.library() is None:
+            gang.emit(events.Note(wanted.stage, NO_KERNELS))
+        if state is not None:
+            with parsing(f"{wanted.stage}: slot {last.slot if last else 0} of the log", "checkpoint"):
+                since_fired_F, self._curves = checkpoint.restore(state, dictionary, self._trainer.optimizer)
+            self._trainer.since_fired_F = since_fired_F.to(device)
+        self._told = time.monotonic()
+        self._pace = Pace(shape, device, ranks.world_size, self.progress.tokens)
+        self._saver = Saver(wanted.checkpoints, ranks, checkpoint_seconds, self._committed)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all steps are done."""
+        return self.progress.step >= self._steps
+
+    def step(self, x_BD: torch.Tensor, cursor: Cursor, waited: float) -> None:
+        """Train on a batch, and save what there is when it is time.
+
+        Args:
+            x_BD: The whole batch, in the store's type.
+            cursor: Where the stream is behind it.
+            waited: Seconds that it was waited for.
+
+        Raises:
+            NonFiniteError: see `Trainer.step`.
+        """
+        gang, trainer, settings, index = self._gang, self._trainer, self.wanted.settings, self.progress.step
+        self._pace.wait(waited)
+        gang.beat(index, "step")
+        mine = x_BD[self._ranks.data_rank * self._share :][: self._share]
+        # Scales are applied in float32: in the store's type they would round.
+        share_BD, target_BD = sides(mine.to(trainer.engine.device, torch.float32), self.wanted.shape)
+        target_BD = None if target_BD is None else target_BD * self.progress.target_scale
+        scalars = trainer.step(index, share_BD * self.progress.scale, target_BD)
+        if trainer.skipped and gang.rank == 0:
+            gang.emit(events.Note(self.wanted.stage, f"DeepSpeed skipped step {index}, {trainer.skipped} in a row"))
+        tokens = self.progress.tokens + settings.batch
+        self.progress = replace(self.progress, step=index + 1, tokens=tokens, cursor=cursor)
+        if index % max(1, self._steps // CURVE_POINTS) == 0 or self.is_over:
+            self._tell(scalars())
+        if self.is_over:
+            gang.beat(self.progress.step, "saving")
+        self._saver.turn(self.progress, self._snapshot, last=self.is_over)
+
+    def finish(self) -> Trained | None:
+        """Give everything back; what came of it, on rank 0."""
+        self._gang.beat(self.progress.step, "saving")
+        since_fired_F, dictionary = self._trainer.since_fired_F.cpu(), self._trainer.dictionary.cpu()
+        self.close()
+        if self._gang.rank != 0:
+            return None
+        shape = self.wanted.shape
+        if dictionary.features < shape.features:
+            last = self.wanted.checkpoints.latest()
+            assert last is not None
+            _, state = self._read(last, 0, shape.features, moments=False)
+            dictionary = self._empty(shape.features)
+            since_fired_F, _ = checkpoint.restore(state, dictionary, None)
+        dictionary.rescale(self.progress.scale, self.progress.target_scale)
+        return Trained(dictionary, since_fired_F, self._curves, self.progress)
+
+    def close(self) -> None:
+        """Stop; what is not committed by now is left."""
+        self._saver.close()
+        if hasattr(self, "_trainer"):
+            self._trainer.engine.close()
+            del self._trainer
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _empty(self, features: int) -> TopKDictionary:
+        shape = self.wanted.shape
+        activation = kind(shape.activation, shape.k, self.wanted.settings.sparsity)
+        return TopKDictionary(shape.width, features, activation, target_width=shape.target_width)
+
+    def _begin(self, dictionary: TopKDictionary, sample_ND: torch.Tensor) -> None:
+        x_ND, y_ND = sides(sample_ND, self.wanted.shape)
+        scale, target_scale = scale_of(x_ND), scale_of(x_ND if y_ND is None else y_ND)
+        self.progress = Progress(0, 0, scale, Cursor(), target_scale)
+        target_ND = None if y_ND is None else y_ND * target_scale
+        dictionary.initialize(x_ND * scale, self.wanted.settings.seed, self._ranks, target_ND)
+
+    def _read(
+        self, last: CheckpointRecord, first: int, count: int, moments: bool = True
+    ) -> tuple[Progress, dict[str, torch.Tensor]]:
+        """Where a checkpoint is, and its state of some features."""
+        stage = self.wanted.stage
+        with parsing(f"slot {last.slot} of {stage}'s log", "checkpoint"):
+            progress = checkpoint.parse_facts(last.facts)
+        bodies = (self.wanted.checkpoints.read(entry) for entry in last.objects)
+        with parsing(f"{stage}: {last.objects[0].key}", "checkpoint"):
+            return progress, checkpoint.read(bodies, first, count, moments)
+
+    def _snapshot(self) -> dict[str, torch.Tensor]:
+        trainer = self._trainer
+        return checkpoint.state(trainer.dictionary, trainer.optimizer, trainer.since_fired_F, self._curves)
+
+    def _committed(self, step: int, seconds: float) -> None:
+        self._gang.emit(events.CheckpointCommitted(self.wanted.stage, step, seconds))
+
+    def _tell(self, now: StepScalars) -> None:
+        """Note a point of the curves, and say it now and then."""
+        progress = self.progress
+        self._curves.append([progress.step, progress.tokens, *_values(now)])
+        if self._gang.rank == 0 and (time.monotonic() - self._told >= EVENT_SECONDS or self.is_over):
+            self._told = time.monotonic()
+            named = {name: getattr(now, name) for name in StepScalars.__slots__}
+            named |= self._pace.scalars(progress.step, progress.tokens)
+            whole = self._steps * self.wanted.settings.batch
+            self._gang.emit(events.Progress(self.wanted.stage, progress.step, progress.tokens, whole, named))
 
 
 def _values(scalars: StepScalars) -> list[float]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import psutil
 import torch
@@ -63,12 +61,9 @@ class Pace:
         self._tokens, self._waited = tokens, 0.0
         self._step = -1
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """While inside, training waits for data."""
-        began = time.monotonic()
-        yield
-        self._waited += time.monotonic() - began
+    def wait(self, seconds: float) -> None:
+        """Training has waited for data."""
+        self._waited += seconds
 
     def scalars(self, step: int, tokens: int) -> dict[str, float]:
         """What there is to say behind a step.

@@ -142,13 +142,17 @@ class Engine:
         self._engine.step()
         return bool(self._engine.was_step_applied()) and self._engine.skipped_steps == skipped
 
+    def close(self) -> None:
+        """Give everything back."""
+        self._engine.destroy()
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._engine.destroy()
+        self.close()
 
 
 def device(rank: int) -> torch.device:

@@ -9,7 +9,7 @@ import hashlib
 import os
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ from jobs.state import StageFolder
 from jobs.workspace import Workspace
 from pipeline import train
 from pipeline.dictionary import loop
-from pipeline.stage import Gang
+from pipeline.stage import Gang, Member
 from schemas.events import Event, WorkerLost
 from schemas.manifest import Compute, Sharding
 from schemas.records import Outputs
@@ -82,7 +82,7 @@ def once(marker: Path) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def struck_rank(strike: Strike, marker: Path, task: Any, path: StoragePath, gang: Gang) -> Outputs:
+def struck_ranks(strike: Strike, marker: Path, members: Sequence[Member[Any]], gang: Gang) -> Any:
     """A rank in whose way something is put. Runs in a worker."""
     if gang.rank == strike.rank and not marker.exists():
         if strike.moment == "step":
@@ -93,7 +93,7 @@ def struck_rank(strike: Strike, marker: Path, task: Any, path: StoragePath, gang
             )[1]
         else:
             _break_off(strike, marker)
-    return train.train_rank(task, path, gang)
+    return train.train_ranks(members, gang)
 
 
 def _break_off(strike: Strike, marker: Path) -> None:
@@ -129,7 +129,7 @@ def ray() -> Iterator[None]:
         yield
 
 
-Train = Callable[[Path, int, Callable[..., Outputs]], tuple[Outputs, list[Event]]]
+Train = Callable[[Path, int, Callable[..., Any]], tuple[Outputs, list[Event]]]
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def trained(ray: None, finished: SimpleNamespace) -> Train:
     inputs = {"harvest": harvest.committed()}
     sources = planning.make(parsed, Workspace.of(parsed), sources).sources
 
-    def run(folder: Path, ranks: int, fn: Callable[..., Outputs]) -> tuple[Outputs, list[Event]]:
+    def run(folder: Path, ranks: int, fn: Callable[..., Any]) -> tuple[Outputs, list[Event]]:
         from cluster.ray_pool import RayPool
 
         seen: list[Event] = []
@@ -155,7 +155,7 @@ def trained(ray: None, finished: SimpleNamespace) -> Train:
         stage = StageFolder(StoragePath.parse(folder), "train/tiny", "0" * 64)
         params = train.params(parsed, parsed.dictionaries[0], sources)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, "train_rank", fn)
+            patch.setattr(train, "train_ranks", fn)
             made = train.run(inputs, params, StageOut(stage, pool, compute, seen.append))
         pool.close()
         return made, seen
@@ -175,7 +175,7 @@ def bits(folder: Path, made: Outputs) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def undisturbed(trained: Train, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, str]]:
     """The bits of a training that nothing happens to, by number of ranks."""
-    real = train.train_rank
+    real = train.train_ranks
     found = {}
     for ranks in (1, 2):
         folder = tmp_path_factory.mktemp("undisturbed")
@@ -197,7 +197,7 @@ def test_training_with_a_rank_killed_ends_with_the_same_bits(
 ) -> None:
     """Weights, optimizer and loss trace; and whatever a checkpoint had left behind is no part of them."""
     marker, folder = tmp_path / "died", tmp_path / "stage"
-    made, seen = trained(folder, strike.ranks, functools.partial(struck_rank, strike, marker))
+    made, seen = trained(folder, strike.ranks, functools.partial(struck_ranks, strike, marker))
     assert marker.exists(), f"seed {SEED}: nobody died"
     assert len([event for event in seen if isinstance(event, WorkerLost)]) == 1
     assert bits(folder, made) == undisturbed[strike.ranks]

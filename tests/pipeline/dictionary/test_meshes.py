@@ -54,12 +54,21 @@ def train(rank: int, mesh: Sharding, init_method: str, until: int, folder: Path)
         return inner(self, index, *batch)
 
     loop.Trainer.step = step  # type: ignore[method-assign]
-    log = TrainingLog(StoragePath.parse(folder / "train"))
-    gang = Gang(rank, mesh.ranks, init_method, lambda event: None, lambda at, phase: None, log)
-    made = loop.train("train", Batches(), SHAPE, SETTINGS, 1e-9, mesh.features, gang)  # type: ignore[arg-type]
-    assert (made is None) == (rank > 0)
-    if made is not None:
-        (folder / "dictionary.safetensors").write_bytes(model.to_bytes(made.dictionary))
+    wanted = [loop.Wanted("train", SHAPE, SETTINGS, TrainingLog(StoragePath.parse(folder / "train")))]
+    gang = Gang(rank, mesh.ranks, init_method, lambda event: None, lambda at, phase: None)
+    made: list[loop.Trained] = []
+    failed = loop.train(
+        wanted,
+        Batches(),
+        1e-9,
+        mesh.features,
+        gang,
+        lambda index, trained: made.append(trained),  # type: ignore[arg-type]
+    )
+    assert not failed
+    assert bool(made) == (rank == 0)
+    for each in made:
+        (folder / "dictionary.safetensors").write_bytes(model.to_bytes(each.dictionary))
 
 
 def go_on(mesh: Sharding, until: int, folder: Path) -> int:

@@ -17,9 +17,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_scalars_are_those_of_the_clock(clock: list[float]) -> None:
     made = pace.Pace(SHAPE, torch.device("cpu"), 2, 1000)
-    with made.waiting():
-        clock[0] += 1
-    clock[0] += 3
+    made.wait(1.0)
+    clock[0] += 4
     first = made.scalars(10, 1400)
     assert first["tokens_per_second"] == 100.0
     assert first["data_wait"] == 0.25
