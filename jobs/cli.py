@@ -295,6 +295,7 @@ def _plan_json(made: Plan) -> list[dict[str, Any]]:
             "objects": planned.estimate.objects,
             "memory_bytes": planned.estimate.memory,
             "workers": planned.estimate.workers,
+            "note": planned.estimate.note,
         }
         for planned in made.stages
     ]

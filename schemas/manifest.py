@@ -10,11 +10,12 @@ This module describes and cross-checks; it opens nothing. Reading YAML, override
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
 from schemas.quantities import Bytes, Count, Fraction, Name, Processes, Section, Seed
+from schemas.sweep import SWEEP_SCHEMA, expanded
 from schemas.training import Train
 
 
@@ -156,6 +157,12 @@ class Dictionary(Section):
     evaluate: Evaluate = Evaluate()
     catalog: Catalog = Catalog()
     export: tuple[Literal["saelens"], ...] = ("saelens",)
+    sweep: Annotated[None, WithJsonSchema(SWEEP_SCHEMA)] = Field(
+        default=None,
+        exclude=True,
+        description="Fields of this dictionary, such as k or train.seed, with a list of values each: there is a "
+        "dictionary for every combination, and its name says which.",
+    )
 
     @property
     def encoded(self) -> str:
@@ -300,6 +307,11 @@ class Manifest(Section):
     harvest: Harvest
     dictionaries: tuple[Dictionary, ...] = Field(min_length=1)
     compute: Compute = Compute()
+
+    @field_validator("dictionaries", mode="before")
+    @classmethod
+    def _swept(cls, value: Any) -> Any:
+        return expanded(value)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -427,6 +427,22 @@ FIELDS: dict[str, tuple[Change, tuple[str, ...]]] = {
         at("root", "${KB_NOT_SET}/x"),
         ("root uses ${KB_NOT_SET}, which is not set", "export KB_NOT_SET"),
     ),
+    "sweep_of_nothing": (at("dictionaries.0.sweep", {}), ("item 0, sweep is {}", "expected fields with a list")),
+    "sweep_number": (at("dictionaries.0.sweep", 3), ("item 0, sweep is 3", "expected fields with a list")),
+    "sweep_without_list": (at("dictionaries.0.sweep", {"k": 4}), ("item 0, sweep: k is 4", "a list of values")),
+    "sweep_empty_list": (at("dictionaries.0.sweep", {"k": []}), ("item 0, sweep: k is []", "a list of values")),
+    "sweep_of_names": (at("dictionaries.0.sweep", {"name": ["a"]}), ("item 0, sweep has the field 'name'",)),
+    "sweep_of_sweeps": (at("dictionaries.0.sweep", {"sweep": [{}]}), ("item 0, sweep has the field 'sweep'",)),
+    "sweep_misspelt": (at("dictionaries.0.sweep", {"kk": [1]}), ("kk: unknown key", "did you mean 'k'?")),
+    "sweep_value": (at("dictionaries.0.sweep", {"k": [4, "many"]}), ("dictionaries.1.k", "'many'")),
+    "sweep_into_a_number": (at("dictionaries.0.sweep", {"k.x": [1]}), ("item 0, sweep: k.x: k is 4", "a section")),
+    "sweep_twice_the_same": (at("dictionaries.0.sweep", {"k": [4, 4]}), ("two dictionaries are named 'tiny-k4'",)),
+    "sweep_with_long_name": (
+        at("dictionaries.0.sweep", {"train.learning_rate": ["0." + 60 * "0" + "1"]}),
+        ("dictionaries.0.name", "at most 64"),
+    ),
+    "sweep_too_many": (at("dictionaries.0.sweep", {"k": list(range(1, 2000))}), ("more than 1024 dictionaries",)),
+    "sweep_k_above_features": (at("dictionaries.0.sweep", {"k": [4, 65]}), ("k 65 exceeds features 64",)),
     "variable_misspelt": (at("model.source", "${KB NOT}/x"), ("model.source", "${NAME:-default}")),
 }
 

@@ -115,6 +115,7 @@ COMPUTE = {
     "attempts": "7",
     "checkpoint_seconds": "9",
     "lease_seconds": "30",
+    "share_reads": "false",
     "single_writer": "true",
     "deterministic": "false",
 }

@@ -201,3 +201,29 @@ def test_load_one_mistake_in_a_list_is_counted_once(tiny_manifest: Path) -> None
     with pytest.raises(ManifestError) as caught:
         manifests.load(tiny_manifest, ["dictionaries.0.k=0"])
     assert "more)" not in str(caught.value)
+
+
+def test_load_sweep_is_a_dictionary_for_every_combination(tiny_tree: Tree, tmp_path: Path) -> None:
+    tiny_tree["dictionaries"][0]["sweep"] = {"k": [2, 4], "train.learning_rate": [1e-3, 0.5]}
+    tiny_tree["dictionaries"].append({**tiny_tree["dictionaries"][0], "name": "other"})
+    del tiny_tree["dictionaries"][1]["sweep"]
+    loaded = manifests.load(write_manifest(tmp_path / "m.yaml", tiny_tree))
+    assert [(each.name, each.k, each.train.learning_rate) for each in loaded.dictionaries] == [
+        ("tiny-k2-learning_rate0.001", 2, 1e-3),
+        ("tiny-k2-learning_rate0.5", 2, 0.5),
+        ("tiny-k4-learning_rate0.001", 4, 1e-3),
+        ("tiny-k4-learning_rate0.5", 4, 0.5),
+        ("other", 4, 3e-3),
+    ]
+    # Nothing of a sweep is left: a dictionary of one is the dictionary that it would be by itself.
+    by_itself = {**tiny_tree["dictionaries"][1], "name": "tiny-k2-learning_rate0.5", "k": 2}
+    by_itself["train"] = {**by_itself["train"], "learning_rate": 0.5}
+    tiny_tree["dictionaries"] = [by_itself]
+    alone = manifests.load(write_manifest(tmp_path / "m.yaml", tiny_tree))
+    assert alone.identity()["dictionaries"] == loaded.identity()["dictionaries"][1:2]
+
+
+def test_load_override_reaches_into_a_sweep(tiny_tree: Tree, tmp_path: Path) -> None:
+    tiny_tree["dictionaries"][0]["sweep"] = {"k": [2]}
+    path = write_manifest(tmp_path / "m.yaml", tiny_tree)
+    assert [each.k for each in manifests.load(path, ["dictionaries.0.sweep.k=[1, 3]"]).dictionaries] == [1, 3]
