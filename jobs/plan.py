@@ -21,6 +21,10 @@ from schemas.errors import ManifestError, StorageError
 from schemas.manifest import Dictionary, Manifest
 
 
+# Of those that run together, in a note.
+NAMED = 3
+
+
 class Action(StrEnum):
     """What happens to a stage."""
 
@@ -157,7 +161,8 @@ def _beside(one: Planned, group: list[Planned]) -> Planned:
     if not others:
         return one
     estimate = functools.reduce(joint, (each.estimate for each in others), one.estimate)
-    note = f"{estimate.note}, in one pass with {', '.join(each.label for each in others)}"
+    more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
+    note = f"{estimate.note}, in one pass with {', '.join(each.label for each in others[:NAMED])}{more}"
     return replace(one, estimate=replace(estimate, note=note))
 
 
