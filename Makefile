@@ -21,11 +21,13 @@ demo-minilm: $(VENV)/ready ## the same on all-MiniLM-L6-v2, from its PyPI wheel
 
 # Much of a test is waiting for a store or for a process to start: two at a time. PYTEST='-k harvest' is a part of them.
 test: $(VENV)/ready $(PEERS)/ready browser servers ## all tests but the long ones
-	KILOBASIS_REQUIRE_PEERS=1 $(REQUIRE_SERVERS) $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
+	KILOBASIS_REQUIRE_PEERS=1 $(REQUIRE_SERVERS) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
-# Some hours. CHAOS=tests/jobs/test_corruption.py is a part of it, KILOBASIS_CHAOS_SEED repeats one.
+# Some hours: every test that breaks things, those of `make test` and the long ones. CHAOS=tests/jobs/test_corruption.py is
+# a part of it, KILOBASIS_CHAOS_SEED repeats one.
+CHAOS = $(shell grep -rlE 'mark\.chaos' --include='test_*.py' tests)
 chaos: $(VENV)/ready servers ## kill and break things at length
-	$(REQUIRE_SERVERS) $(BIN)/python -m pytest -m chaos -s --timeout=7200 -o faulthandler_timeout=0 $(CHAOS)
+	$(REQUIRE_SERVERS) $(BIN)/python -m pytest -m '' -s --timeout=7200 -o faulthandler_timeout=0 $(CHAOS)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
