@@ -20,7 +20,6 @@ from pipeline.stages import STAGES
 from schemas.errors import ManifestError, StorageError
 from schemas.manifest import Dictionary, Manifest
 
-
 # Of those that run together, in a note.
 NAMED = 3
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import pyarrow as pa
-import torch
 from pydantic import Field
 
 from cluster.pool import Resources
@@ -15,7 +14,7 @@ from pipeline import harvest
 from pipeline.activations.layout import StoreLayout
 from pipeline.activations.read import Stream
 from pipeline.activations.source import open_store
-from pipeline.dictionary import loop, model
+from pipeline.dictionary import loop, model, parallel
 from pipeline.dictionary.model import DictionaryConfig
 from pipeline.stage import Committed, Estimate, Gang, Job, Member, Out, Params, Sources, Task
 from pipeline.tokenize import parquet_body
@@ -188,7 +187,7 @@ def train_ranks(members: Sequence[Member[TrainTask]], gang: Gang) -> Sequence[Ou
     first = members[0].task
     settings = first.params.settings
     if first.deterministic:
-        torch.use_deterministic_algorithms(True)
+        parallel.be_deterministic()
     store = open_store(first.harvest)
     read = (first.params.hook_point,) if first.params.target is None else (first.params.hook_point, first.params.target)
     expected = sum(int(first.harvest.facts["hashes"][hook_point], 16) for hook_point in read)

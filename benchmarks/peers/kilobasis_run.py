@@ -13,12 +13,12 @@ from cluster.pool import free_port
 from pipeline.dictionary.loop import Trainer, scale_of
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.optimizer import peak_rate
-from pipeline.dictionary.parallel import joined
+from pipeline.dictionary.parallel import be_deterministic, joined
 from schemas.training import Train
 
 course = Course()
 task = course.task
-torch.use_deterministic_algorithms(True)
+be_deterministic()
 
 sample_ND = course.sample()
 scale = scale_of(sample_ND)

@@ -6,14 +6,13 @@ loop asks for them a few hundred times in a run).
 
 from __future__ import annotations
 
-import torch
 from protocol import Session
 from torch import Tensor
 
 from cluster.pool import free_port
 from pipeline.dictionary.loop import Trainer, scale_of
 from pipeline.dictionary.model import TopKDictionary
-from pipeline.dictionary.parallel import joined
+from pipeline.dictionary.parallel import be_deterministic, joined
 from schemas.training import Train
 
 STEPS = 10**6
@@ -21,7 +20,7 @@ STEPS = 10**6
 session = Session()
 setting = session.setting
 
-torch.use_deterministic_algorithms(True)
+be_deterministic()
 scale = scale_of(session.sample)
 dictionary = TopKDictionary(setting.width, setting.features, setting.k)
 dictionary.initialize(session.sample * scale, setting.seed)
