@@ -22,6 +22,7 @@ from cluster.storage.objects import (
     require_writable,
 )
 from cluster.storage.path import StoragePath
+from cluster.storage.redaction import first_line
 from jobs.fingerprint import differences
 from jobs.manifest import canonical
 from jobs.state import StageFolder
@@ -53,7 +54,7 @@ def reaching(what: str, path: StoragePath) -> Iterator[None]:
     except Exception as error:
         if path.is_local and not isinstance(error, OSError):
             raise
-        reason = (str(error) or "no reason given").splitlines()[0][:160]
+        reason = first_line(str(error), 160) or "no reason given"
         raise ManifestError(
             f"{what} cannot be used ({type(error).__name__}: {reason})",
             "check the path" if path.is_local else "check the URL, the credentials and the network",

@@ -20,7 +20,7 @@ import tenacity
 
 from cluster import interruption
 from cluster.storage.path import StoragePath
-from cluster.storage.redaction import redact
+from cluster.storage.redaction import first_line
 from schemas.errors import KilobasisError, StorageError
 
 T = TypeVar("T")
@@ -164,8 +164,7 @@ def _given_up(
 
 def reason(error: BaseException | None) -> str:
     """A failure in one short line, without secrets."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
-    return redact(f"{type(error).__name__}: {text}")[:240]
+    return f"{type(error).__name__}: {first_line(str(error), 200) or 'no reason given'}"
 
 
 @contextmanager
