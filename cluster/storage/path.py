@@ -83,6 +83,11 @@ class StoragePath:
         return self.scheme == "file"
 
     @property
+    def is_web(self) -> bool:
+        """Whether it is the URL of a page or a file on the web, where nothing can be written."""
+        return self.scheme in _WEB
+
+    @property
     def local(self) -> Path:
         """The path as a `pathlib.Path`; only for local ones."""
         if not self.is_local:
@@ -101,4 +106,4 @@ class StoragePath:
         return self.key[len(prefix) :]
 
     def __str__(self) -> str:
-        return self.key if self.is_local or self.scheme in _WEB else f"{self.scheme}://{self.key}"
+        return self.key if self.is_local or self.is_web else f"{self.scheme}://{self.key}"
