@@ -1,5 +1,6 @@
 """One finished run, for every test that only looks at it or changes a copy."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,3 +19,11 @@ def finished(tiny_model: Path, tiny_corpus: Path, tmp_path_factory: pytest.TempP
     result = invoke("run", manifest)
     assert result.code == 0, result.err
     return SimpleNamespace(manifest=manifest, tree=tree, root=folder / "root", result=result)
+
+
+@pytest.fixture
+def copied(finished: SimpleNamespace, tmp_path: Path) -> SimpleNamespace:
+    """A copy of the finished run, to be changed; its manifest names the copied root."""
+    root = shutil.copytree(finished.root, tmp_path / "root")
+    tree = finished.tree | {"root": str(root)}
+    return SimpleNamespace(root=root, tree=tree, manifest=write_manifest(tmp_path / "tiny.yaml", tree))
