@@ -1,6 +1,7 @@
 """Stores that deny once what they have, or give less of it once: nobody takes that for damage."""
 
 import errno
+import json
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -102,3 +103,32 @@ def test_range_of_a_committed_object_that_is_always_wrong_is_an_integrity_error(
     with pytest.raises(IntegrityError, match=f"row/c/0 .*{says}|row/c/0 {says}"):
         array[2:4]
     assert len(asked) == SECOND_LOOKS
+
+
+GARBLED = [json.JSONDecodeError("Expecting value", "<html>", 0), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no text")]
+
+
+@pytest.mark.parametrize("error", GARBLED, ids=lambda error: type(error).__name__)
+def test_answer_that_the_library_cannot_parse_is_asked_for_again(
+    error: Exception, root: StoragePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def garbled(_: Callable[[], Any]) -> Any:
+        raise error
+
+    create(root / "x", b"body")
+    asked = answering(monkeypatch, "cat_file", garbled, 2)
+    assert read_bytes(root / "x") == b"body"
+    assert len(asked) == 3
+    answering(monkeypatch, "cat_file", garbled, 10**6)
+    with pytest.raises(StorageError, match=f"cannot read {root}/x: {type(error).__name__}"):
+        read_bytes(root / "x")
+
+
+def test_mistake_of_ours_is_raised_at_once(root: StoragePath, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mistaken(_: Callable[[], Any]) -> Any:
+        raise ValueError("no such option")
+
+    asked = answering(monkeypatch, "cat_file", mistaken, 10**6)
+    with pytest.raises(ValueError, match="no such option"):
+        read_bytes(root / "x")
+    assert len(asked) == 1
