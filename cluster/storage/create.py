@@ -17,6 +17,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import itertools
 import os
 import threading
 import uuid
@@ -154,20 +155,29 @@ def _create_local(target: Path, body: bytes) -> bool:
             os.link(temporary, target)
         except FileExistsError:
             return False
-        descriptor = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _settle(target.parent)
         return True
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
 
 
+def _settle(folder: Path) -> None:
+    """Make the names in a folder last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _make_folder(target: Path) -> None:
     try:
+        missing = list(itertools.takewhile(lambda folder: not folder.is_dir(), target.parents))
         target.parent.mkdir(parents=True, exist_ok=True)
+        # A name that lasts is worth nothing in a folder whose own name does not.
+        for folder in reversed(missing):
+            _settle(folder.parent)
     except (FileExistsError, NotADirectoryError) as error:
         raise StorageError(
             f"cannot create {target}: {error.filename} is a file, or below one, where a folder should be",
