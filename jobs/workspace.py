@@ -34,6 +34,8 @@ from schemas.manifest import Dictionary, Manifest
 from schemas.records import RootRecord, canonical_json, parse_record
 
 OWNER = "ROOT.json"
+# Beside it where a later run was allowed less, because what is created stays as it is.
+SINGLE_WRITER = "SINGLE_WRITER.json"
 MANIFEST = "manifest.json"
 PROCESS = "process.json"
 _STAMP = "%Y%m%dT%H%M%S.%fZ"
@@ -116,8 +118,11 @@ class Workspace:
         """
         with reaching(f"root {self.root}", self.root):
             creates = probe.require_trusted(self.root, single_writer)
-            create(self.root / OWNER, RootRecord(name=self.manifest.name, creates=creates).body())
+            record = RootRecord(name=self.manifest.name, creates=creates)
+            create(self.root / OWNER, record.body())
             self._require_ours()
+            if creates != probe.TRUSTED and owner_of(self.root, listed=True).creates == probe.TRUSTED:
+                create(self.root / SINGLE_WRITER, record.body())
 
     def runs(self) -> list[str]:
         """Ids of all runs, oldest first."""

@@ -15,6 +15,8 @@ from cluster.storage.redaction import holds_credential
 from schemas.errors import ManifestError
 
 _WEB = frozenset({"http", "https"})
+# Other names of the same store, which is asked in one way.
+_ALIASES = {"s3a": "s3", "gcs": "gs"}
 _SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+)://(.*)$", re.DOTALL)
 
 
@@ -57,7 +59,7 @@ class StoragePath:
         segments = [part for part in match[2].split("/") if part not in ("", ".")]
         if ".." in segments:
             raise ManifestError(f"the URL {text!r} climbs with '..'", "name the target directly")
-        scheme, key = match[1].lower(), "/".join(segments)
+        scheme, key = _ALIASES.get(match[1].lower(), match[1].lower()), "/".join(segments)
         # What fsspec calls a path on the web is the whole URL.
         return cls(scheme, f"{scheme}://{key}" if scheme in _WEB else key)
 
