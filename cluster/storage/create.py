@@ -27,7 +27,7 @@ from typing import Any
 
 from cluster import interruption
 from cluster.storage.attempts import attempt, disk, may_pass
-from cluster.storage.objects import forget, kept, once, read_at_most, request
+from cluster.storage.objects import SECOND_LOOKS, forget, kept, once, read_at_most, request
 from cluster.storage.path import StoragePath
 from schemas.errors import IntegrityError, InterruptedRunError, StorageError
 
@@ -139,8 +139,11 @@ def replace(path: StoragePath, body: bytes) -> None:
 
 def remove(path: StoragePath) -> None:
     """Delete an object. For repair, gc and the probe's own objects alone; an absent one is no error."""
-    with contextlib.suppress(FileNotFoundError):
-        request(path, "delete", "rm_file", path.key)
+    for _ in range(1 if path.is_local else SECOND_LOOKS):
+        # What a bucket denies for a moment would stay.
+        with contextlib.suppress(FileNotFoundError):
+            request(path, "delete", "rm_file", path.key)
+            return
 
 
 def _create_local(target: Path, body: bytes) -> bool:

@@ -12,8 +12,8 @@ import pytest
 import zarr
 
 from cluster.storage import attempts, objects
-from cluster.storage.create import create
-from cluster.storage.objects import SECOND_LOOKS, read_bytes
+from cluster.storage.create import create, remove
+from cluster.storage.objects import SECOND_LOOKS, exists, read_bytes
 from cluster.storage.path import StoragePath
 from cluster.storage.zarr_store import ArraySpec, RecordedStore, encode_shard, metadata
 from schemas.errors import IntegrityError, StorageError
@@ -73,6 +73,13 @@ def test_create_whose_object_is_denied_for_ever_says_so(root: StoragePath, monke
     answering(monkeypatch, "cat_file", absent, 10**6)
     with pytest.raises(StorageError, match=r"root/x: the store says that it is there, and then that it is not"):
         create(root / "x", b"body")
+
+
+def test_remove_of_an_object_that_is_denied_once_removes_it(root: StoragePath, monkeypatch: pytest.MonkeyPatch) -> None:
+    create(root / "x", b"body")
+    answering(monkeypatch, "rm_file", absent, 1)
+    remove(root / "x")
+    assert not exists(root / "x")
 
 
 @pytest.fixture
