@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+from cluster.storage import redaction
 from schemas.errors import KilobasisError, StageFailedError
 from schemas.events import Event, UnitFailed, UnitQuarantined
 
@@ -138,6 +139,6 @@ class Tries:
 
 
 def first_line(error: BaseException) -> str:
-    """An error's type and the first line of what it says."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return (f"{type(error).__name__}: {text}" if text else type(error).__name__)[:300]
+    """An error's type and the first line of what it says, without secrets."""
+    text = redaction.first_line(str(error), 300)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cluster.storage.redaction import first_line
 from schemas.errors import BusyError
 
 OBJECT_STORE_BYTES = 128 * 2**20
@@ -82,7 +83,7 @@ def ray_session(address: str | None, cpus: int) -> Iterator[None]:
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise _no_answer(address, str(error).splitlines()[0][:200]) from error
+            raise _no_answer(address, first_line(str(error), 200)) from error
         try:
             yield
         finally:

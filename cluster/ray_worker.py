@@ -38,6 +38,7 @@ from cluster.failures import Reminder, first_line
 from cluster.pool import Resources, free_port, limit_threads
 from cluster.processes import birth
 from cluster.storage import create
+from cluster.storage.redaction import redact
 from schemas.errors import BusyError, StageFailedError
 from schemas.events import Event, Note
 
@@ -213,7 +214,7 @@ def rest(seconds: float) -> None:
 
 def why(error: BaseException) -> str:
     """The sentences of Ray's error that say what happened, without names and advice."""
-    lines = [line.strip() for line in str(error).splitlines()]
+    lines = [line.strip() for line in redact(str(error)).splitlines()]
     telling = [line for line in lines if line.lower().startswith("the actor") and "unexpectedly before" not in line]
     text = " ".join(telling) or first_line(error)
     return text.partition(" Some common causes")[0][:300]

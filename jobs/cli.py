@@ -94,17 +94,15 @@ def resume(manifest: ManifestPath, set_: Overrides = None, on_busy: OnBusy = Bus
 
 @app.command()
 def status(manifest: ManifestPath, set_: Overrides = None, json_: AsJson = False) -> None:
-    """Print how far the newest run is, from the records in the root."""
+    """Print how far each stage is, from the records in the root."""
     import dataclasses
 
     from cluster.storage.path import StoragePath
     from jobs import status as states
-    from jobs.plan import instances
-    from jobs.workspace import label
+    from jobs.workspace import Workspace
 
     parsed = manifests.load(manifest, set_ or [])
-    labels = [label(stage, dictionary) for stage, dictionary in instances(parsed)]
-    found = states.read(StoragePath.parse(parsed.root), labels)
+    found = states.read(Workspace(StoragePath.parse(parsed.root), parsed))
     if json_:
         print(json.dumps(dataclasses.asdict(found), indent=1))
         return

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -23,12 +25,12 @@ import psutil
 
 from cluster import interruption
 from cluster.processes import birth
-from cluster.storage.attempts import patience
+from cluster.storage.attempts import patience, reason
 from cluster.storage.create import replace
 from cluster.storage.objects import read_json
 from cluster.storage.path import StoragePath
 from jobs.log import SlotLog
-from schemas.errors import BusyError, IntegrityError, StorageError
+from schemas.errors import BusyError, IntegrityError
 from schemas.layouts import beat_key
 from schemas.records import LeaseRecord, Owner
 
@@ -105,13 +107,12 @@ class Lease:
         try:
             with patience(self._seconds / BEATS_PER_LEASE):
                 self._show(released=True)
-        except StorageError as failure:
-            # The others find out by themselves.
-            _LOG.warning("the lease could not be given back: %s", failure)
+        except Exception as failure:  # noqa: BLE001 - the others find out by themselves, and the work is done
+            _LOG.warning("the lease could not be given back: %s", reason(failure))
 
     def _show(self, released: bool) -> None:
         self._beat += 1
-        body = json.dumps({"counter": self._beat, "released": released}).encode()
+        body = json.dumps({"counter": self._beat, "released": released, "seconds": self._seconds}).encode()
         replace(self._log.path / beat_key(self.record.epoch, self.record.nonce), body)
 
     def _keep(self) -> None:
@@ -121,9 +122,9 @@ class Lease:
                 with patience(self._seconds / BEATS_PER_LEASE):
                     self._show(released=False)
                     self._log.refresh()
-            except (StorageError, IntegrityError) as error:
+            except Exception as error:  # noqa: BLE001 - whatever it was, this thread alone can tell the run of it
                 if time.monotonic() - acknowledged > self._seconds:
-                    self._lost(f"no sign of life could be written for {self._seconds:.0f} s ({error.what})")
+                    self._lost(f"no sign of life could be written for {self._seconds:.0f} s ({reason(error)})")
                     return
                 continue
             acknowledged = time.monotonic()
@@ -193,26 +194,29 @@ def is_over(
         # Left by this very process, which is done with it: a repair puts a lease where one was lost.
         return True
     who = f"{holder.owner.host}, process {holder.owner.pid}"
-    counter, since, told = -1, time.monotonic(), 0.0
-    first = True
+    seen: Beat | None = None
+    first, since, told = True, time.monotonic(), 0.0
     while True:
         of = state(holder.owner)
-        beat, released = _read_beat(log.path, holder)
-        if released or of == "dead":
+        # What cannot be read for a moment is no news.
+        beat = read_beat(log.path, holder) or seen
+        if of == "dead" or (beat and beat.released):
             return True
+        if not wait and ((first and of == "alive") or (seen and beat != seen)):
+            raise BusyError(
+                f"{stage} is being run by {who} (lease {holder.epoch}, alive)",
+                "wait for it, or run with --on-busy wait, which goes on when that run ends or dies",
+            )
         now = time.monotonic()
-        if beat != counter:
-            if not wait and (of == "alive" or not first):
-                raise BusyError(
-                    f"{stage} is being run by {who} (lease {holder.epoch}, alive)",
-                    "wait for it, or run with --on-busy wait, which goes on when that run ends or dies",
-                )
-            counter, since, first = beat, now, False
-        elif now - since > seconds:
+        if first or beat != seen:
+            seen, since, first = beat, now, False
+        # An owner that beats more slowly than we would has said so.
+        patient = max(seconds, seen.seconds if seen else 0.0)
+        if now - since > patient:
             return True
         if now - told > TELL_SECONDS:
             told = now
-            left = max(0.0, seconds - (now - since))
+            left = max(0.0, patient - (now - since))
             tell(f"led by {who} (lease {holder.epoch}); taking over when it shows no sign of life for {left:.0f} s")
         interruption.check()
         time.sleep(min(1.0, seconds / 20))
@@ -233,13 +237,34 @@ def is_held(path: StoragePath) -> bool:
     except IntegrityError:
         # Nobody can tell before it is repaired.
         return True
-    return log.lease is not None and state(log.lease.owner) != "dead" and not _read_beat(path, log.lease)[1]
+    if log.lease is None or state(log.lease.owner) == "dead":
+        return False
+    beat = read_beat(path, log.lease)
+    return beat is None or not beat.released
 
 
-def _read_beat(path: StoragePath, lease: LeaseRecord) -> tuple[int, bool]:
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """An owner's sign of life: its number, whether it is the last, and the silence that the owner may keep."""
+
+    counter: int
+    released: bool
+    seconds: float
+
+
+def read_beat(path: StoragePath, lease: LeaseRecord) -> Beat | None:
+    """The newest sign of life of a lease's owner; None where none was given yet, or none can be read now.
+
+    Args:
+        path: The stage's folder.
+        lease: The lease.
+    """
     try:
-        beat = read_json(path / beat_key(lease.epoch, lease.nonce))
-        return int(beat["counter"]), bool(beat["released"])
-    except (FileNotFoundError, IntegrityError, KeyError, TypeError, ValueError):
-        # Not written yet, or caught half-written by a weak store: no sign of life.
-        return 0, False
+        found = read_json(path / beat_key(lease.epoch, lease.nonce))
+        counter, released = int(found["counter"]), bool(found["released"])
+    except (FileNotFoundError, IntegrityError, KeyError, TypeError, ValueError, OverflowError):
+        # Not written yet, or caught half-written by a weak store.
+        return None
+    seconds = found.get("seconds")
+    known = isinstance(seconds, (int, float)) and math.isfinite(seconds)
+    return Beat(counter, released, float(seconds) if known else 0.0)

@@ -153,6 +153,11 @@ class TrainingLog:
         self._log.refresh()
         return self._log.checkpoints[-1] if self._log.checkpoints else None
 
+    @property
+    def lease(self) -> LeaseRecord | None:
+        """The newest lease, as of the last look at the log."""
+        return self._log.lease
+
     def read(self, entry: ObjectEntry) -> bytes:
         """An object of a checkpoint.
 

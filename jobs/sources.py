@@ -5,7 +5,8 @@ from __future__ import annotations
 from contextlib import closing
 from itertools import islice
 
-from cluster.storage import objects
+from cluster.storage import foreign, objects, probe
+from cluster.storage.attempts import patience
 from cluster.storage.path import StoragePath
 from jobs.workspace import reaching
 from pipeline.sources import corpus, models
@@ -26,7 +27,7 @@ def survey(manifest: Manifest) -> Sources:
     """
     model = models.inspect(manifest.model, manifest.harvest.hook_points)
     source = StoragePath.parse(manifest.corpus.source)
-    with reaching(f"corpus.source {source}", source):
+    with reaching(f"corpus.source {source}", source), patience(probe.DOOR_SECONDS):
         return Sources(model, _corpus(manifest, model))
 
 
@@ -66,7 +67,7 @@ def _corpus(manifest: Manifest, model: ModelFacts) -> CorpusFacts:
     total = round(sum(_characters(path, size) for path, size in stored.items()) * per_character)
     heldout = round(total * section.heldout)
     return CorpusFacts(
-        files=tuple((str(path), objects.signature(path)) for path in paths),
+        files=tuple((str(path), foreign.signature(path)) for path in paths),
         stored_bytes=sum(stored.values()),
         train_rows=max(1, total - heldout),
         heldout_rows=heldout,

@@ -1,27 +1,34 @@
-"""What a root says of itself: counts come from the records, the rest from the newest run's events."""
+"""What a root says of itself: the records tell how far each stage is, events only add the scalars of the moment."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pydantic import ValidationError
 
-from cluster.storage.objects import names, read_json
+from cluster.storage.objects import listing, names, read_checked, read_json
 from cluster.storage.path import StoragePath
 from jobs import lease
 from jobs.log import TrainingLog
+from jobs.plan import instances
 from jobs.state import StageFolder
-from jobs.workspace import PROCESS, events_of
+from jobs.workspace import PROCESS, Workspace, events_of, label, manifest_of
+from pipeline.stage import Stage
 from schemas.errors import IntegrityError, ManifestError
 from schemas.events import Event, Progress, StageCommitted, StageStarted
-from schemas.layouts import COMMITTED, RUNS
-from schemas.records import Owner
+from schemas.layouts import BEATS, COMMITTED, LOG, RUNS, SPEC, beat_key
+from schemas.manifest import Compute, Dictionary
+from schemas.records import LeaseRecord, Owner, StageRecord, parse_record
+
+# Runs whose events are looked through for the folder of a stage; older ones are passed over.
+RECENT_RUNS = 20
 
 
 @dataclass(frozen=True, slots=True)
 class StageStatus:
-    """One stage: `committed`, `running` or `stopped` with `done` of `total`, or `waiting`."""
+    """One stage: `committed`, `running` or `stopped` with `done` of `total`, `waiting`, or `damaged`."""
 
     stage: str
     state: str
@@ -33,7 +40,7 @@ class StageStatus:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """A root's newest run."""
+    """A root's newest run, and its stages."""
 
     run: str
     alive: bool | None
@@ -41,25 +48,32 @@ class Status:
     stages: tuple[StageStatus, ...]
 
 
-def read(root: StoragePath, labels: list[str]) -> Status:
-    """Look at the newest run.
+def read(workspace: Workspace) -> Status:
+    """Look at the stages of a manifest in its root.
 
     Args:
-        root: The manifest's root.
-        labels: The manifest's stages.
+        workspace: The manifest's.
 
     Raises:
         ManifestError: nothing was ever run there.
     """
-    runs = names(root / RUNS)
+    root = workspace.root
+    runs = workspace.runs()
     if not runs:
         raise ManifestError(f"root {root} has no run", "start one with `kilobasis run`")
-    run = root / RUNS / runs[-1]
-    seen = list(events_of(run))
-    alive = _alive(run)
-    last = max((when for when, _ in seen), default=None)
-    stages = tuple(_stage(root, name, [event for _, event in seen if event.stage == name], alive) for name in labels)
-    return Status(run.name, alive, None if last is None else max(0.0, time.time() - last), stages)
+    newest = root / RUNS / runs[-1]
+    last = max((when for when, _ in events_of(newest)), default=None)
+    told = _told(workspace, runs)
+    digests: dict[str, str] = {}
+    stages = []
+    for stage, dictionary in instances(workspace.manifest):
+        name = label(stage, dictionary)
+        path = _folder(workspace, stage, dictionary, told.get(name, []), digests)
+        stages.append(StageStatus(name, "waiting", 0, 0) if path is None else _stage(path, name, told.get(name, [])))
+        if path is not None and stages[-1].state == "committed":
+            digests[name] = _record(path).digest
+    since = None if last is None else max(0.0, time.time() - last)
+    return Status(newest.name, _alive(newest), since, tuple(stages))
 
 
 def _alive(run: StoragePath) -> bool | None:
@@ -71,25 +85,111 @@ def _alive(run: StoragePath) -> bool | None:
     return None if state == "unknown" else state != "dead"
 
 
-def _stage(root: StoragePath, name: str, ours: list[Event], alive: bool | None) -> StageStatus:
-    folders = [event.folder.rstrip("/") for event in ours if isinstance(event, StageStarted | StageCommitted)]
-    # Events name the folder where it was then; a root may be moved.
-    folder = folders[-1].rpartition("/")[2] if folders else ""
-    if folder in ("", ".", ".."):
-        return StageStatus(name, "waiting", 0, 0)
-    stage, _, dictionary = name.partition("/")
-    base = root / "dictionaries" / dictionary / stage if dictionary else root / stage
-    path = base / folder
-    units = len(StageFolder(path, name, "").units())
-    total = max((event.total for event in ours if isinstance(event, StageStarted)), default=units)
-    progress = [event for event in ours if isinstance(event, Progress)]
+def _told(workspace: Workspace, runs: list[str]) -> dict[str, list[Event]]:
+    """What the newest run that worked on a stage told of it, for each stage; only runs of this manifest count."""
+    ours = workspace.manifest.identity()
+    wanted = {label(stage, dictionary) for stage, dictionary in instances(workspace.manifest)}
+    found: dict[str, list[Event]] = {}
+    for run in reversed(runs[-RECENT_RUNS:]):
+        manifest = manifest_of(workspace.root / RUNS / run)
+        if manifest is None or {key: manifest.get(key) for key in ours} != ours:
+            continue
+        events = [event for _, event in events_of(workspace.root / RUNS / run)]
+        for name in wanted - set(found):
+            of_stage = [event for event in events if event.stage == name]
+            if any(_named(event) for event in of_stage):
+                found[name] = of_stage
+        if wanted == set(found):
+            break
+    return found
+
+
+def _named(event: Event) -> str:
+    """The name of the folder that an event tells of. Its place is where it was then: a root may be moved."""
+    return event.folder.rstrip("/").rpartition("/")[2] if isinstance(event, StageStarted | StageCommitted) else ""
+
+
+def _folder(
+    workspace: Workspace,
+    stage: Stage,
+    dictionary: Dictionary | None,
+    told: list[Event],
+    digests: Mapping[str, str],
+) -> StoragePath | None:
+    """Which folder of a stage the manifest is about; None where there is none.
+
+    A stage has a folder for each fingerprint. The one that a run of this manifest told of is the one. Runs that died
+    before they told anything leave folders all the same: one that was made from what is committed here, and of
+    several the one that a run led last.
+    """
+    base = workspace.stage_root(stage, dictionary)
+    there = names(base)
+    for event in reversed(told):
+        if _named(event) in there:
+            return base / _named(event)
+    needed = {}
+    for need in stage.needs:
+        digest = digests.get(need) or digests.get(f"{need}/{dictionary.name}" if dictionary else "")
+        if digest is None:
+            return None
+        needed[need] = digest
+    fitting = [base / name for name in there if _inputs(base / name) == needed]
+    return fitting[0] if len(fitting) == 1 else max(fitting, key=_led, default=None)
+
+
+def _inputs(path: StoragePath) -> object:
+    """The digests of what a folder's stage is made from."""
+    try:
+        found = read_json(path / SPEC)
+    except (FileNotFoundError, IntegrityError):
+        return None
+    return found.get("inputs") if isinstance(found, dict) else None
+
+
+def _led(path: StoragePath) -> float:
+    """When a run last led a folder's stage, by the store's clock."""
+    shown = {**listing(path / LOG), **listing(path / BEATS)}
+    return max((each.modified or 0.0 for each in shown.values()), default=0.0)
+
+
+def _record(path: StoragePath) -> StageRecord:
+    where = path / COMMITTED
+    return read_checked(where, lambda body: parse_record(StageRecord, body, str(where)), listed=True)
+
+
+def _stage(path: StoragePath, name: str, told: list[Event]) -> StageStatus:
+    total = max((event.total for event in told if isinstance(event, StageStarted)), default=0)
+    progress = [event for event in told if isinstance(event, Progress)]
     scalars = progress[-1].scalars if progress else {}
-    if COMMITTED in names(path):
-        return StageStatus(name, "committed", max(units, total), max(units, total), "", scalars)
-    state = "stopped" if alive is False else "running"
-    checkpoint = TrainingLog(path).latest()
-    if progress or checkpoint:
-        done, total = (progress[-1].done, progress[-1].total) if progress else (0, 0)
-        detail = f"last checkpoint at step {checkpoint.step}" if checkpoint else "no checkpoint yet"
-        return StageStatus(name, state, done, total, detail, scalars)
-    return StageStatus(name, state, units, total)
+    try:
+        if COMMITTED in names(path):
+            done = max(len(_record(path).units), total)
+            return StageStatus(name, "committed", done, done, "", scalars)
+        log = TrainingLog(path)
+        checkpoint = log.latest()
+    except (IntegrityError, FileNotFoundError) as error:
+        return StageStatus(name, "damaged", 0, total, f"look with `kilobasis verify`: {error}", scalars)
+    units = len(StageFolder(path, name, "").units())
+    state, detail = _led_by(path, log.lease)
+    if not (progress or checkpoint):
+        return StageStatus(name, "waiting" if log.lease is None and not units else state, units, total, detail, scalars)
+    done, total = (progress[-1].done, progress[-1].total) if progress else (0, 0)
+    at = f"last checkpoint at step {checkpoint.step}" if checkpoint else "no checkpoint yet"
+    return StageStatus(name, state, done, total, f"{at}, {detail}" if detail else at, scalars)
+
+
+def _led_by(path: StoragePath, holder: LeaseRecord | None) -> tuple[str, str]:
+    """Whether a stage that is not committed is being run, and by whom if that is elsewhere."""
+    beat = lease.read_beat(path, holder) if holder else None
+    if holder is None or (beat and beat.released):
+        return "stopped", ""
+    of = lease.state(holder.owner)
+    if of != "unknown":
+        return ("running" if of == "alive" else "stopped"), ""
+    who = f"{holder.owner.host}, process {holder.owner.pid}"
+    shown = listing(path / BEATS).get(beat_key(holder.epoch, holder.nonce).removeprefix(f"{BEATS}/"))
+    # Two clocks, which is good enough for people; a run that wants the lease waits by its own alone.
+    silent = 0.0 if shown is None or shown.modified is None else time.time() - shown.modified
+    if silent > max(Compute().lease_seconds, beat.seconds if beat else 0.0):
+        return "stopped", f"no sign of life from {who} for {silent:.0f} s"
+    return "running", f"led by {who}"

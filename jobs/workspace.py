@@ -22,6 +22,7 @@ from cluster.storage.objects import (
     require_writable,
 )
 from cluster.storage.path import StoragePath
+from cluster.storage.redaction import first_line
 from jobs.fingerprint import differences
 from jobs.manifest import canonical
 from jobs.state import StageFolder
@@ -33,6 +34,8 @@ from schemas.manifest import Dictionary, Manifest
 from schemas.records import RootRecord, canonical_json, parse_record
 
 OWNER = "ROOT.json"
+# Beside it where a later run was allowed less, because what is created stays as it is.
+SINGLE_WRITER = "SINGLE_WRITER.json"
 MANIFEST = "manifest.json"
 PROCESS = "process.json"
 _STAMP = "%Y%m%dT%H%M%S.%fZ"
@@ -53,7 +56,7 @@ def reaching(what: str, path: StoragePath) -> Iterator[None]:
     except Exception as error:
         if path.is_local and not isinstance(error, OSError):
             raise
-        reason = (str(error) or "no reason given").splitlines()[0][:160]
+        reason = first_line(str(error), 160) or "no reason given"
         raise ManifestError(
             f"{what} cannot be used ({type(error).__name__}: {reason})",
             "check the path" if path.is_local else "check the URL, the credentials and the network",
@@ -115,8 +118,11 @@ class Workspace:
         """
         with reaching(f"root {self.root}", self.root):
             creates = probe.require_trusted(self.root, single_writer)
-            create(self.root / OWNER, RootRecord(name=self.manifest.name, creates=creates).body())
+            record = RootRecord(name=self.manifest.name, creates=creates)
+            create(self.root / OWNER, record.body())
             self._require_ours()
+            if creates != probe.TRUSTED and owner_of(self.root, listed=True).creates == probe.TRUSTED:
+                create(self.root / SINGLE_WRITER, record.body())
 
     def runs(self) -> list[str]:
         """Ids of all runs, oldest first."""

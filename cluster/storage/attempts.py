@@ -7,6 +7,7 @@ counts. A local file system is asked once.
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import random
@@ -20,7 +21,7 @@ import tenacity
 
 from cluster import interruption
 from cluster.storage.path import StoragePath
-from cluster.storage.redaction import redact
+from cluster.storage.redaction import first_line
 from schemas.errors import KilobasisError, StorageError
 
 T = TypeVar("T")
@@ -37,6 +38,8 @@ _patience: ContextVar[float | None] = ContextVar("patience", default=None)
 
 # These are answers, not failures.
 ANSWERS = (FileNotFoundError, FileExistsError)
+# Not JSON, no text: a proxy's page in the place of an answer. Both are ValueErrors, and pass.
+_GARBLED = (json.JSONDecodeError, UnicodeDecodeError)
 _MISTAKES = (ValueError, TypeError, NotImplementedError, AttributeError, KeyError, MemoryError, ImportError)
 _NO_CREDENTIALS = frozenset(
     {
@@ -131,7 +134,7 @@ def attempt(path: StoragePath, verb: str, operation: Callable[[], T], renew: Cal
     except (*ANSWERS, KilobasisError):
         raise
     except _MISTAKES as error:
-        if type(error).__name__ in _NO_CREDENTIALS:
+        if type(error).__name__ in _NO_CREDENTIALS or isinstance(error, _GARBLED):
             raise _given_up(path, verb, error, began, retrying) from error
         raise
     except Exception as error:
@@ -140,6 +143,8 @@ def attempt(path: StoragePath, verb: str, operation: Callable[[], T], renew: Cal
 
 def may_pass(error: BaseException) -> bool:
     """Whether a failure of a remote store is worth another attempt."""
+    if isinstance(error, _GARBLED):
+        return True
     if isinstance(error, (*ANSWERS, *_MISTAKES, PermissionError, KilobasisError)):
         return False
     return isinstance(error, Exception) and type(error).__name__ not in _NO_CREDENTIALS
@@ -164,8 +169,7 @@ def _given_up(
 
 def reason(error: BaseException | None) -> str:
     """A failure in one short line, without secrets."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
-    return redact(f"{type(error).__name__}: {text}")[:240]
+    return f"{type(error).__name__}: {first_line(str(error), 200) or 'no reason given'}"
 
 
 @contextmanager

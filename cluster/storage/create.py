@@ -17,6 +17,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import itertools
 import os
 import threading
 import uuid
@@ -26,7 +27,7 @@ from typing import Any
 
 from cluster import interruption
 from cluster.storage.attempts import attempt, disk, may_pass
-from cluster.storage.objects import forget, kept, once, read_at_most, request
+from cluster.storage.objects import SECOND_LOOKS, forget, kept, once, read_at_most, request
 from cluster.storage.path import StoragePath
 from schemas.errors import IntegrityError, InterruptedRunError, StorageError
 
@@ -138,8 +139,11 @@ def replace(path: StoragePath, body: bytes) -> None:
 
 def remove(path: StoragePath) -> None:
     """Delete an object. For repair, gc and the probe's own objects alone; an absent one is no error."""
-    with contextlib.suppress(FileNotFoundError):
-        request(path, "delete", "rm_file", path.key)
+    for _ in range(1 if path.is_local else SECOND_LOOKS):
+        # What a bucket denies for a moment would stay.
+        with contextlib.suppress(FileNotFoundError):
+            request(path, "delete", "rm_file", path.key)
+            return
 
 
 def _create_local(target: Path, body: bytes) -> bool:
@@ -154,20 +158,29 @@ def _create_local(target: Path, body: bytes) -> bool:
             os.link(temporary, target)
         except FileExistsError:
             return False
-        descriptor = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _settle(target.parent)
         return True
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
 
 
+def _settle(folder: Path) -> None:
+    """Make the names in a folder last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _make_folder(target: Path) -> None:
     try:
+        missing = list(itertools.takewhile(lambda folder: not folder.is_dir(), target.parents))
         target.parent.mkdir(parents=True, exist_ok=True)
+        # A name that lasts is worth nothing in a folder whose own name does not.
+        for folder in reversed(missing):
+            _settle(folder.parent)
     except (FileExistsError, NotADirectoryError) as error:
         raise StorageError(
             f"cannot create {target}: {error.filename} is a file, or below one, where a folder should be",
@@ -186,9 +199,10 @@ class _NotThereError(OSError):
 def _create_remote(path: StoragePath, body: bytes) -> bool:
     for _ in range(LOOKS):
         ours = attempt(path, "create", functools.partial(_put, path, body), forget)
-        if ours and kept(path) == (len(body), hashlib.md5(body, usedforsecurity=False).hexdigest()):
-            return True
+        # A store that denies what it has just taken is asked again.
         with contextlib.suppress(FileNotFoundError):
+            if ours and kept(path) == (len(body), hashlib.md5(body, usedforsecurity=False).hexdigest()):
+                return True
             there = read_at_most(path, len(body) + 1)
             if ours and there != body:
                 raise IntegrityError(

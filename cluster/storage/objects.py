@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import errno
 import functools
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import fsspec
 from fsspec.asyn import sync
@@ -113,7 +111,8 @@ def once(path: StoragePath, method: str, *args: Any, size: int = 0, **options: A
 
 def _translated(error: Exception) -> Exception:
     """An HTTP error that a library leaves as its own, as the error that Python has for it."""
-    status = getattr(error, "status_code", None) or getattr(error, "code", None)
+    # aiohttp has a `code` as well, and warns whoever looks at it.
+    status = getattr(error, "status_code", None) or vars(error).get("status") or vars(error).get("code")
     text = str(error)
     if status == 404:
         return FileNotFoundError(text)
@@ -272,13 +271,6 @@ def require_within(folder: StoragePath, keys: Iterable[str]) -> None:
             locate(folder, key)
 
 
-@contextmanager
-def open_read(path: StoragePath) -> Iterator[BinaryIO]:
-    """A buffered binary stream over the object."""
-    with filesystem(path).open(path.key, "rb") as stream:
-        yield cast(BinaryIO, stream)
-
-
 def exists(path: StoragePath) -> bool:
     """Whether an object or a folder is there now."""
     return bool(request(path, "look for", "exists", path.key))
@@ -332,20 +324,6 @@ def _modified(info: dict[str, Any]) -> float | None:
     return None
 
 
-def glob(pattern: StoragePath) -> list[StoragePath]:
-    """The objects that match a pattern, sorted; a folder stands for every file below it."""
-    fs = filesystem(pattern)
-    if any(character in pattern.key for character in "*?["):
-        found = [str(entry) for entry in fs.glob(pattern.key)]
-    elif fs.isdir(pattern.key):
-        found = [str(entry) for entry in fs.find(pattern.key)]
-    else:
-        found = [pattern.key] if fs.exists(pattern.key) else []
-    keep = [key for key in found if not fs.isdir(key) and not key.rsplit("/", 1)[-1].startswith(".")]
-    # Some file systems answer with a slash in front that no parsed path has.
-    return [StoragePath(pattern.scheme, key if pattern.is_local else key.lstrip("/")) for key in sorted(keep)]
-
-
 def size(path: StoragePath) -> int:
     """Bytes of the object.
 
@@ -368,19 +346,6 @@ def kept(path: StoragePath) -> tuple[int, str | None]:
         if len(text) == 32 and all(character in "0123456789abcdef" for character in text):
             return int(info["size"]), text
     return int(info["size"] or 0), None
-
-
-def signature(path: StoragePath) -> str:
-    """What tells one content of an object from another: the store's own checksum, or sha256 where it has none."""
-    info = filesystem(path).info(path.key)
-    for field in ("ETag", "etag", "md5Hash", "content_md5"):
-        if info.get(field):
-            return f"{field.lower()}:{info[field]}".replace('"', "")
-    digest = hashlib.sha256()
-    with open_read(path) as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return f"sha256:{digest.hexdigest()}"
 
 
 def free_bytes(path: StoragePath) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from cluster.storage.redaction import first_line
 from schemas.errors import IntegrityError, KilobasisError
 from schemas.records import REPAIR
 
@@ -26,5 +27,5 @@ def parsing(where: object, kind: str) -> Iterator[None]:
         raise
     except Exception as error:
         # Every parser has errors of its own, and an index out of range is one of them.
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise IntegrityError(f"{where} is no {kind} that a stage here makes ({first[:160]})", REPAIR) from error
+        first = first_line(str(error), 160) or type(error).__name__
+        raise IntegrityError(f"{where} is no {kind} that a stage here makes ({first})", REPAIR) from error

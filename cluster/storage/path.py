@@ -15,6 +15,8 @@ from cluster.storage.redaction import holds_credential
 from schemas.errors import ManifestError
 
 _WEB = frozenset({"http", "https"})
+# Other names of the same store, which is asked in one way.
+_ALIASES = {"s3a": "s3", "gcs": "gs"}
 _SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+)://(.*)$", re.DOTALL)
 
 
@@ -57,7 +59,7 @@ class StoragePath:
         segments = [part for part in match[2].split("/") if part not in ("", ".")]
         if ".." in segments:
             raise ManifestError(f"the URL {text!r} climbs with '..'", "name the target directly")
-        scheme, key = match[1].lower(), "/".join(segments)
+        scheme, key = _ALIASES.get(match[1].lower(), match[1].lower()), "/".join(segments)
         # What fsspec calls a path on the web is the whole URL.
         return cls(scheme, f"{scheme}://{key}" if scheme in _WEB else key)
 
@@ -83,6 +85,11 @@ class StoragePath:
         return self.scheme == "file"
 
     @property
+    def is_web(self) -> bool:
+        """Whether it is the URL of a page or a file on the web, where nothing can be written."""
+        return self.scheme in _WEB
+
+    @property
     def local(self) -> Path:
         """The path as a `pathlib.Path`; only for local ones."""
         if not self.is_local:
@@ -101,4 +108,4 @@ class StoragePath:
         return self.key[len(prefix) :]
 
     def __str__(self) -> str:
-        return self.key if self.is_local or self.scheme in _WEB else f"{self.scheme}://{self.key}"
+        return self.key if self.is_local or self.is_web else f"{self.scheme}://{self.key}"

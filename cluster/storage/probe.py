@@ -11,10 +11,13 @@ from cluster.storage.objects import names, read_bytes
 from cluster.storage.path import StoragePath
 from schemas.errors import ManifestError
 
+TRUSTED = "if-absent"
 WRITERS = 8
 ROUNDS = 3
 # A run that is killed in the middle of this leaves a folder of this name, which counts for nothing.
 PREFIX = "probe-"
+# Their libraries ask the store itself to create only. Others look, then write: a race that goes well proves nothing.
+ATOMIC = frozenset({"file", "memory", "s3", "gs", "az", "abfs", "abfss"})
 # A wrong URL or wrong credentials should be told soon.
 DOOR_SECONDS = 20.0
 
@@ -94,9 +97,12 @@ def require_trusted(root: StoragePath, single_writer: bool) -> str:
     Raises:
         ManifestError: it cannot be trusted.
     """
-    wrong = probe(root)
+    if root.scheme in ATOMIC:
+        wrong = probe(root)
+    else:
+        wrong = f"fsspec's {root.scheme}:// is not known to create only where nothing is"
     if not wrong:
-        return "if-absent"
+        return TRUSTED
     if single_writer:
         return f"single-writer: {wrong}"
     raise ManifestError(

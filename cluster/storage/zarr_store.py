@@ -18,7 +18,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import MemoryStore
 
-from cluster.storage.objects import locate, read_range, read_recorded
+from cluster.storage.objects import SECOND_LOOKS, locate, read_range, read_recorded
 from cluster.storage.path import StoragePath
 from schemas.errors import IntegrityError
 from schemas.records import REPAIR, ObjectEntry
@@ -141,14 +141,7 @@ class RecordedStore(Store):
             start = max(0, entry.size - request.suffix)
         if request is None:
             return read_recorded(self._path, entry)
-        path = locate(self._path, entry.key)
-        try:
-            body = read_range(path, start, end)
-        except FileNotFoundError as error:
-            raise IntegrityError(f"{path} is committed, but absent", REPAIR) from error
-        if len(body) != end - start:
-            raise IntegrityError(f"{path} gave {len(body)} bytes of [{start}, {end}), it was cut short", REPAIR)
-        return body
+        return _committed_range(locate(self._path, entry.key), start, end)
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """An object or a range of it; None only for a key that no record names (Zarr probes for some)."""
@@ -207,3 +200,20 @@ class RecordedStore(Store):
         below = prefix.rstrip("/") + "/" if prefix else ""
         for name in sorted({key[len(below) :].split("/")[0] for key in self._entries if key.startswith(below)}):
             yield name
+
+
+def _committed_range(path: StoragePath, start: int, end: int) -> bytes:
+    for look in range(SECOND_LOOKS):
+        # A bucket that denies a committed object, or cuts it short, may not do so the next time.
+        last = look + 1 == SECOND_LOOKS or path.is_local
+        try:
+            body = read_range(path, start, end)
+        except FileNotFoundError as error:
+            if last:
+                raise IntegrityError(f"{path} is committed, but absent", REPAIR) from error
+            continue
+        if last or len(body) == end - start:
+            break
+    if len(body) != end - start:
+        raise IntegrityError(f"{path} gave {len(body)} bytes of [{start}, {end}), it was cut short", REPAIR)
+    return body

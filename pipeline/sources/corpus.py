@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import zstandard
 
-from cluster.storage import objects
+from cluster.storage import foreign
 from cluster.storage.path import StoragePath
 from schemas.errors import ManifestError
 
@@ -51,7 +51,7 @@ def files(source: StoragePath) -> list[StoragePath]:
     Raises:
         ManifestError: nothing matches, or a file's kind cannot be told.
     """
-    found = objects.glob(source)
+    found = foreign.glob(source)
     if not found:
         raise ManifestError(
             f"corpus.source {source} matches no file", "check the path, or use a glob such as /data/*.jsonl.zst"
@@ -75,7 +75,7 @@ def documents(path: StoragePath, text_field: str) -> Generator[str]:
     reader = {"text": _text, "lines": _lines, "parquet": _parquet}[kind]
     try:
         with ExitStack() as stack:
-            stream = stack.enter_context(objects.open_read(path))
+            stream = stack.enter_context(foreign.open_read(path))
             texts = stack.enter_context(closing(reader(_decompressed(path, stream, stack), path, text_field)))
             for text in texts:
                 if text.strip():
@@ -86,7 +86,9 @@ def documents(path: StoragePath, text_field: str) -> Generator[str]:
             "convert it to UTF-8 or leave it out of corpus.source",
         ) from error
     except (EOFError, OSError, zlib.error, zstandard.ZstdError, pa.ArrowException) as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, TimeoutError | ConnectionError) or (
+            isinstance(error, OSError) and error.errno is not None
+        ):
             # The disk's or the network's trouble. Without a number it is what gzip and Arrow say of damaged data.
             raise
         raise ManifestError(

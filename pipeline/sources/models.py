@@ -22,6 +22,7 @@ import transformers
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
 
+from cluster.storage.redaction import first_line
 from pipeline.sources.hooks import capture, find_module
 from pipeline.stage import ModelFacts
 from schemas.errors import ManifestError
@@ -167,7 +168,7 @@ def _locate(section: Model, weights: bool = False) -> tuple[Path, str | None]:
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
         raise ManifestError(
             f"model.source {section.source}: no folder of that name is here, and the hub does not give it "
-            f"({type(error).__name__}: {str(error).splitlines()[0][:160]})",
+            f"({type(error).__name__}: {first_line(str(error), 160)})",
             "check the name and the network, or download the model and name its folder",
         ) from error
     return Path(found), Path(found).name

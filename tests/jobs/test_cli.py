@@ -18,18 +18,11 @@ import yaml
 import jobs
 from tests.support.command import Result, invoke, snapshot
 from tests.support.fixtures import write_manifest
+from tests.support.roots import events, lose_a_unit, newest
 
 Tree = dict[str, Any]
 QUICKSTART = Path(jobs.__path__[0]) / "manifests" / "quickstart.yaml"
 STAGES = ["tokenize", "harvest", "train/tiny", "evaluate/tiny", "catalog/tiny", "export/tiny"]
-
-
-@pytest.fixture
-def copied(finished: SimpleNamespace, tmp_path: Path) -> SimpleNamespace:
-    """A copy of the finished run, to be changed; its manifest names the copied root."""
-    root = shutil.copytree(finished.root, tmp_path / "root")
-    tree = finished.tree | {"root": str(root)}
-    return SimpleNamespace(root=root, tree=tree, manifest=write_manifest(tmp_path / "tiny.yaml", tree))
 
 
 def planned(manifest: Path, *overrides: str) -> dict[str, dict[str, Any]]:
@@ -52,22 +45,6 @@ def report(manifest: Path, *overrides: str) -> dict[str, Any]:
     return found
 
 
-def status(manifest: Path) -> dict[str, Any]:
-    result = invoke("status", manifest, "--json")
-    assert result.code == 0, result.err
-    found: dict[str, Any] = json.loads(result.out)
-    return found
-
-
-def newest(root: Path) -> Path:
-    return max((root / "runs").iterdir())
-
-
-def events(run: Path) -> list[dict[str, Any]]:
-    segments = sorted((run / "events").glob("*.jsonl"))
-    return [json.loads(line) for segment in segments for line in segment.read_text().splitlines()]
-
-
 def ran(root: Path) -> list[str]:
     """The stages that the newest run did itself."""
     return [e["stage"] for e in events(newest(root)) if e["event"] == "StageCommitted" and not e["skipped"]]
@@ -76,20 +53,6 @@ def ran(root: Path) -> list[str]:
 def outputs(root: Path) -> dict[str, str]:
     """Everything below the root but what each run notes of itself."""
     return {key: value for key, value in snapshot(root).items() if not key.startswith("runs")}
-
-
-def lose_a_unit(root: Path) -> None:
-    """As if the harvest had been killed before its second unit was committed."""
-    (folder,) = (root / "harvest").iterdir()
-    (folder / "COMMITTED.json").unlink()
-    (folder / "units" / "000001.json").unlink()
-
-
-def dead_process() -> int:
-    """The id of a process that has ended."""
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
 
 
 # plan
@@ -276,51 +239,7 @@ def test_run_damaged_record_is_an_integrity_error_that_names_it(name: str, copie
     assert f"{folder / name} is no valid" in result.err.splitlines()[-1]
 
 
-# status and report
-
-
-def test_status_after_a_run_shows_every_stage_committed(finished: SimpleNamespace) -> None:
-    found = status(finished.manifest)
-    assert [(stage["stage"], stage["state"]) for stage in found["stages"]] == [(name, "committed") for name in STAGES]
-    by_name = {stage["stage"]: stage for stage in found["stages"]}
-    assert (by_name["harvest"]["done"], by_name["harvest"]["total"]) == (3, 3)
-    assert by_name["train/tiny"]["scalars"]["l0"] == pytest.approx(4.0)
-    assert found["run"] == newest(finished.root).name
-
-
-def test_status_of_a_killed_run_shows_where_it_stopped(copied: SimpleNamespace) -> None:
-    lose_a_unit(copied.root)
-    noted = newest(copied.root) / "process.json"
-    noted.write_text(json.dumps(json.loads(noted.read_text()) | {"pid": dead_process()}))
-    found = status(copied.manifest)
-    by_name = {stage["stage"]: stage for stage in found["stages"]}
-    assert found["alive"] is False
-    assert by_name["tokenize"]["state"] == "committed"
-    assert (by_name["harvest"]["state"], by_name["harvest"]["done"], by_name["harvest"]["total"]) == ("stopped", 2, 3)
-    assert "not running" in invoke("status", copied.manifest).out
-
-
-def test_status_of_a_living_run_on_this_machine_is_running(finished: SimpleNamespace) -> None:
-    # The run's process is this one.
-    assert status(finished.manifest)["alive"] is True
-
-
-def test_status_of_a_run_on_another_machine_does_not_guess(copied: SimpleNamespace) -> None:
-    noted = newest(copied.root) / "process.json"
-    noted.write_text(json.dumps({"host": "elsewhere.invalid", "pid": 1}))
-    assert status(copied.manifest)["alive"] is None
-    assert "on another machine" in invoke("status", copied.manifest).out
-
-
-def test_status_of_a_stage_that_never_began_is_waiting(copied: SimpleNamespace) -> None:
-    run = newest(copied.root)
-    kept = [event for event in events(run) if event["stage"] in ("tokenize", "harvest")]
-    shutil.rmtree(run / "events")
-    (run / "events").mkdir()
-    (run / "events" / "000000.jsonl").write_text("".join(json.dumps(event) + "\n" for event in kept))
-    states = {stage["stage"]: stage["state"] for stage in status(copied.manifest)["stages"]}
-    assert states["harvest"] == "committed"
-    assert states["train/tiny"] == "waiting"
+# report
 
 
 def test_report_gives_the_page_and_the_final_numbers(finished: SimpleNamespace) -> None:

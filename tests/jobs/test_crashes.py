@@ -21,7 +21,7 @@ from cluster.storage.objects import forget
 from cluster.storage.path import StoragePath
 from jobs import repair as repairs
 from tests.support import dying, runs
-from tests.support.dying import Point
+from tests.support.dying import DOOR, HOLD, LEASE, START, Point
 from tests.support.stores import reach
 
 T = TypeVar("T")
@@ -56,13 +56,17 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.fixture(scope="module")
 def expected(finished: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """The manifest, its digests, and how many operations a run has in each place."""
+    """The manifest, its digests, and how many operations a run has, in all and from two landmarks on."""
     folder = tmp_path_factory.mktemp("expected")
     going = dying.start(finished.manifest, *QUICK, f"root={folder / 'root'}", log=folder / "log")
     assert going.wait() == 0, going.log.read_text()
     assert runs.digests(folder / "root") == runs.digests(finished.root)
     return SimpleNamespace(
-        manifest=finished.manifest, digests=runs.digests(finished.root), operations=operations(going.log)
+        manifest=finished.manifest,
+        digests=runs.digests(finished.root),
+        operations=operations(going.log),
+        behind_door=operations(going.log, DOOR),
+        behind_lease=operations(going.log, LEASE),
     )
 
 
@@ -120,13 +124,13 @@ def until_struck(expected: SimpleNamespace, place: str, log: Path, point: Point)
             return root, going
         assert code == 0, f"seed {SEED}, {point}: {log.read_text()}"
         check(expected, root)
-        point = replace(point, number=rng.randint(3, operations(log)))
+        point = replace(point, number=rng.randint(1, operations(log, point.behind)))
     raise AssertionError(f"seed {SEED}: no run came to its {point.number}th operation: {log.read_text()}")
 
 
-def operations(log: Path) -> int:
-    """How many a run had that has ended."""
-    return int(log.read_text().rpartition("operations ")[2].split()[0])
+def operations(log: Path, behind: str = START) -> int:
+    """How many a run had that has ended, from a landmark on."""
+    return int(log.read_text().rpartition("operations ")[2].split()[dying.LANDMARKS.index(behind)])
 
 
 @pytest.mark.parametrize("place", PLACES, indirect=True)
@@ -170,18 +174,33 @@ def stopped(going: dying.Going) -> bool:
 def test_run_killed_again_while_it_resumes_reaches_the_same_digests(
     number: int, place: str, expected: SimpleNamespace, tmp_path: Path
 ) -> None:
-    rng = random.Random(f"{SEED} twice {place.partition('://')[0]}")
-    pairs = [(Point(rng.randint(1, expected.operations)), Point(rng.randint(1, 20), "after")) for _ in range(number)]
+    """Both times behind the door: where the store is probed, there is nothing yet to be damaged."""
+    rngs = [random.Random(f"{SEED} twice {place.partition('://')[0]} {index}") for index in range(number)]
 
     def die_twice(index: int) -> None:
-        root, log = f"{place}-{index}", tmp_path / f"log-{index}"
-        for point in pairs[index]:
-            code = begin(expected, root, log, point=point).wait()
-            assert code in (0, -signal.SIGKILL), f"seed {SEED}, {point}: {log.read_text()}"
-        assert begin(expected, root, log).wait() == 0, f"seed {SEED}: {log.read_text()}"
-        check(expected, root)
+        log = tmp_path / f"log-{index}"
+        for attempt in range(10):
+            root = f"{place}-{index}-{attempt}"
+            if died_twice(expected, root, log, rngs[index]):
+                assert begin(expected, root, log).wait() == 0, f"seed {SEED}: {log.read_text()}"
+                check(expected, root)
+                return
+        raise AssertionError(f"seed {SEED}: no run died twice: {log.read_text()}")
 
     beside(die_twice, number)
+
+
+def died_twice(expected: SimpleNamespace, root: str, log: Path, rng: random.Random) -> bool:
+    """Whether a run and its resume both came to a point where they died; a resume may have less to do than thought."""
+    first = rng.randint(1, expected.behind_door)
+    for number in (first, rng.randint(1, max(1, expected.behind_door - first))):
+        point = Point(number, rng.choice(["before", "after"]), behind=DOOR)
+        code = begin(expected, root, log, point=point).wait()
+        if code == 0:
+            check(expected, root)
+            return False
+        assert code == -signal.SIGKILL, f"seed {SEED}, {point}: {log.read_text()}"
+    return True
 
 
 @MANY
@@ -191,7 +210,7 @@ def test_run_stopped_beyond_its_lease_and_woken_overwrites_nothing(
     """A zombie: SIGSTOP at an operation, another run takes over and finishes, SIGCONT."""
     rng = random.Random(f"{SEED} zombie {place.partition('://')[0]}")
     moments = [
-        Point(rng.randint(3, expected.operations), rng.choice(["before", "after"]), signal.SIGSTOP)
+        Point(rng.randint(1, expected.behind_lease), rng.choice(["before", "after"]), signal.SIGSTOP, LEASE)
         for _ in range(number)
     ]
 
@@ -213,6 +232,8 @@ def test_run_stopped_beyond_its_lease_and_woken_overwrites_nothing(
 
     endings = Counter(beside(sleep_at, number))
     print(f"\nseed {SEED}: {number} zombies ended with {dict(endings)}", file=sys.stderr)
+    # Most do. One that wakes near its end may find that nothing is left to do; three might all be such.
+    assert endings[70] >= number // 4, f"seed {SEED}: hardly a zombie was told that its lease was gone"
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])
@@ -244,19 +265,16 @@ def test_runners_at_once_commit_everything_once(
 def test_second_runner_is_told_that_the_first_one_is_alive(
     place: str, expected: SimpleNamespace, tmp_path: Path
 ) -> None:
-    first = dying.start(
-        expected.manifest, *QUICK, f"root={place}", log=tmp_path / "first", point=Point(30, "after", signal.SIGSTOP)
-    )
-    sleeping = psutil.Process(first.process.pid)
-    while sleeping.status() != psutil.STATUS_STOPPED:
-        time.sleep(0.01)
-    sleeping.send_signal(signal.SIGCONT)
+    """The first one is held in the middle of its work, while its lease goes on beating."""
+    first = begin(expected, place, tmp_path / "first", point=Point(2, "before", HOLD, LEASE))
+    first.wait_until_held()
     second = begin(expected, place, tmp_path / "log")
-    assert second.wait() in (0, 75)
-    if second.process.exitcode == 75:
-        assert "is being run by" in second.log.read_text()
-        assert "--on-busy wait" in second.log.read_text()
-    assert first.wait() == 0
+    assert second.wait() == 75, second.log.read_text()
+    said = second.log.read_text()
+    assert re.search(rf"BusyError: tokenize is being run by \S+, process {first.process.pid} ", said), said
+    assert "--on-busy wait" in said
+    first.go_on()
+    assert first.wait() == 0, first.log.read_text()
     check(expected, place)
 
 

@@ -10,9 +10,15 @@ from typing import Any
 import huggingface_hub
 import pytest
 
+from cluster import failures, ray_worker
 from cluster.storage import attempts, objects, probe
 from cluster.storage.objects import forget
+from cluster.storage.parsing import parsing
+from cluster.storage.path import StoragePath
+from cluster.storage.redaction import HIDDEN, redact
+from jobs import workspace
 from pipeline.sources import models
+from schemas.errors import IntegrityError, ManifestError
 from tests.support import runs
 from tests.support.canaries import Canaries, Gossip, canaries, gossip
 from tests.support.command import Result, invoke
@@ -73,6 +79,60 @@ def test_canaries_are_found_in_whatever_clothes(secrets: Canaries, tmp_path: Pat
         assert secrets.leaked(f"at {value}.") == [name]
         assert secrets.leaked_below(tmp_path / "below") == [f"{name} in x.bin"]
     assert secrets.leaked("nothing of the kind") == []
+
+
+@pytest.mark.parametrize("length", [31, 130, 506])
+def test_canaries_of_which_a_part_is_shown_are_found(length: int, secrets: Canaries) -> None:
+    token = secrets.values["AWS_SESSION_TOKEN"]
+    assert len(token) > 500
+    for start in (0, 1, len(token) - length):
+        assert secrets.leaked(f"denied: {token[start : start + length]}") == ["AWS_SESSION_TOKEN"]
+
+
+# What foreign libraries say, cut to a line
+
+
+def in_reaching(message: str) -> str:
+    with pytest.raises(ManifestError) as caught, workspace.reaching("root", StoragePath.parse("s3://bucket/x")):
+        raise RuntimeError(message)
+    return str(caught.value)
+
+
+def in_parsing(message: str) -> str:
+    with pytest.raises(IntegrityError) as caught, parsing("x", "table"):
+        raise RuntimeError(message)
+    return str(caught.value)
+
+
+SPEAKERS = {
+    "a place of the user's": in_reaching,
+    "a parser": in_parsing,
+    "a unit": lambda message: failures.first_line(RuntimeError(message)),
+    "a store": lambda message: attempts.reason(RuntimeError(message)),
+    "a worker": lambda message: ray_worker.why(RuntimeError(f"The actor died: {message}")),
+}
+
+
+@pytest.mark.parametrize("before", [0, 40, 110, 140])
+@pytest.mark.parametrize("who", SPEAKERS)
+def test_secret_longer_than_a_message_is_hidden_before_the_message_is_cut(
+    who: str, before: int, secrets: Canaries
+) -> None:
+    token = secrets.values["AWS_SESSION_TOKEN"]
+    said = SPEAKERS[who](f"{'x' * before} refused {token}, ask again")
+    assert secrets.leaked(said) == []
+    assert HIDDEN in said
+
+
+@pytest.mark.parametrize("part", [slice(0, 120), slice(-120, None), slice(7, 40)])
+def test_secret_of_which_a_library_shows_a_part_is_hidden(part: slice, secrets: Canaries) -> None:
+    token = secrets.values["AWS_SESSION_TOKEN"]
+    assert redact(f"refused {token[part]} at key") == f"refused {HIDDEN} at key"
+
+
+def test_paths_beside_a_file_of_credentials_are_not_hidden(secrets: Canaries) -> None:
+    path = secrets.environment["GOOGLE_APPLICATION_CREDENTIALS"].replace("google.json", "corpus/part-0000.jsonl")
+    assert redact(f"cannot read {path}") == f"cannot read {path}"
 
 
 # Runs that succeed

@@ -2,6 +2,7 @@
 
 import base64
 import functools
+import hashlib
 import http.server
 import json
 import threading
@@ -16,6 +17,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 ACCOUNT = "kilobasis"
+PIECE = 16
 
 
 @functools.cache
@@ -24,6 +26,12 @@ def private_key() -> str:
     key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     form = serialization.PrivateFormat.PKCS8
     return key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()).decode()
+
+
+def _letters(count: int) -> str:
+    """Letters that look like chance, the same every time."""
+    digest = hashlib.shake_256(b"canary").digest(count)
+    return base64.b64encode(digest).decode()[:count]
 
 
 @dataclass(frozen=True)
@@ -39,8 +47,8 @@ class Canaries:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def leaked(self, text: str) -> list[str]:
-        """Names of the secrets that a text holds, as they are, as they stand in a URL, or in JSON."""
-        return [name for name, value in self.values.items() if any(form in text for form in forms(value))]
+        """Names of the secrets that a text holds, or a part of: as they are, as they stand in a URL, or in JSON."""
+        return [name for name, value in self.values.items() if any(piece in text for piece in pieces(value))]
 
     def leaked_below(self, folder: Path) -> list[str]:
         """The same for the names and the contents of all files below a folder."""
@@ -57,6 +65,14 @@ def forms(value: str) -> set[str]:
     return {value, *quoted, base64.b64encode(value.encode()).decode().rstrip("=")}
 
 
+def pieces(value: str) -> set[str]:
+    """What a text holds that holds a secret, or 31 characters of one on end."""
+    found = set()
+    for form in forms(value):
+        found |= {form[at : at + PIECE] for at in range(0, max(1, len(form) - PIECE + 1), PIECE)}
+    return found
+
+
 def canaries(folder: Path, port: int) -> Canaries:
     """Ten secrets; those of stores belong to endpoints at a port of this machine.
 
@@ -69,7 +85,8 @@ def canaries(folder: Path, port: int) -> Canaries:
     key = private_key()
     values = {
         "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/K7MDENG+bPxRfiCYcanarykey1",
-        "AWS_SESSION_TOKEN": "IQoJb3JpZ2luX2VjECAN/RYtoken//////////wEaCXVz+2",
+        # As long as real ones: longer than most messages.
+        "AWS_SESSION_TOKEN": "IQoJb3JpZ2luX2VjECAN/RYtoken//////////wEaCXVz+2" + _letters(460),
         "AZURE_STORAGE_CONNECTION_STRING": account_key,
         "AZURE_STORAGE_SAS_TOKEN": "c2FzY2FuYXJ5c2lnbmF0dXJlMzMzMzMz+/3=",
         # A line of it is enough to go by.

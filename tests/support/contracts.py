@@ -7,16 +7,14 @@ from collections.abc import Iterator
 import pytest
 
 from cluster.storage.create import create, create_or_adopt
+from cluster.storage.foreign import glob, open_read, signature
 from cluster.storage.objects import (
     exists,
-    glob,
     names,
-    open_read,
     read_bytes,
     read_json,
     read_range,
     read_recorded,
-    signature,
     size,
 )
 from cluster.storage.path import StoragePath

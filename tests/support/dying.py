@@ -37,13 +37,25 @@ CONTEXT.set_forkserver_preload(["tests.support.dying"])
 WRITES = ("_create_local", "_create_remote", "remove")
 
 
+# Where a count may begin: with the process, behind the door (the probe of the store has many operations, and nothing
+# is there yet), behind the first lease.
+START, DOOR, LEASE = "", "ROOT.json", "log/000000.json"
+LANDMARKS = (START, DOOR, LEASE)
+# Instead of a signal: the thread waits until it is told to go on, and all others go on.
+HOLD = 0
+
+
 @dataclass(frozen=True)
 class Point:
-    """The `number`-th operation from 1, just before or just after it, and what happens to the process there."""
+    """The `number`-th operation from 1, just before or just after it, and what happens to the process there.
+
+    `behind` is the landmark from which operations count.
+    """
 
     number: int
     when: Literal["before", "after"] = "before"
     number_of_signal: int = signal.SIGKILL
+    behind: str = START
 
 
 @dataclass(frozen=True)
@@ -67,6 +79,22 @@ class Going:
         with _ONE_AT_A_TIME:
             return self.process.is_alive()
 
+    def wait_until_held(self, timeout: float = 60.0) -> None:
+        """Return when it has come to a point where it is held."""
+        deadline = time.monotonic() + timeout
+        while not _beside(self.log, "held").exists():
+            assert self.runs(), self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.01)
+
+    def go_on(self) -> None:
+        """Hold it no longer."""
+        _beside(self.log, "go").touch()
+
+
+def _beside(log: Path, name: str) -> Path:
+    return log.with_name(f"{log.name}.{name}")
+
 
 def start(
     manifest: Path,
@@ -80,7 +108,8 @@ def start(
     Args:
         manifest: The YAML file.
         overrides: As after `--set`.
-        log: Where it says how it ended: one line, or a traceback; and before that the number of its operations.
+        log: Where it says how it ended: one line, or a traceback; and before that the number of its operations from
+            each landmark on.
         point: Where it dies or stops.
         wait: Wait for other runs.
     """
@@ -103,7 +132,7 @@ def _run(
     with open(log, "a") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
-        count = _watch(point)
+        counts = _watch(point, Path(log))
         code = 0
         try:
             done = jobs.runner.run(manifests.load(Path(manifest), list(overrides)), wait=wait)
@@ -112,25 +141,27 @@ def _run(
             line, code = f"{type(error).__name__}: {error}", error.exit_code
         except BaseException:  # noqa: BLE001 - whatever it was, the test shall read it
             line, code = traceback.format_exc(), 1
-        stream.write(f"operations {count()}\n{line}\n")
+        stream.write(f"operations {' '.join(map(str, counts.values()))}\n{line}\n")
         stream.flush()
     os._exit(code)
 
 
-def _watch(point: Point | None) -> Callable[[], int]:
-    """Count storage operations, and act at one of them."""
-    done = 0
+def _watch(point: Point | None, log: Path) -> dict[str, int]:
+    """Count storage operations from each landmark on, and act at one of them."""
+    counts = dict.fromkeys(LANDMARKS, 0)
+    passed = {START}
 
     def watched(real: Callable[..., Any]) -> Callable[..., Any]:
         def operation(*args: Any, **options: Any) -> Any:
-            nonlocal done
-            done += 1
-            here = point is not None and done == point.number
+            for landmark in passed:
+                counts[landmark] += 1
+            here = point is not None and point.behind in passed and counts[point.behind] == point.number
             if here and point.when == "before":
-                os.kill(os.getpid(), point.number_of_signal)
+                _strike(point, log)
             result = real(*args, **options)
+            passed.update(landmark for landmark in LANDMARKS if str(args[0]).endswith(landmark))
             if here and point.when == "after":
-                os.kill(os.getpid(), point.number_of_signal)
+                _strike(point, log)
             return result
 
         return operation
@@ -141,4 +172,13 @@ def _watch(point: Point | None) -> Callable[[], int]:
         if name == "remove":
             # Who imported it by name has the plain one.
             jobs.repair.remove = wrapped  # type: ignore[attr-defined]
-    return lambda: done
+    return counts
+
+
+def _strike(point: Point, log: Path) -> None:
+    if point.number_of_signal != HOLD:
+        os.kill(os.getpid(), point.number_of_signal)
+        return
+    _beside(log, "held").touch()
+    while not _beside(log, "go").exists():
+        time.sleep(0.01)

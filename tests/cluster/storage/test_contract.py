@@ -9,6 +9,7 @@ import pytest
 
 from cluster.storage import create as creating
 from cluster.storage.create import create, create_or_adopt, put_if_absent, remove, replace
+from cluster.storage.foreign import signature
 from cluster.storage.objects import (
     exists,
     forget,
@@ -20,7 +21,6 @@ from cluster.storage.objects import (
     read_range,
     read_recorded,
     read_text_object,
-    signature,
     size,
 )
 from cluster.storage.path import StoragePath

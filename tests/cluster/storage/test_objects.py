@@ -1,3 +1,4 @@
+import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,26 @@ class TestLocalStorage(StorageContract):
         assert names(base) == []
         assert create(base / "a", b"whole body")
         assert names(base) == ["a"]
+
+    def test_create_in_new_folders_makes_their_names_durable(
+        self, base: StoragePath, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A name in a folder is kept through a power cut only if the folder's own name is."""
+        base.local.mkdir()
+        synced: list[str] = []
+        real = os.fsync
+
+        def fsync(descriptor: int) -> None:
+            synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+            real(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        assert create(base / "stage/units/000000.json", b"x")
+        folders = [each for each in synced if not each.endswith(".tmp")]
+        assert folders == [str(base.local), str(base.local / "stage"), str(base.local / "stage/units")]
+        synced.clear()
+        assert create(base / "stage/units/000001.json", b"x")
+        assert [each for each in synced if not each.endswith(".tmp")] == [str(base.local / "stage/units")]
 
 
 class TestMemoryStorage(StorageContract):

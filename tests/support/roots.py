@@ -1,0 +1,32 @@
+"""Roots of finished runs: what is in them, and how they are made to look unfinished."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def newest(root: Path) -> Path:
+    """The folder of the newest run."""
+    return max((root / "runs").iterdir())
+
+
+def events(run: Path) -> list[dict[str, Any]]:
+    """What a run told."""
+    segments = sorted((run / "events").glob("*.jsonl"))
+    return [json.loads(line) for segment in segments for line in segment.read_text().splitlines()]
+
+
+def lose_a_unit(root: Path) -> None:
+    """As if the harvest had been killed before its second unit was committed."""
+    (folder,) = (root / "harvest").iterdir()
+    (folder / "COMMITTED.json").unlink()
+    (folder / "units" / "000001.json").unlink()
+
+
+def dead_process() -> int:
+    """The id of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
