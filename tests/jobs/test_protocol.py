@@ -141,9 +141,9 @@ def file_take(self: SlotLog, owner: Owner) -> LeaseRecord:
     return record
 
 
-def file_check(self: TrainingLog) -> None:
+def file_check(self: SlotLog, nonce: str) -> None:
     """Looks into the file, and then writes."""
-    if read_bytes(self._log.path / "beats/lease").decode() != self._lease:
+    if read_bytes(self.path / "beats/lease").decode() != nonce:
         raise logs.FencedError("not ours")
 
 
@@ -177,10 +177,10 @@ MUTANTS: dict[str, Callable[[], Any]] = {
     "a unit is committed before its data": lambda: patch(schedules, "run_unit", early_record),
     "a unit records what it would have written": lambda: patch(schedules, "make", stubborn_make),
     "a writer takes any free slot": lambda: _both(
-        patch(SlotLog, "_append", unfenced_append), patch(TrainingLog, "_require_ours", lambda self: None)
+        patch(SlotLog, "_append", unfenced_append), patch(SlotLog, "require_lease", lambda self, nonce: None)
     ),
     "the lease is a file that is overwritten": lambda: _both(
-        patch(SlotLog, "take", file_take), patch(TrainingLog, "_require_ours", file_check)
+        patch(SlotLog, "take", file_take), patch(SlotLog, "require_lease", file_check)
     ),
     "the newest checkpoint is a pointer": lambda: patch(TrainingLog, "commit", pointer_commit),
     "training begins without reading the log": lambda: patch(TrainingLog, "latest", unverified_latest),

@@ -217,7 +217,7 @@ def run() -> str:
                 for name in UNITS:
                     if name not in done:
                         done[name] = run_unit(make, units, Task(unit=name))
-                units.commit(Outputs(), done, {}, 0.0, 0, lease.read_log())
+                units.commit(Outputs(), done, {}, 0.0, 0, lease.read_log)
         training = StageFolder(ROOT / "train", "train", FINGERPRINT)
         if training.committed() is None:
             training.claim({"stage": "train"})
@@ -237,7 +237,7 @@ def train(folder: StageFolder, lease: leases.Lease) -> None:
     for step in range(last.step if last else 0, STEPS):
         state = log.write(step + 1, "state", f"{World.now.who()} {step}".encode())
         log.commit(step + 1, [state], {"writer": World.now.who()})
-    folder.commit(Outputs(), {}, {}, 0.0, 0, lease.read_log())
+    folder.commit(Outputs(), {}, {}, 0.0, 0, lease.read_log)
 
 
 def take(folder: StageFolder) -> leases.Lease | None:
