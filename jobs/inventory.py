@@ -84,6 +84,7 @@ class Inventory:
     fingerprint: str = ""
     committed: StageRecord | None = None
     units: dict[str, UnitRecord] = field(default_factory=dict)
+    slots: int = 0
 
     @property
     def bytes(self) -> int:
@@ -301,7 +302,8 @@ def _compare(found: Inventory, stage: StageRecord) -> None:
 def _read_log(found: Inventory) -> None:
     slots: list[LeaseRecord | CheckpointRecord | VoidRecord] = []
     tip: str | None = ""
-    for index in range(_count_slots(found)):
+    found.slots = _count_slots(found)
+    for index in range(found.slots):
         key = slot_key(index)
         try:
             if key not in found.present:

@@ -14,9 +14,13 @@ import pytest
 
 import cluster.storage.create as creating
 import jobs.log as logs
+import jobs.out as outs
 import jobs.state as states
 from cluster.storage.objects import read_bytes, request
 from cluster.storage.path import StoragePath
+from jobs import inventory
+from jobs import repair as repairs
+from jobs.inventory import Inventory
 from jobs.log import SlotLog, TrainingLog
 from pipeline.stage import Task
 from schemas.errors import StorageError
@@ -168,13 +172,48 @@ def eager_commit(self: Any, outputs: Any, units: Any, *rest: Any) -> Any:
 
 REAL_COMMIT = states.StageFolder.commit
 
+
+def leaseless_commit(self: Any, outputs: Any, units: Any, inputs: Any, seconds: Any, peak: Any, _read_log: Any) -> Any:
+    """Commits a stage as it was seen, whoever leads it by now."""
+    return REAL_COMMIT(self, outputs, units, inputs, seconds, peak)
+
+
+def careless_collect(found: Inventory, _told: Any, older_than: float, *_: Any) -> Any:
+    """Deletes what it saw without a lease, and without a second look."""
+    for each in list(repairs._garbage(found, older_than)):
+        repairs.remove(each.path)
+        yield each
+    return found
+
+
+def blind_take(label: str, path: StoragePath, full: bool, *rest: Any, **options: Any) -> Inventory:
+    """Takes a record that cannot be read for none."""
+    found = REAL_TAKE(label, path, full, *rest, **options)
+    if not full:
+        found.findings.clear()
+    return found
+
+
+def early_take(label: str, path: StoragePath, full: bool, *rest: Any, **options: Any) -> Inventory:
+    """Believes under the lease what was seen before it."""
+    if not full:
+        return REAL_TAKE(label, path, full, *rest, **options)
+    memory = World.now.memory
+    key = (World.now.who(), str(path))
+    if key not in memory:
+        memory[key] = REAL_TAKE(label, path, full, *rest, **options)
+    return memory[key]
+
+
+REAL_TAKE = inventory.take
+
 patch = mock.patch.object
 
 MUTANTS: dict[str, Callable[[], Any]] = {
     "create does not look what is there": lambda: patch(creating, "_create_remote", blind_create),
     "an unknown outcome counts as success": lambda: patch(creating, "_create_remote", hopeful_create),
     "data is overwritten": lambda: patch(creating, "_create_remote", overwriting_create),
-    "a unit is committed before its data": lambda: patch(schedules, "run_unit", early_record),
+    "a unit is committed before its data": lambda: patch(outs, "run_unit", early_record),
     "a unit records what it would have written": lambda: patch(schedules, "make", stubborn_make),
     "a writer takes any free slot": lambda: _both(
         patch(SlotLog, "_append", unfenced_append), patch(SlotLog, "require_lease", lambda self, nonce: None)
@@ -185,6 +224,11 @@ MUTANTS: dict[str, Callable[[], Any]] = {
     "the newest checkpoint is a pointer": lambda: patch(TrainingLog, "commit", pointer_commit),
     "training begins without reading the log": lambda: patch(TrainingLog, "latest", unverified_latest),
     "a stage is committed as far as it is": lambda: patch(states.StageFolder, "commit", eager_commit),
+    "a stage is committed without a look at its lease": lambda: patch(states.StageFolder, "commit", leaseless_commit),
+    "a unit counts without a look at its objects": lambda: patch(states.StageFolder, "lacking", lambda self, _: {}),
+    "gc deletes without the lease": lambda: patch(repairs, "_collect", careless_collect),
+    "gc deletes where a record cannot be read": lambda: patch(inventory, "take", blind_take),
+    "repair believes what it saw before its lease": lambda: patch(inventory, "take", early_take),
 }
 
 
