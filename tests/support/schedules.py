@@ -5,7 +5,7 @@ Runners are greenlets. Whoever asks the store for something hands over to the sc
 on. A lease is judged to have expired at any moment, the worst included, so a runner that is merely slow is
 always a zombie for somebody else. After every operation the invariants are checked.
 
-In half of the schedules keepers come by, too: `repair` and `gc --delete`, of leftovers of any age. A bit of a unit or
+In a third of the schedules keepers come by, too: `repair` and `gc --delete`, of leftovers of any age. A bit of a unit or
 of its record may rot then. A keeper that lives is not taken over: nothing can fence a deletion that is on its way.
 """
 
@@ -199,7 +199,7 @@ class Schedule:
         self.world = World.now = World(random.Random(seed), atomic)
         self.rng = self.world.random
         self.crash, self.lose = self.rng.choice(WEATHER)
-        self.world.kept = self.rng.random() < 0.5
+        self.world.kept = self.rng.random() < 0.3
         self.world.rots = self.world.kept and self.rng.random() < 0.5
         self.world.deterministic = self.world.rots or (self.world.kept and self.rng.random() < 0.5)
         if self.world.kept:
