@@ -185,7 +185,10 @@ def gc(
         float, typer.Option("--older-than", metavar="DAYS", min=0.0, help="Spare younger leftovers.")
     ] = 7.0,
 ) -> None:
-    """List (or delete) what no record refers to: leftovers of crashes, superseded checkpoints. Spares what is damaged."""
+    """List (or delete) what no record refers to: leftovers of crashes, superseded checkpoints.
+
+    Leaves alone what is damaged.
+    """
     from jobs import repair as repairs
     from jobs.plan import size
 

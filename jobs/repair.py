@@ -97,8 +97,8 @@ def _name_of(root: StoragePath) -> str:
 def _bad_orphans(found: Inventory) -> Iterator[str]:
     """Leftovers of units that no record vouches for. A later attempt would have to agree with them; it need not.
 
-    In a committed stage it better does: what lost its record alone is adopted as it was committed. Where two have led the
-    stage since, a repair and a run that could not make the unit of what it found, there is nothing to adopt.
+    In a committed stage it better does: what lost its record alone is adopted as it was committed. Where two have led
+    the stage since, a repair and a run that could not make the unit of what it found, there is nothing to adopt.
     """
     stage = found.committed
     if stage is None or (set(stage.units) - set(found.units) and found.slots >= stage.slots + 2):

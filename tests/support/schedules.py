@@ -5,8 +5,8 @@ Runners are greenlets. Whoever asks the store for something hands over to the sc
 on. A lease is judged to have expired at any moment, the worst included, so a runner that is merely slow is
 always a zombie for somebody else. After every operation the invariants are checked.
 
-In a third of the schedules keepers come by, too: `repair` and `gc --delete`, of leftovers of any age. A bit of a unit or
-of its record may rot then. A keeper that lives is not taken over: nothing can fence a deletion that is on its way.
+In a third of the schedules keepers come by, too: `repair` and `gc --delete`, of leftovers of any age. A bit of a unit
+or of its record may rot then. A keeper that lives is not taken over: nothing can fence a deletion that is on its way.
 """
 
 from __future__ import annotations
