@@ -137,7 +137,8 @@ def verify(
     for found in repairs.verify(root, full):
         state = "committed" if found.committed else "not committed"
         figures = (f"{len(found.units):,}", f"{len(found.entries):,}", size(found.bytes), f"{len(found.findings)}")
-        table.add_row(_text(f"{found.label} {found.path.name}"), state, *figures)
+        if found.label:
+            table.add_row(_text(f"{found.label} {found.path.name}"), state, *figures)
         lines += [str(finding) for finding in found.findings]
     console = _console()
     console.print(table)
@@ -182,8 +183,10 @@ def gc(
         float, typer.Option("--older-than", metavar="DAYS", min=0.0, help="Spare younger leftovers.")
     ] = 7.0,
 ) -> None:
-    """List (or delete) what no record refers to: leftovers of crashes, superseded checkpoints."""
-    from cluster.storage.create import remove
+    """List (or delete) what no record refers to: leftovers of crashes, superseded checkpoints.
+
+    Leaves alone what is damaged.
+    """
     from jobs import repair as repairs
     from jobs.plan import size
 
@@ -192,12 +195,11 @@ def gc(
         raise IntegrityError(f"{root}/ROOT.json: {wrong}", "run `kilobasis repair` first")
     console = _console()
     count = total = 0
-    for each in repairs.garbage(root, days * 86400):
+    seconds = Compute().lease_seconds if delete else None
+    for each in repairs.garbage(root, days * 86400, functools.partial(_say, console), seconds):
         why = "superseded checkpoint" if each.superseded else "unreferenced"
         _say(console, f"{'deleted' if delete else why}: {each.path} ({size(each.size)})")
         count, total = count + 1, total + each.size
-        if delete:
-            remove(each.path)
     verb = "deleted" if delete else "can go; --delete deletes them"
     _say(console, f"{_count(count, 'object')}, {size(total)}, {verb}" if count else "nothing to collect")
 

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TypeVar
 
-from cluster.storage.objects import (
-    Listed,
-    listing,
-    names,
-    read_at_most,
-    read_checked,
-    read_json,
-    read_recorded,
-    require_within,
-)
+from cluster.storage.listing import Listed, absent, listing
+from cluster.storage.objects import names, read_checked, read_recorded, require_within
 from cluster.storage.parsing import parsing
 from cluster.storage.path import StoragePath
 from jobs.workspace import events_of
@@ -36,6 +30,8 @@ from schemas.records import (
     sha256,
 )
 
+R = TypeVar("R")
+
 # Older checkpoints may go: nothing reads them any more.
 LIVE_CHECKPOINTS = 2
 READERS = 8
@@ -48,6 +44,8 @@ class Kind(StrEnum):
 
     SPEC = "specification"
     STAGE = "stage record"
+    FOLDER = "folder of a stage"
+    INPUT = "input of a stage"
     UNIT = "unit record"
     SLOT = "slot of the log"
     STRAY = "stray slot"
@@ -86,6 +84,7 @@ class Inventory:
     fingerprint: str = ""
     committed: StageRecord | None = None
     units: dict[str, UnitRecord] = field(default_factory=dict)
+    slots: int = 0
 
     @property
     def bytes(self) -> int:
@@ -125,28 +124,72 @@ def folders(root: StoragePath) -> Iterator[tuple[str, StoragePath]]:
                 yield label, root / place / name
 
 
+_SHARED = ("tokenize", "harvest")
+_OF_A_DICTIONARY = ("train", "evaluate", "catalog", "export")
+
+
 def _places(root: StoragePath) -> Iterator[tuple[str, str]]:
-    yield from (("tokenize", "tokenize"), ("harvest", "harvest"))
+    yield from ((stage, stage) for stage in _SHARED)
     for dictionary in names(root / "dictionaries"):
-        for stage in ("train", "evaluate", "catalog", "export"):
+        for stage in _OF_A_DICTIONARY:
             yield f"{stage}/{dictionary}", f"dictionaries/{dictionary}/{stage}"
+
+
+def _place(label: str) -> str | None:
+    """Where a stage's folders are, below the root; None for what is no stage's label."""
+    stage, _, dictionary = label.partition("/")
+    if label in _SHARED:
+        return label
+    known = stage in _OF_A_DICTIONARY and dictionary not in ("", ".", "..") and "/" not in dictionary
+    return f"dictionaries/{dictionary}/{stage}" if known else None
 
 
 def _is_folder(path: StoragePath) -> bool:
     return not path.is_local or path.local.is_dir()
 
 
-def told(root: StoragePath) -> set[str]:
-    """Names of the stage folders that a run says it committed: a record that is lost cannot say so itself."""
+def told(root: StoragePath) -> dict[str, str]:
+    """Names of the stage folders that a run says it committed, with the stages: what is lost cannot say so itself."""
     return {
-        event.folder.rstrip("/").rpartition("/")[2]
+        event.folder.rstrip("/").rpartition("/")[2]: event.stage
         for run in names(root / RUNS)
         for _, event in events_of(root / RUNS / run)
         if isinstance(event, StageCommitted)
     }
 
 
-def take(label: str, path: StoragePath, full: bool, told_of: Collection[str] = ()) -> Inventory:
+def gone(root: StoragePath, told_of: Mapping[str, str], seen: Collection[Inventory]) -> Iterator[Finding]:
+    """Stages that are gone with their whole folder: by what runs tell, and by what other stages were made from.
+
+    Args:
+        root: The root.
+        told_of: See `told`.
+        seen: Every folder that is there.
+    """
+    there = {found.path.name for found in seen}
+    lost = {found.label.partition("/")[0] for found in seen if any(each.key == COMMITTED for each in found.findings)}
+    for name, label in sorted(told_of.items()):
+        place = _place(label)
+        if place is not None and name not in (*there, "", ".", ".."):
+            lost.add(label.partition("/")[0])
+            yield Finding(Kind.FOLDER, root / place, name, label, "absent, though a run committed it")
+    digests = {found.committed.digest for found in seen if found.committed}
+    for found in seen:
+        inputs = found.committed.inputs if found.committed else {}
+        for need, digest in sorted(inputs.items()):
+            # Where a stage's record is known to be lost, that was said already.
+            if digest not in digests and need not in lost:
+                problem = f"it was made from {need} of digest {digest[:16]}, which no committed stage here has"
+                yield Finding(Kind.INPUT, found.path, COMMITTED, need, problem)
+
+
+def take(
+    label: str,
+    path: StoragePath,
+    full: bool,
+    told_of: Collection[str] = (),
+    suspects: Collection[str] | None = None,
+) -> Inventory:
     """Look through a stage folder.
 
     Args:
@@ -154,6 +197,10 @@ def take(label: str, path: StoragePath, full: bool, told_of: Collection[str] = (
         path: Its folder.
         full: Read every object and compare its sha256; otherwise presence and size alone.
         told_of: See `told`.
+        suspects: Keys of the objects that are read with `full`; all if left out.
+
+    Raises:
+        StorageError: something in it cannot be listed or read.
     """
     found = Inventory(path, label, listing(path))
     if COMMITTED not in found.present and path.name in told_of:
@@ -162,7 +209,9 @@ def take(label: str, path: StoragePath, full: bool, told_of: Collection[str] = (
     _read_units(found)
     _read_log(found)
     with ThreadPoolExecutor(READERS, thread_name_prefix="verify") as executor:
-        problems = executor.map(lambda each: _problem(found, each[2], full), found.entries)
+        problems = executor.map(
+            lambda each: _problem(found, each[2], full and (suspects is None or each[2].key in suspects)), found.entries
+        )
         for (kind, owner, entry), problem in zip(found.entries, problems, strict=True):
             if problem:
                 found.note(kind, entry.key, owner, problem)
@@ -174,11 +223,7 @@ def _read_spec(found: Inventory) -> None:
         found.note(Kind.SPEC, SPEC, "", "absent")
         return
     try:
-        content = read_json(found.path / SPEC)
-        with parsing("it", "specification"):
-            canonical = canonical_json(content)
-        if read_at_most(found.path / SPEC, len(canonical) + 2) != canonical + b"\n":
-            raise IntegrityError("it is not in its one canonical form")
+        canonical = _read(found, SPEC, _canonical)
     except IntegrityError as error:
         found.note(Kind.SPEC, SPEC, "", error.what)
         return
@@ -188,6 +233,23 @@ def _read_spec(found: Inventory) -> None:
         found.fingerprint = ""
 
 
+def _canonical(body: bytes) -> bytes:
+    """What the content of a specification is written as; raises IntegrityError where it is not written so."""
+    with parsing("it", "specification"):
+        canonical = canonical_json(json.loads(body))
+    if body != canonical + b"\n":
+        raise IntegrityError("it is not in its one canonical form")
+    return canonical
+
+
+def _read(found: Inventory, key: str, parse: Callable[[bytes], R]) -> R:
+    """A record that was listed; raises IntegrityError where it is damaged, or has gone since."""
+    try:
+        return read_checked(found.path / key, parse, listed=True)
+    except FileNotFoundError as error:
+        raise IntegrityError("absent") from error
+
+
 def _read_units(found: Inventory) -> None:
     """The records of units and of the stage, each for itself and against one another."""
     for name in sorted(key[len(UNITS) + 1 : -5] for key in found.present if key.startswith(UNITS + "/")):
@@ -195,7 +257,7 @@ def _read_units(found: Inventory) -> None:
         if not _is_record(key):
             continue
         try:
-            record = read_checked(found.path / key, lambda body: parse_record(UnitRecord, body, "it"))
+            record = _read(found, key, lambda body: parse_record(UnitRecord, body, "it"))
         except IntegrityError as error:
             found.note(Kind.UNIT, key, name, error.what)
             continue
@@ -205,7 +267,7 @@ def _read_units(found: Inventory) -> None:
         found.units[name] = record
     if COMMITTED in found.present:
         try:
-            stage = read_checked(found.path / COMMITTED, lambda body: parse_record(StageRecord, body, "it"))
+            stage = _read(found, COMMITTED, lambda body: parse_record(StageRecord, body, "it"))
             if stage.stage != found.label or found.fingerprint not in ("", stage.fingerprint):
                 raise IntegrityError(f"it is that of {stage.stage} of {stage.fingerprint[:16]}")
             found.committed = stage
@@ -240,12 +302,13 @@ def _compare(found: Inventory, stage: StageRecord) -> None:
 def _read_log(found: Inventory) -> None:
     slots: list[LeaseRecord | CheckpointRecord | VoidRecord] = []
     tip: str | None = ""
-    for index in range(_count_slots(found)):
+    found.slots = _count_slots(found)
+    for index in range(found.slots):
         key = slot_key(index)
         try:
             if key not in found.present:
                 raise IntegrityError("absent")
-            slot = read_checked(found.path / key, lambda body: parse_slot(body, "it"))
+            slot = _read(found, key, lambda body: parse_slot(body, "it"))
             if slot.slot != index or (tip is not None and slot.parent != tip):
                 raise IntegrityError("it does not follow the slot before it")
         except IntegrityError as error:
@@ -284,9 +347,10 @@ def _count_slots(found: Inventory) -> int:
 
 def _problem(found: Inventory, entry: ObjectEntry, full: bool) -> str:
     there = found.present.get(entry.key)
-    if there is None:
+    # Records and objects were not listed in one moment: what came in between is asked for.
+    if there is None and absent(found.path, [entry]):
         return "absent"
-    if there.size != entry.size:
+    if there is not None and there.size != entry.size:
         return f"it has {there.size} bytes, committed were {entry.size}"
     if full:
         try:

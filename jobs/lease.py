@@ -89,9 +89,14 @@ class Lease:
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
 
     def read_log(self) -> SlotLog:
-        """The stage's log as it is now."""
+        """The stage's log as it is now.
+
+        Raises:
+            FencedError: another run leads the stage.
+        """
         log = SlotLog(self._log.path)
         log.refresh()
+        log.require_lease(self.record.nonce)
         return log
 
     def __enter__(self) -> Self:

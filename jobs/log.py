@@ -100,6 +100,23 @@ class SlotLog:
         void = {slot.voids for slot in self.slots if isinstance(slot, VoidRecord)}
         return [slot for slot in self.slots if isinstance(slot, CheckpointRecord) and slot.slot not in void]
 
+    def require_lease(self, nonce: str) -> None:
+        """Make sure that a lease is the newest, as far as the log was read.
+
+        Args:
+            nonce: The lease's; empty where nobody may hold one.
+
+        Raises:
+            FencedError: another run leads this stage now.
+        """
+        lease = self.lease
+        if (lease.nonce if lease else "") != nonce:
+            by = f"{lease.owner.host}, process {lease.owner.pid}, lease {lease.epoch}" if lease else "nobody"
+            raise FencedError(
+                f"{self.path}: this run's lease was taken over by {by}",
+                "leave it to that run; look with `kilobasis status`",
+            )
+
     def take(self, owner: Owner) -> LeaseRecord | None:
         """Append a lease; None if somebody else was first with something."""
         record = LeaseRecord(slot=len(self.slots), parent=self.tip, epoch=self.epoch + 1, owner=owner)
@@ -198,10 +215,4 @@ class TrainingLog:
         return record
 
     def _require_ours(self) -> None:
-        lease = self._log.lease
-        if (lease.nonce if lease else "") != self._lease:
-            by = f"{lease.owner.host}, process {lease.owner.pid}, lease {lease.epoch}" if lease else "nobody"
-            raise FencedError(
-                f"{self._log.path}: this run's lease was taken over by {by}",
-                "leave it to that run; look with `kilobasis status`",
-            )
+        self._log.require_lease(self._lease)

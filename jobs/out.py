@@ -13,7 +13,7 @@ from cluster.storage.path import StoragePath
 from jobs.log import TrainingLog
 from jobs.state import StageFolder, peak_memory, run_unit
 from pipeline.stage import Gang, Member, Out, Task
-from schemas.events import Event, StageStarted, UnitCommitted
+from schemas.events import Event, Note, StageStarted, UnitCommitted
 from schemas.manifest import Compute
 from schemas.records import ObjectEntry, Unit, UnitRecord
 
@@ -59,7 +59,11 @@ class StageOut:
         """Run what is not committed; returns the records of all tasks."""
         wanted = {task.unit for task in tasks}
         there = [name for name in self._folder.units() if name in wanted and name not in self.records]
-        self.records |= {name: self._folder.unit(name) for name in there}
+        found = {name: self._folder.unit(name) for name in there}
+        lost = self._folder.lacking(found.values())
+        for name, keys in lost.items():
+            self.emit(Note(self.stage, f"unit {name} is recorded, but {keys[0]} is absent: it is made again"))
+        self.records |= {name: record for name, record in found.items() if name not in lost}
         open_tasks = [task for task in tasks if task.unit not in self.records]
         self.emit(StageStarted(self.stage, len(tasks) - len(open_tasks), len(tasks), str(self.path)))
         if open_tasks:

@@ -212,7 +212,7 @@ class _StageRun:
     def _commit(self, place: _Place, lease: leases.Lease, out: Out, made: Outputs, seconds: float) -> None:
         assert isinstance(out, StageOut)
         folder, peak = place.folder, max(out.peak_memory, 0)
-        committed = folder.commit(made, out.records, place.digests, seconds, peak, lease.read_log())
+        committed = folder.commit(made, out.records, place.digests, seconds, peak, lease.read_log)
         self._emit(StageCommitted(folder.label, seconds, committed.record.digest, str(folder.path)))
         self._committed[folder.label] = committed
 

@@ -10,28 +10,29 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, TypeVar
 
 from cluster.storage.attempts import shortage
 from cluster.storage.create import create, create_or_adopt
-from cluster.storage.objects import names, read_checked, size
+from cluster.storage.listing import absent, listing
+from cluster.storage.objects import names, read_checked
 from cluster.storage.path import StoragePath
 from jobs.log import SlotLog
 from pipeline.stage import Committed, Task
 from schemas.errors import IntegrityError
-from schemas.layouts import COMMITTED, SPEC, UNITS, unit_key
+from schemas.layouts import COMMITTED, LOG, SPEC, UNITS, slot_key, unit_key
 from schemas.records import (
     REPAIR,
-    ObjectEntry,
     Outputs,
     StageRecord,
     Unit,
     UnitRecord,
     canonical_json,
     parse_record,
+    parse_slot,
 )
 
 T = TypeVar("T", bound=Task)
@@ -87,6 +88,24 @@ class StageFolder:
             )
         return record
 
+    def lacking(self, records: Iterable[UnitRecord]) -> dict[str, list[str]]:
+        """Units whose records name what is not there, with those keys.
+
+        A worker that slept through a repair commits such a unit. So a record alone is not believed where others will
+        build on it: one listing of the folder shows what all of them have.
+        """
+        wanted = list(records)
+        there = listing(self.path) if wanted else {}
+        lost: dict[str, list[str]] = {}
+        for record in wanted:
+            doubtful = [
+                each for each in record.made.objects if each.key not in there or there[each.key].size != each.size
+            ]
+            # What came after the listing began may not be in it.
+            if keys := absent(self.path, doubtful):
+                lost[record.unit] = keys
+        return lost
+
     def commit(
         self,
         outputs: Outputs,
@@ -94,13 +113,30 @@ class StageFolder:
         inputs: Mapping[str, str],
         seconds: float,
         peak_memory: int,
-        log: SlotLog | None = None,
+        read_log: Callable[[], SlotLog] | None = None,
     ) -> Committed:
-        """Commit the stage, whose log is as it was read last.
+        """Commit the stage.
+
+        Args:
+            outputs: What it leaves behind itself.
+            units: Its units.
+            inputs: Digests of what it was made from.
+            seconds: How long it took.
+            peak_memory: Of its driver.
+            read_log: Gives its log as it is now; raises FencedError where another run leads the stage.
 
         Raises:
-            IntegrityError: it is committed already, with another content.
+            IntegrityError: it is committed already, with another content; or an object of a unit is not there.
+            FencedError: another run leads the stage.
         """
+        for unit, keys in self.lacking(units.values()).items():
+            raise IntegrityError(
+                f"{self.path} cannot be committed: unit {unit} is recorded, but {keys[0]} is absent (a repair took "
+                "this stage over while the unit was being made)",
+                "resume: it makes the unit again",
+            )
+        # Only now: who took the lease after this saw all the records, and so deletes nothing that they name.
+        log = read_log() if read_log else None
         record = StageRecord(
             stage=self.label,
             fingerprint=self.fingerprint,
@@ -126,20 +162,50 @@ class StageFolder:
 
     def missing(self, committed: Committed) -> list[str]:
         """What a committed stage should have and has not: records of units, and objects of its own."""
-        absent = [] if SPEC in names(self.path) else [SPEC]
-        absent += [unit_key(name) for name in sorted(set(committed.record.units) - set(self.units()))]
-        return absent + [entry.key for entry in committed.record.outputs.objects if not _is_there(self.path, entry)]
+        record = committed.record
+        lost = [] if SPEC in names(self.path) else [SPEC]
+        lost += [unit_key(name) for name in sorted(set(record.units) - set(self.units()))]
+        lost += absent(self.path, record.outputs.objects)
+        slots = len(names(self.path / LOG))
+        lost += self._lost_tip(record, slots)
+        if not lost and slots > record.slots:
+            # Somebody led the stage after it was committed: a repair, perhaps, and a zombie after that.
+            every = self.lacking(self.unit(name) for name in record.units)
+            lost += [key for keys in every.values() for key in keys]
+        return lost
+
+    def _lost_tip(self, record: StageRecord, slots: int) -> list[str]:
+        """The slot that was the log's last when the stage was committed, if it is no longer there.
+
+        Raises:
+            IntegrityError: it is another one, or damaged.
+        """
+        key = slot_key(record.slots - 1)
+        if not record.slots or slots < record.slots:
+            return [key] if record.slots else []
+        where = self.path / key
+        try:
+            slot = read_checked(where, lambda body: parse_slot(body, str(where)), listed=True)
+        except FileNotFoundError:
+            return [key]
+        if slot.nonce != record.tip:
+            raise IntegrityError(f"{where} is another slot than the one that the stage was committed with", REPAIR)
+        return []
 
 
 def run_unit(fn: Callable[[T, StoragePath], Unit], folder: StageFolder, task: T) -> UnitRecord:
     """In a worker: make a unit and commit it. Whoever commits first wins; both made the same.
 
+    Its objects are looked at before the record is created, so that a worker that slept while a repair deleted them
+    commits nothing, and after it, so that none goes on believing what a deletion in just that moment made untrue.
+
     Raises:
-        IntegrityError: the other one made something else.
+        IntegrityError: the other one made something else, or what was made was deleted meanwhile.
     """
     began = time.monotonic()
     with shortage(f"{folder.label} unit {task.unit}"):
         made = fn(task, folder.path)
+    _require_there(folder, task.unit, made)
     record = UnitRecord(
         fingerprint=folder.fingerprint,
         unit=task.unit,
@@ -148,12 +214,23 @@ def run_unit(fn: Callable[[T, StoragePath], Unit], folder: StageFolder, task: T)
         peak_memory=peak_memory(),
     )
     where = folder.path / unit_key(task.unit)
-    if create(where, record.body()):
-        return record
-    there = folder.unit(task.unit)
-    if there.digest != record.digest:
-        raise IntegrityError(f"{where} was committed by another run with another content", "compare the runs")
-    return there
+    if not create(where, record.body()):
+        ours, record = record, folder.unit(task.unit)
+        if ours.digest != record.digest:
+            raise IntegrityError(
+                f"{where} was committed by another run with another content", f"compare the runs, or {REPAIR}"
+            )
+    _require_there(folder, task.unit, record.made)
+    return record
+
+
+def _require_there(folder: StageFolder, unit: str, made: Unit) -> None:
+    for key in absent(folder.path, made.objects):
+        raise IntegrityError(
+            f"{folder.path / key} of unit {unit} is absent, or cut short, since it was written: a repair or gc took "
+            "this stage over meanwhile",
+            "resume: it makes the unit again",
+        )
 
 
 def peak_memory() -> int:
@@ -167,10 +244,3 @@ def environment() -> dict[str, str]:
     packages = ("kilobasis", "torch", "transformers", "deepspeed", "ray", "zarr", "numpy", "pyarrow")
     found = {package: version(package) for package in packages}
     return {"python": platform.python_version(), "machine": platform.machine(), **found}
-
-
-def _is_there(folder: StoragePath, entry: ObjectEntry) -> bool:
-    try:
-        return size(folder / entry.key) == entry.size
-    except FileNotFoundError:
-        return False

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from pydantic import ValidationError
 
-from cluster.storage.objects import listing, names, read_checked, read_json
+from cluster.storage.listing import listing
+from cluster.storage.objects import names, read_checked, read_json
 from cluster.storage.path import StoragePath
 from jobs import lease
 from jobs.log import TrainingLog

@@ -12,8 +12,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from datetime import datetime
 from typing import Any, TypeVar, cast
 
 import fsspec
@@ -286,42 +284,6 @@ def names(path: StoragePath) -> list[str]:
     below = [str(entry) for entry in listed if str(entry).strip("/") != path.key.strip("/")]
     found = {entry.rstrip("/").rsplit("/", 1)[-1] for entry in below}
     return sorted(name for name in found if name and not name.startswith("."))
-
-
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """An object in a listing: its bytes, and when it was last written (seconds since 1970; None if not told)."""
-
-    size: int
-    modified: float | None
-
-
-def listing(path: StoragePath) -> dict[str, Listed]:
-    """Every object below `path`, by key below it, those with a dot in front included."""
-    try:
-        listed = request(path, "list", "find", path.key, detail=True, withdirs=False)
-    except FileNotFoundError:
-        return {}
-    prefix = path.key.strip("/") + "/"
-    found = {}
-    for key, info in listed.items():
-        below = str(key).strip("/")
-        # Some stores list the folder itself as an object.
-        if below.startswith(prefix) and info.get("type") != "directory":
-            found[below.removeprefix(prefix)] = Listed(int(info["size"] or 0), _modified(info))
-    return found
-
-
-def _modified(info: dict[str, Any]) -> float | None:
-    for field in ("mtime", "LastModified", "last_modified", "updated", "created"):
-        value = info.get(field)
-        if isinstance(value, datetime):
-            return value.timestamp()
-        if isinstance(value, str):
-            return datetime.fromisoformat(value).timestamp()
-        if isinstance(value, (int, float)):
-            return float(value)
-    return None
 
 
 def size(path: StoragePath) -> int:

@@ -14,9 +14,13 @@ import pytest
 
 import cluster.storage.create as creating
 import jobs.log as logs
+import jobs.out as outs
 import jobs.state as states
 from cluster.storage.objects import read_bytes, request
 from cluster.storage.path import StoragePath
+from jobs import inventory
+from jobs import repair as repairs
+from jobs.inventory import Inventory
 from jobs.log import SlotLog, TrainingLog
 from pipeline.stage import Task
 from schemas.errors import StorageError
@@ -57,7 +61,7 @@ def in_two_processes(count: int) -> tuple[Counter[str], int, int]:
 
 
 @pytest.mark.parametrize("count", [10_000, pytest.param(200_000, marks=[pytest.mark.chaos, pytest.mark.timeout(7200)])])
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_protocol_under_random_schedules_holds_every_invariant(count: int) -> None:
     found, finished, ran = in_two_processes(count)
     print(f"\n{ran} schedules from seed {SEED}: {finished} finished, {sum(found.values())} with violations")
@@ -141,9 +145,9 @@ def file_take(self: SlotLog, owner: Owner) -> LeaseRecord:
     return record
 
 
-def file_check(self: TrainingLog) -> None:
+def file_check(self: SlotLog, nonce: str) -> None:
     """Looks into the file, and then writes."""
-    if read_bytes(self._log.path / "beats/lease").decode() != self._lease:
+    if read_bytes(self.path / "beats/lease").decode() != nonce:
         raise logs.FencedError("not ours")
 
 
@@ -168,23 +172,57 @@ def eager_commit(self: Any, outputs: Any, units: Any, *rest: Any) -> Any:
 
 REAL_COMMIT = states.StageFolder.commit
 
+
+def careless_collect(found: Inventory, _told: Any, older_than: float, *_: Any) -> Any:
+    """Deletes what it saw without a lease, and without a second look."""
+    for each in list(repairs._garbage(found, older_than)):
+        repairs.remove(each.path)
+        yield each
+    return found
+
+
+def blind_take(label: str, path: StoragePath, full: bool, *rest: Any, **options: Any) -> Inventory:
+    """Takes a record that cannot be read for none."""
+    found = REAL_TAKE(label, path, full, *rest, **options)
+    if not full:
+        found.findings.clear()
+    return found
+
+
+def early_take(label: str, path: StoragePath, full: bool, *rest: Any, **options: Any) -> Inventory:
+    """Believes under the lease what was seen before it."""
+    if not full:
+        return REAL_TAKE(label, path, full, *rest, **options)
+    memory = World.now.memory
+    key = (World.now.who(), str(path))
+    if key not in memory:
+        memory[key] = REAL_TAKE(label, path, full, *rest, **options)
+    return memory[key]
+
+
+REAL_TAKE = inventory.take
+
 patch = mock.patch.object
 
 MUTANTS: dict[str, Callable[[], Any]] = {
     "create does not look what is there": lambda: patch(creating, "_create_remote", blind_create),
     "an unknown outcome counts as success": lambda: patch(creating, "_create_remote", hopeful_create),
     "data is overwritten": lambda: patch(creating, "_create_remote", overwriting_create),
-    "a unit is committed before its data": lambda: patch(schedules, "run_unit", early_record),
+    "a unit is committed before its data": lambda: patch(outs, "run_unit", early_record),
     "a unit records what it would have written": lambda: patch(schedules, "make", stubborn_make),
     "a writer takes any free slot": lambda: _both(
-        patch(SlotLog, "_append", unfenced_append), patch(TrainingLog, "_require_ours", lambda self: None)
+        patch(SlotLog, "_append", unfenced_append), patch(SlotLog, "require_lease", lambda self, nonce: None)
     ),
     "the lease is a file that is overwritten": lambda: _both(
-        patch(SlotLog, "take", file_take), patch(TrainingLog, "_require_ours", file_check)
+        patch(SlotLog, "take", file_take), patch(SlotLog, "require_lease", file_check)
     ),
     "the newest checkpoint is a pointer": lambda: patch(TrainingLog, "commit", pointer_commit),
     "training begins without reading the log": lambda: patch(TrainingLog, "latest", unverified_latest),
     "a stage is committed as far as it is": lambda: patch(states.StageFolder, "commit", eager_commit),
+    "a unit counts without a look at its objects": lambda: patch(states.StageFolder, "lacking", lambda self, _: {}),
+    "gc deletes without the lease": lambda: patch(repairs, "_collect", careless_collect),
+    "gc deletes where a record cannot be read": lambda: patch(inventory, "take", blind_take),
+    "repair believes what it saw before its lease": lambda: patch(inventory, "take", early_take),
 }
 
 

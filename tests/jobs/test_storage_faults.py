@@ -16,6 +16,7 @@ import pytest
 
 from cluster.storage import attempts, objects
 from cluster.storage.create import put_if_absent, remove, replace
+from cluster.storage.listing import listing
 from cluster.storage.path import StoragePath
 from jobs import repair as repairs
 from schemas.errors import KilobasisError, StorageError
@@ -212,7 +213,7 @@ def copy_object(path: Path, to: StoragePath) -> None:
 
 
 def keys(root: StoragePath, pattern: str) -> list[str]:
-    return sorted(key for key in objects.listing(root) if fnmatchcase(key, pattern))
+    return sorted(key for key in listing(root) if fnmatchcase(key, pattern))
 
 
 def lose_units(root: StoragePath) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -9,14 +10,19 @@ from pathlib import Path
 from cluster.storage.objects import read_recorded
 from cluster.storage.path import StoragePath
 from jobs import inventory
+from jobs import manifest as manifests
+from jobs import plan as planning
+from jobs.fingerprint import spec
 from jobs.log import SlotLog, TrainingLog
+from jobs.mesh import resolved
+from jobs.sources import survey
 from jobs.state import StageFolder
-from jobs.workspace import owner_of
+from jobs.workspace import Workspace
 from pipeline.activations.source import open_store
 from pipeline.sources.sequences import pieces, read
-from pipeline.stage import Committed
-from schemas.errors import IntegrityError
-from schemas.layouts import SPEC
+from pipeline.stage import Committed, Sources
+from schemas.errors import IntegrityError, ManifestError
+from schemas.manifest import Manifest
 
 # What lies where, by the pattern of its path below a root. Every kind of committed object has one.
 KINDS = {
@@ -108,62 +114,70 @@ MUTATIONS: dict[str, Callable[[Path, random.Random, list[Path]], None]] = {
 }
 
 
-def read_everything(root: Path) -> None:
-    """Read what was committed as the stages do that need it.
+# Whole folders, as a lifecycle rule or a slip of the hand takes them.
+PREFIXES = (
+    "tokenize/*",
+    "harvest/*",
+    "harvest",
+    "dictionaries/*/train/*",
+    "dictionaries/*/evaluate",
+    "dictionaries/*/catalog/*",
+    "dictionaries/*/export/*",
+    "dictionaries",
+)
+
+
+def read_everything(manifest: Path, root: Path) -> None:
+    """Read what was committed as runs and stages do, by their own code.
 
     Raises:
         IntegrityError: something is absent or damaged.
     """
-    base = StoragePath.parse(root)
+    parsed, sources = _surveyed(manifest)
+    parsed = parsed.model_copy(update={"root": str(root)})
     try:
-        owner_of(base)
-    except FileNotFoundError as error:
-        raise IntegrityError(f"{base} has no owner") from error
-    for label, path in inventory.folders(base):
-        spec = read_spec(path)
-        folder = StageFolder(path, label, spec)
-        committed = folder.committed()
-        if committed is None:
-            raise IntegrityError(f"{path} is not committed")
+        planned = planning.make(parsed, Workspace.of(parsed, writable=False), sources)
+    except ManifestError as error:
+        raise IntegrityError(error.what) from error
+    for each in planned.stages:
+        folder = each.folder
+        committed = folder.committed() if folder else None
+        if folder is None or committed is None:
+            raise IntegrityError(f"{each.label} is not committed")
         if missing := folder.missing(committed):
-            raise IntegrityError(f"{path} lacks {missing}")
-        for unit in folder.units():
-            record = folder.unit(unit)
-            if committed.record.units[unit] != record.digest:
-                raise IntegrityError(f"{path} unit {unit} is not the one that was committed")
-            if label != "harvest":
-                for entry in record.made.objects:
-                    read_recorded(path, entry)
-        for entry in committed.record.outputs.objects:
-            read_recorded(path, entry)
-        _read_log(path, committed)
-        if label == "tokenize":
-            for split in ("train", "heldout"):
-                every = pieces(committed, split)
-                read(path, every, 0, sum(piece.rows for piece in every))
-        if label == "harvest":
-            store = open_store(committed)
-            for hook_point in store.layout.widths:
-                for slab in range(store.layout.geometry.slabs):
-                    store.slab(hook_point, slab)
+            raise IntegrityError(f"{folder.path} lacks {missing}")
+        folder.claim(spec(each.stage, each.params, committed.record.inputs))
+        _read_stage(each.label, folder, committed)
 
 
-def read_spec(path: StoragePath) -> str:
-    """The fingerprint that a folder's specification has; claiming it again would compare the bytes."""
-    found = inventory.Inventory(path, "", {SPEC: inventory.Listed(1, None)} if (path / SPEC).local.exists() else {})
-    inventory._read_spec(found)
-    if found.findings:
-        raise IntegrityError(str(found.findings[0]))
-    return found.fingerprint
+@functools.cache
+def _surveyed(manifest: Path) -> tuple[Manifest, Sources]:
+    parsed = manifests.load(manifest, [])
+    sources = survey(parsed)
+    return resolved(parsed, sources), sources
 
 
-def _read_log(path: StoragePath, committed: Committed) -> None:
-    log = SlotLog(path)
+def _read_stage(label: str, folder: StageFolder, committed: Committed) -> None:
+    for unit in folder.units():
+        record = folder.unit(unit)
+        if committed.record.units[unit] != record.digest:
+            raise IntegrityError(f"{folder.path} unit {unit} is not the one that was committed")
+        if label != "harvest":
+            for entry in record.made.objects:
+                read_recorded(folder.path, entry)
+    for entry in committed.record.outputs.objects:
+        read_recorded(folder.path, entry)
+    log = SlotLog(folder.path)
     log.refresh()
-    if committed.record.slots and (
-        len(log.slots) < committed.record.slots or log.slots[committed.record.slots - 1].nonce != committed.record.tip
-    ):
-        raise IntegrityError(f"{path} has another log than was committed")
-    for record in log.checkpoints[-inventory.LIVE_CHECKPOINTS :]:
-        for entry in record.objects:
-            TrainingLog(path).read(entry)
+    for checkpoint in log.checkpoints[-inventory.LIVE_CHECKPOINTS :]:
+        for entry in checkpoint.objects:
+            TrainingLog(folder.path).read(entry)
+    if label == "tokenize":
+        for split in ("train", "heldout"):
+            every = pieces(committed, split)
+            read(folder.path, every, 0, sum(piece.rows for piece in every))
+    if label == "harvest":
+        store = open_store(committed)
+        for hook_point in store.layout.widths:
+            for slab in range(store.layout.geometry.slabs):
+                store.slab(hook_point, slab)

@@ -10,11 +10,11 @@ import pytest
 from cluster.storage import create as creating
 from cluster.storage.create import create, create_or_adopt, put_if_absent, remove, replace
 from cluster.storage.foreign import signature
+from cluster.storage.listing import listing
 from cluster.storage.objects import (
     exists,
     forget,
     kept,
-    listing,
     names,
     read_bytes,
     read_json,

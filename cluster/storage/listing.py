@@ -1,0 +1,117 @@
+"""What lies below a folder, and whether what a record names is there.
+
+Whatever is left out of a listing counts as absent, and what nothing refers to is deleted by the word of one. So a
+folder that cannot be read is an error here, and never an empty folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from cluster.storage.objects import SECOND_LOOKS, request, size
+from cluster.storage.path import StoragePath
+from schemas.errors import StorageError
+from schemas.records import ObjectEntry
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """An object in a listing: its bytes, and when it was last written (seconds since 1970; None if not told)."""
+
+    size: int
+    modified: float | None
+
+
+def listing(path: StoragePath) -> dict[str, Listed]:
+    """Every object below `path`, by key below it, those with a dot in front included. A link counts as an object.
+
+    Raises:
+        StorageError: a folder in it cannot be read.
+    """
+    prefix = path.key.strip("/") + "/"
+    if path.is_local:
+        # fsspec's own walk leaves out, without a word, whatever it cannot list.
+        return {key.strip("/").removeprefix(prefix): there for key, there in _walk(path.key)}
+    try:
+        listed = request(path, "list", "find", path.key, detail=True, withdirs=False)
+    except FileNotFoundError:
+        return {}
+    found = {}
+    for key, info in listed.items():
+        below = str(key).strip("/")
+        # Some stores list the folder itself as an object.
+        if below.startswith(prefix) and info.get("type") != "directory":
+            found[below.removeprefix(prefix)] = Listed(int(info["size"] or 0), _modified(info))
+    return found
+
+
+def absent(folder: StoragePath, entries: Iterable[ObjectEntry]) -> list[str]:
+    """Keys of objects that are not there, or have another size than was committed. Each is asked for.
+
+    Args:
+        folder: What the keys are below.
+        entries: The objects.
+    """
+    return [entry.key for entry in entries if not _is_there(folder, entry)]
+
+
+def _is_there(folder: StoragePath, entry: ObjectEntry) -> bool:
+    for _ in range(1 if folder.is_local else SECOND_LOOKS):
+        try:
+            return size(folder / entry.key) == entry.size
+        except FileNotFoundError:
+            continue
+    return False
+
+
+def _walk(folder: str) -> Iterator[tuple[str, Listed]]:
+    try:
+        with os.scandir(folder) as entries:
+            every = sorted(entries, key=lambda entry: entry.name)
+        for entry in every:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _walk(entry.path)
+            elif (there := _seen(entry)) is not None:
+                yield entry.path, there
+    except (FileNotFoundError, NotADirectoryError):
+        # Gone, or never there.
+        return
+    except OSError as error:
+        raise StorageError(
+            f"cannot list {folder}: {error.strerror or error}",
+            "mend the file system or the permissions, then try again",
+        ) from error
+
+
+def _seen(entry: os.DirEntry[str]) -> Listed | None:
+    try:
+        found = entry.stat(follow_symlinks=False)
+        if entry.is_symlink():
+            return Listed(_size_behind(entry), found.st_mtime)
+    except FileNotFoundError:
+        return None
+    return Listed(found.st_size, found.st_mtime)
+
+
+def _size_behind(link: os.DirEntry[str]) -> int:
+    try:
+        return link.stat().st_size
+    except OSError:
+        # It leads nowhere. That is for whoever reads it to say.
+        return 0
+
+
+def _modified(info: dict[str, Any]) -> float | None:
+    for field in ("mtime", "LastModified", "last_modified", "updated", "created"):
+        value = info.get(field)
+        if isinstance(value, datetime):
+            return value.timestamp()
+        if isinstance(value, str):
+            return datetime.fromisoformat(value).timestamp()
+        if isinstance(value, (int, float)):
+            return float(value)
+    return None
