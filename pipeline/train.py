@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -164,7 +165,11 @@ def train_rank(task: TrainTask, path: StoragePath, gang: Gang) -> Outputs | None
     """One rank of the gang; rank 0 writes what comes of it, and says so."""
     settings = task.params
     if task.deterministic:
+        # Asked for by products on a GPU; a worker of a cluster has not inherited it.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        # Otherwise every new tensor is filled first; nothing here reads what it has not written.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     store = open_store(task.harvest)
     read = (settings.hook_point,) if settings.target is None else (settings.hook_point, settings.target)
     expected = sum(int(task.harvest.facts["hashes"][hook_point], 16) for hook_point in read)

@@ -28,6 +28,7 @@ from pipeline.dictionary.pace import Pace
 from pipeline.dictionary.parallel import Engine
 from pipeline.dictionary.ranks import Ranks
 from pipeline.dictionary.resampling import resample
+from pipeline.dictionary.topk import has_triton
 from pipeline.stage import Gang
 from schemas import events
 from schemas.errors import NonFiniteError
@@ -40,7 +41,10 @@ EVENT_SECONDS = 1.0
 MOST_SKIPPED = 10
 # Of one batch's, in the running mean of thresholds that are not learned.
 THRESHOLD_WEIGHT = 0.01
-NO_KERNELS = "no compiled kernels: torch alone takes several times as long -> install g++, then kilobasis again"
+NO_KERNELS = {
+    "cpu": "no compiled kernels: torch alone takes several times as long -> install g++, then kilobasis again",
+    "cuda": "no triton: torch alone takes several times as long -> pip install triton",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,8 +263,8 @@ def train(
             del x_ND, y_ND, target_ND
         gang.beat(progress.step, "starting")
         trainer = Trainer(dictionary, settings, steps, ranks)
-        if gang.rank == 0 and trainer.engine.device.type == "cpu" and native.library() is None:
-            gang.emit(events.Note(stage, NO_KERNELS))
+        if gang.rank == 0 and (note := _without_kernels(trainer.engine.device)):
+            gang.emit(events.Note(stage, note))
         with trainer.engine:
             if state is not None:
                 with parsing(f"{stage}: slot {last.slot if last else 0} of the log", "checkpoint"):
@@ -282,6 +286,12 @@ def train(
             since_fired_F, _ = checkpoint.restore(state, dictionary, None)
         dictionary.rescale(progress.scale, progress.target_scale)
         return Trained(dictionary, since_fired_F, curves, progress)
+
+
+def _without_kernels(device: torch.device) -> str | None:
+    """What to tell a person whose training is slower than it could be."""
+    there = native.library() is not None if device.type == "cpu" else has_triton()
+    return None if there else NO_KERNELS[device.type]
 
 
 def _read(
