@@ -253,6 +253,7 @@ def train(
         last = gang.checkpoints.latest()
         progress, curves = Progress(0, 0, 1.0, Cursor(), 1.0), list[list[float]]()
         state = None
+        dictionary.to(parallel.device(ranks.rank))
         if last is not None:
             progress, state = _read(stage, last, gang, ranks.feature_rank * count, count)
         else:
