@@ -1,6 +1,6 @@
 """The trainer on one GPU: how much of the card a step and its encoder use, beside the peers' on the same card.
 
-    python benchmarks/gpu.py [--quick] [--case NAME ...] [--only NAME ...] [--json FILE]
+    python benchmarks/gpu.py [--quick] [--case NAME ...] [--only NAME ...] [--tiles] [--json FILE]
 
 First the kernels are compared with torch's on the card, at the width and number of features of each case; a difference
 ends the run. Then contenders take turns as in `train.py`, one process at a time, all in bfloat16 (`kilobasis`: rows in
@@ -130,6 +130,55 @@ def differs(case: Case, device: str) -> str | None:
     return None if torch.equal(again[0], z_BK) and torch.equal(again[1], indices_BK) else "bits change between two runs"
 
 
+# Tokens, features and width of a tile, tiles of tokens that share features, warps, stages.
+TILES = (
+    (128, 256, 64, 8, 8, 3),
+    (128, 256, 64, 8, 8, 4),
+    (128, 256, 64, 16, 8, 3),
+    (128, 256, 32, 8, 8, 4),
+    (64, 256, 64, 8, 4, 2),
+    (64, 256, 64, 8, 4, 3),
+    (256, 256, 64, 8, 16, 3),
+)
+
+
+def tiled(case: Case, card: str, console: Console) -> list[Fact]:
+    """The time of a search for each way to cut its product. All find the same."""
+    from pipeline.dictionary.kernels import cuda
+
+    x_BD = torch.randn(case.batch, case.width, device="cuda")
+    W_FD = torch.randn(case.features, case.width, device="cuda").bfloat16() / case.width**0.5
+    b_F = torch.zeros(case.features, device="cuda")
+    peak, found, expected = peak_of(card), list[Fact](), cuda.top_k(x_BD, W_FD, b_F, case.k)
+    for shape in TILES:
+        cuda.tile = lambda device, shape=shape: cuda.Tile(*shape)
+        try:
+            made = cuda.top_k(x_BD, W_FD, b_F, case.k)
+            assert torch.equal(made[0], expected[0]), "a way to cut the product has changed what is found"
+            seconds = []
+            for _ in range(case.rounds):
+                torch.cuda.synchronize()
+                began = time.perf_counter()
+                cuda.top_k(x_BD, W_FD, b_F, case.k)
+                torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - began)
+        except triton_errors() as error:
+            console.print(f"{case.name} {shape}: {str(error)[:80]}")
+            continue
+        flops = 2.0 * case.batch * case.features * case.width
+        share = f", {flops / middle(seconds) / peak:.1%} of the peak" if peak else ""
+        console.print(f"{case.name} {shape}: {1e3 * middle(seconds):.2f} ms{share}")
+        found.append(fact(f"gpu/{case.name}/tile/{'x'.join(map(str, shape))}", seconds, "s", settings(case)))
+    return found
+
+
+def triton_errors() -> tuple[type[Exception], ...]:
+    """What a tile raises that a card has no room for."""
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    return OutOfResources, PTXASError
+
+
 def share_of_peak(case: Case, outcome: Outcome, peak: float, flops: float) -> list[float]:
     """FLOP/s of every round by the card's peak."""
     return [flops / seconds / peak for seconds in outcome.seconds]
@@ -222,6 +271,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one small case; without a GPU, interpreted kernels")
     parser.add_argument("--case", action="append", choices=[case.name for case in CASES], help="may be repeated")
     parser.add_argument("--only", action="append", choices=names, help=f"besides {REFERENCE}; may be repeated")
+    parser.add_argument("--tiles", action="store_true", help="time ways to cut the encoder's product, and no contender")
     parser.add_argument("--json", type=Path, help="write a list of {name, value, unit, config}")
     options = parser.parse_args()
     console, found, made = Console(width=140), list[Fact](), list[Mark]()
@@ -244,6 +294,10 @@ def main() -> int:
             console.print(f"{case.name}: on {card} the kernels and torch part: {difference}")
             return 1
         torch.cuda.empty_cache()
+        if options.tiles:
+            found += tiled(case, card, console)
+            marks.write(options.json, found)
+            continue
         outcomes = race(case, contenders, lambda line: console.print(line, style="dim"), limit=10**12)
         console.print(table(case, outcomes, card))
         found += facts(case, outcomes, card)

@@ -108,6 +108,48 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     assert run(["-c", COMPILES], tmp_path, TRITON_INTERPRET="0") == "compiled\n"
 
 
+TRAINS = """
+import torch
+from cluster.pool import free_port
+from pipeline.dictionary.loop import Trainer
+from pipeline.dictionary.model import TopKDictionary
+from pipeline.dictionary.parallel import joined
+from schemas.training import Train
+
+torch.use_deterministic_algorithms(True)
+generator = torch.Generator().manual_seed(0)
+directions = torch.nn.functional.normalize(torch.randn(96, 64, generator=generator), dim=1)
+settings = Train(
+    tokens=2560, batch=128, learning_rate=1e-2, warmup=0.0, aux_k=8, dead_after=512, clip=0.02, optimizer="{optimizer}"
+)
+with joined(0, 1, 1, f"tcp://127.0.0.1:{{free_port()}}") as ranks:
+    dictionary = TopKDictionary(64, 512, 4)
+    trainer = None
+    for step in range(20):
+        active = torch.rand(128, 96, generator=generator) * (torch.rand(128, 96, generator=generator) < 0.05)
+        if trainer is None:
+            dictionary.initialize(active @ directions, 0, ranks)
+            trainer = Trainer(dictionary, settings, 20, ranks)
+        scalars = trainer.step(step, (active @ directions).to(trainer.engine.device))()
+        print(scalars.fvu, scalars.gradient_norm)
+    # A checkpoint's way: what the optimizer remembers goes to the host and back.
+    trainer.optimizer.load({{name: value.cpu() for name, value in trainer.optimizer.tensors().items()}})
+    print(trainer.step(19, (active @ directions).to(trainer.engine.device))().fvu, 0.0)
+    trainer.engine.__exit__(None, None, None)
+"""
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("optimizer", ["row_adam", "adam"])
+def test_trainer_on_a_gpu_learns_what_it_learns_on_a_cpu(optimizer: str, tmp_path: Path) -> None:
+    code = TRAINS.format(optimizer=optimizer)
+    workspace = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    on_gpu = run(["-c", code], tmp_path, **workspace).split()
+    on_cpu = run(["-c", code], tmp_path, CUDA_VISIBLE_DEVICES="", **workspace).split()
+    assert [float(each) for each in on_gpu] == pytest.approx([float(each) for each in on_cpu], rel=1e-2)
+
+
 def test_kernels_without_a_gpu_are_not_those_for_one() -> None:
     rows = torch.zeros(2, 3)
     assert topk.kernels(rows) in (native, portable)
