@@ -86,7 +86,7 @@ class SearchContract:
 
     @pytest.mark.parametrize(
         ("features", "k", "dtype"),
-        [(9000, 3, torch.float32), (20_001, 2, torch.bfloat16), (6000, 12, torch.float32)],
+        [(9000, 3, torch.float32), (20_001, 2, torch.bfloat16), (6000, 6, torch.float32)],
         ids=["groups-of-32", "two-blocks", "groups-of-16"],
     )
     def test_top_k_of_many_features_finds_what_torch_finds(self, features: int, k: int, dtype: torch.dtype) -> None:
@@ -176,13 +176,14 @@ class SearchContract:
         require_exact((z_BK / scale, indices_BK), x_BD / scale, W_FD, zero_F, 8)
 
     def test_search_scores_few_features_again(self) -> None:
-        """What makes it a search: candidates are few where features are many. Nobody is scored against everything."""
+        """What makes it a search: candidates are few where features are many."""
         draw, scored = Draw(self.device, 4), []
         x_BD, W_FD, b_F = draw.normal(8, 256), draw.normal(4096, 256) / 16, torch.zeros(4096, device=self.device)
         with pytest.MonkeyPatch.context() as patch:
             keys = cuda()._keys
             patch.setattr(cuda(), "_keys", lambda *given: scored.append(given[4]) or keys(*given))
             cuda().top_k(x_BD, W_FD, b_F, 16)
+        # Once: nobody was scored against everything.
         assert len(scored) == 1
         assert int(scored[0].min()) >= 16
         assert float(scored[0].double().mean()) < 80

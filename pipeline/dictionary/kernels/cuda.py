@@ -79,7 +79,7 @@ def top_k(x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int) -> 
     if k > MOST:
         keys_BK = _all(x_BD, W_FD, b_F, k)
     else:
-        group = _group(len(W_FD), k)
+        group = _group(*W_FD.shape, k)
         tokens = min(2**16, max(128, SCORES // (8 * _groups(len(W_FD), group))))
         parts = [_searched(part_BD, W_FD, b_F, k, group) for part_BD in torch.split(x_BD, tokens)]
         keys_BK = torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -95,9 +95,12 @@ def _wide(rows_ND: torch.Tensor) -> torch.Tensor:
     return rows_ND if rows_ND.data_ptr() % 16 == 0 else rows_ND.clone()
 
 
-def _group(features: int, k: int) -> int:
-    """Features of a group: many, so that few numbers are written, but few enough that most candidates are alone."""
-    return next((group for group in (32, 16, 8) if features >= 16 * k * group), 4)
+def _group(features: int, width: int, k: int) -> int:
+    """Features of a group: many, so that few numbers are written, but few enough that most candidates are alone.
+
+    The wider, the less it matters what is written, and the more how many rows are scored again.
+    """
+    return next((group for group in ((32, 16, 8) if width < 1024 else (16, 8)) if features >= 48 * k * group), 4)
 
 
 def _groups(features: int, group: int) -> int:
@@ -123,11 +126,12 @@ def _searched(x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int,
         )  # fmt: skip
     # Of a group's features the largest norms count for all.
     most = [_most(each, group, groups) for each in (norm_F, error_F, b_F.abs())]
-    room = max(256, triton.next_power_of_2(4 * k))
+    room = max(512, triton.next_power_of_2(8 * k))
     candidates_BM = torch.empty(tokens, room, dtype=torch.int32, device=device)
     counts_B = torch.empty(tokens, dtype=torch.int32, device=device)
-    # Sums of the product may cut bits off (2 units), those of float32 round (1); thrice that is more than enough.
-    gamma, relative = 6.0 * (width + 16) * UNIT, (2 * group + 8) * 2 * UNIT
+    # Tensor cores add up 16 products and the sum so far at once, and of each may cut off what is below the last bit of
+    # the largest: 17 times 2 units in 16 columns, and as much as 2 for what comes of it. Sums in float32 are of lanes.
+    gamma, relative = 2.5 * (width + 64) * UNIT, (2 * group + 8) * 2 * UNIT
     triton_search.sift[(tokens,)](
         best_BN[0], best_BN[1], *most, norm_B + lost_B, lost_B, candidates_BM, counts_B, k, groups, features, gamma,
         relative, ROOM=room, GROUP=group, PASSES=9, BLOCK=min(1024, triton.next_power_of_2(groups)), num_warps=4,
@@ -183,7 +187,7 @@ def _largest(keys_BM: torch.Tensor, k: int) -> torch.Tensor:
         # No two keys of candidates are equal, and it does not matter which of the others are taken.
         return keys_BM.topk(k).values
     found_BK = torch.empty(tokens, k, dtype=torch.int64, device=keys_BM.device)
-    triton_search.largest[(tokens,)](keys_BM, found_BK, k, ROOM=room, num_warps=1 if room <= 256 else 4)
+    triton_search.largest[(tokens,)](keys_BM, found_BK, k, ROOM=room, num_warps=2 if room <= 512 else 4)
     return found_BK
 
 
