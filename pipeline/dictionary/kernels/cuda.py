@@ -79,7 +79,7 @@ def top_k(x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int) -> 
     if k > MOST:
         keys_BK = _all(x_BD, W_FD, b_F, k)
     else:
-        group = _group(*W_FD.shape, k)
+        group = _group(len(W_FD), W_FD.shape[1], k)
         tokens = min(2**16, max(128, SCORES // (8 * _groups(len(W_FD), group))))
         parts = [_searched(part_BD, W_FD, b_F, k, group) for part_BD in torch.split(x_BD, tokens)]
         keys_BK = torch.cat(parts) if len(parts) > 1 else parts[0]
