@@ -101,11 +101,11 @@ class SearchContract:
         """Neither other tokens of a batch nor features that do not fire change a bit: shards agree with the whole."""
         draw = Draw(self.device, 1)
         for width in (64, 50):
-            x_BD, W_FD, b_F = draw.normal(12, width), draw.normal(900, width) / 8, draw.normal(900) / 10
+            x_BD, W_FD, b_F = draw.normal(5, width), draw.normal(900, width) / 8, draw.normal(900) / 10
             z_BK, indices_BK = cuda().top_k(x_BD, W_FD, b_F, 8)
-            part_z, part_indices = cuda().top_k(x_BD[3:7], W_FD, b_F, 8)
-            assert torch.equal(part_z, z_BK[3:7])
-            assert torch.equal(part_indices, indices_BK[3:7])
+            part_z, part_indices = cuda().top_k(x_BD[1:3], W_FD, b_F, 8)
+            assert torch.equal(part_z, z_BK[1:3])
+            assert torch.equal(part_indices, indices_BK[1:3])
             found = [cuda().top_k(x_BD, W, b, 8) for W, b in zip(W_FD.chunk(3), b_F.chunk(3), strict=True)]
             z = torch.cat([each[0] for each in found], 1)
             indices = torch.cat([each[1] + 300 * part for part, each in enumerate(found)], 1)
