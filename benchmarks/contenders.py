@@ -29,15 +29,19 @@ class Contender:
         return [str(self.python), str(HERE / "peers" / self.script), setting]
 
 
-def environment(threads: int) -> dict[str, str]:
-    """Of a contender's process: so many threads, no accelerator, nobody is phoned."""
-    return os.environ | {
-        "OMP_NUM_THREADS": str(threads),
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
-        "WANDB_MODE": "disabled",
-        "HF_HUB_OFFLINE": "1",
-    }
+def environment(threads: int, device: str = "cpu") -> dict[str, str]:
+    """Of a contender's process: so many threads, no accelerator unless it is one's turn, nobody is phoned."""
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    return (
+        os.environ
+        | hidden
+        | {
+            "OMP_NUM_THREADS": str(threads),
+            "DS_ACCELERATOR": device,
+            "WANDB_MODE": "disabled",
+            "HF_HUB_OFFLINE": "1",
+        }
+    )
 
 
 def missing(contenders: Iterable[Contender]) -> str | None:

@@ -54,6 +54,7 @@ class Case:
     steps: int
     alive: Literal["all", "one"] = "all"
     batches: int = 8
+    device: str = "cpu"
 
     @property
     def features(self) -> int:
@@ -118,7 +119,7 @@ class Worker:
     def __init__(self, contender: Contender, case: Case, data: Path, guard: Guard) -> None:
         self.name, self._guard = contender.name, guard
         self._log = data.parent / f"{contender.name}.log"
-        shape = {name: getattr(case, name) for name in ("width", "features", "k", "batch", "threads")}
+        shape = {name: getattr(case, name) for name in ("width", "features", "k", "batch", "threads", "device")}
         read_end, write_end = os.pipe()
         setting = shape | {"seed": SEED, "variant": contender.variant, "data": str(data), "answers": write_end}
         self._answers = os.fdopen(read_end, "rb")
@@ -128,7 +129,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=stream,
                 stderr=stream,
-                env=environment(case.threads),
+                env=environment(case.threads, case.device),
                 pass_fds=[write_end],
                 # Some trainers leave folders where they run.
                 cwd=data.parent,

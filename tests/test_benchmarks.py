@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.support.runs import ROOT
+
+ON_GPU = torch.cuda.is_available()
 
 GOOD = """
 import json, os, sys
@@ -68,6 +71,8 @@ def load(monkeypatch: pytest.MonkeyPatch):
                 "d64x64/encoder-gemm/times",
             },
         ),
+        # On a GPU a case of its own, elsewhere kernels that are interpreted.
+        ("gpu.py", ["--only", "encoder-gemm"], {"/kilobasis/mfu"} if ON_GPU else {"/interpreted/seconds"}),
         (
             "quality.py",
             ["--only", "kilobasis", "--rates", "1", "--seeds", "0"],
@@ -146,6 +151,27 @@ def test_train_table_and_marks_of_failed_peers_show_the_reason(load: Any) -> Non
     assert [mark.met for mark in train.judged(case, outcomes)] == [False, False, False]
 
 
+def test_gpu_marks_are_of_the_encoder_and_of_the_best_peer(load: Any) -> None:
+    gpu, race = load("gpu"), load("race")
+    case = race.Case(768, 128, k=64, batch=1000, threads=1, warmup=1, rounds=1, steps=1)
+    outcomes = {
+        "kilobasis": race.Outcome([0.001], [1.0], 0.9, 0.5, 40),
+        # 2 x 1000 x 98,304 x 768 operations.
+        "kilobasis-encoder": race.Outcome([0.000302], [1.0]),
+        "encoder-gemm": race.Outcome([0.0001], [1.0]),
+        "saelens": race.Outcome([0.004], [1.0]),
+        "sparsify": race.Outcome([0.0025], [1.0]),
+        "sparsify-adam": race.Outcome(failure="killed"),
+    }
+    share, speed = gpu.judged(case, outcomes, 1e15)
+    assert (share.value, share.met) == (pytest.approx(0.5, rel=0.001), False)
+    assert (speed.value, speed.met) == (2.5, False)
+    assert [mark.value for mark in gpu.judged(case, outcomes, None)] == [None, 2.5]
+    assert "killed" in str(list(gpu.table(case, outcomes, "H100").columns[1].cells))
+    named = {each["name"] for each in gpu.facts(case, outcomes, "NVIDIA H100 80GB HBM3")}
+    assert {"gpu/d768x128/kilobasis/mfu", "gpu/d768x128/kilobasis/hbm", "gpu/d768x128/saelens/times"} <= named
+
+
 def test_ledger_torn_line_is_passed_over_and_written_behind(load: Any, tmp_path: Path) -> None:
     trainings = load("trainings")
     path = tmp_path / "found" / "ledger.jsonl"
@@ -167,8 +193,6 @@ def test_rate_search_best_at_an_end_goes_on_beyond_it(load: Any) -> None:
 
 
 def test_recovery_finds_the_true_directions_and_only_those(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "peers"))
     training = importlib.import_module("training")
     true_MD = torch.eye(4)[:2]
@@ -184,8 +208,6 @@ def test_ground_truth_variance_sums_to_the_width(load: Any) -> None:
 
 
 def test_ground_truth_is_not_where_a_dictionary_starts(load: Any) -> None:
-    import torch
-
     from pipeline.dictionary.model import TopKDictionary
 
     truth = load("synthetic").GroundTruth(width=64, directions=512)

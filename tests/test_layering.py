@@ -40,6 +40,11 @@ OWNERS = {
     "rich": {"jobs/cli.py", "jobs/progress.py"},
     "tensorboardX": {"jobs/progress.py"},
     "jinja2": {"pipeline/report/page.py"},
+    "triton": {
+        "pipeline/dictionary/kernels/cuda.py",
+        "pipeline/dictionary/kernels/triton_rows.py",
+        "pipeline/dictionary/kernels/triton_search.py",
+    },
 }
 
 # The pipeline gets from cluster only the shape of a pool and the storage, never who runs it.

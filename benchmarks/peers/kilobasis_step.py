@@ -2,10 +2,16 @@
 
 The manifest's defaults, deterministic kernels among them, and the step's scalars after every step (the
 loop asks for them a few hundred times in a run).
+
+Variants: `row_adam` (the default), `bfloat16` (rows in bfloat16 that share one second moment), and `encoder`: no
+training, the search alone with rows in bfloat16.
 """
 
 from __future__ import annotations
 
+import sys
+
+import torch
 from protocol import Session
 from torch import Tensor
 
@@ -22,16 +28,28 @@ setting = session.setting
 
 be_deterministic()
 scale = scale_of(session.sample)
-dictionary = TopKDictionary(setting.width, setting.features, setting.k)
-dictionary.initialize(session.sample * scale, setting.seed)
+rows = torch.float32 if setting.variant == "row_adam" else torch.bfloat16
+dictionary = TopKDictionary(setting.width, setting.features, setting.k, rows)
+dictionary.to(session.device).initialize(session.sample * scale, setting.seed)
 # Without a rise of the rate, so that the few steps of a benchmark show that it learns.
-settings = Train(tokens=STEPS * setting.batch, batch=setting.batch, warmup=0.0, seed=setting.seed)
+settings = Train(
+    tokens=STEPS * setting.batch,
+    batch=setting.batch,
+    warmup=0.0,
+    seed=setting.seed,
+    second_moment="row" if setting.variant == "bfloat16" else "full",
+)
 
 
 def reconstruct(x_BD: Tensor) -> Tensor:
     """See `Session.batches`."""
     return dictionary.decode(*dictionary.encode(x_BD * scale)) / scale
 
+
+if setting.variant == "encoder":
+    for x_BD in session.batches(reconstruct):
+        dictionary.encode(x_BD * scale)
+    sys.exit(0)
 
 with joined(0, 1, 1, f"tcp://127.0.0.1:{free_port()}") as ranks:
     trainer = Trainer(dictionary, settings, STEPS, ranks)

@@ -42,6 +42,7 @@ class Setting:
     variant: str
     data: str
     answers: int
+    device: str = "cpu"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Turn:
 
     `cpu_seconds` counts all threads of the process: on a machine with other work it is steadier than the clock.
     `fvu` is the fraction of variance unexplained of held-out rows behind these steps, measured outside
-    the timed part; `peak_rss` the process's largest resident memory so far, in bytes.
+    the timed part; `peak_rss` the process's largest resident memory so far, in bytes, or on a GPU the most that
+    torch has held there.
     """
 
     steps: int
@@ -68,7 +70,8 @@ class Session:
         self._answers = os.fdopen(self.setting.answers, "w", buffering=1)
         torch.set_num_threads(self.setting.threads)
         torch.manual_seed(self.setting.seed)
-        x_NBD = torch.from_numpy(np.load(self.setting.data))
+        self.device = torch.device(self.setting.device)
+        x_NBD = torch.from_numpy(np.load(self.setting.data)).to(self.device)
         self._x_NBD, self._probe_BD = x_NBD[:-1], x_NBD[-1, :PROBE_ROWS]
 
     @property
@@ -88,13 +91,22 @@ class Session:
         turn = 0
         for line in sys.stdin:
             steps = int(line)
-            began, began_cpu = time.perf_counter(), time.process_time()
+            began, began_cpu = self.now(), time.process_time()
             for _ in range(steps):
                 yield self._x_NBD[turn % len(self._x_NBD)].clone()
                 turn += 1
-            seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - began_cpu
-            done = Turn(steps, seconds, cpu_seconds, self._fvu(reconstruct), peak_rss())
+            seconds, cpu_seconds = self.now() - began, time.process_time() - began_cpu
+            done = Turn(steps, seconds, cpu_seconds, self._fvu(reconstruct), self._peak())
             self._answers.write(json.dumps(dataclasses.asdict(done)) + "\n")
+
+    def now(self) -> float:
+        """The clock, when a GPU has done what it was told."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _peak(self) -> int:
+        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else peak_rss()
 
     @torch.no_grad()
     def _fvu(self, reconstruct: Callable[[torch.Tensor], torch.Tensor]) -> float:

@@ -23,6 +23,7 @@ autoencoder = TopKTrainingSAE(
         k=setting.k,
         use_sparse_activations=setting.variant == "sparse",
         rescale_acts_by_decoder_norm=setting.variant != "sparse",
+        device=setting.device,
     )
 )
 
@@ -34,7 +35,14 @@ def reconstruct(x_BD: Tensor) -> Tensor:
 
 
 trainer = SAETrainer(
-    cfg=SAETrainerConfig(total_training_samples=10**9, train_batch_size_samples=setting.batch, lr_end=3e-5),
+    cfg=SAETrainerConfig(
+        total_training_samples=10**9,
+        train_batch_size_samples=setting.batch,
+        lr_end=3e-5,
+        device=setting.device,
+        # On a GPU in bfloat16, as everybody there.
+        autocast=setting.device == "cuda",
+    ),
     sae=autoencoder,
     data_provider=session.batches(reconstruct),
 )

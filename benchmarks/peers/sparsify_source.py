@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+CPU = torch.device("cpu")
+
 
 class Sequences:
     """A dataset of `steps` sequences of `batch` tokens. The tokens mean nothing.
@@ -31,13 +33,13 @@ class Source(nn.Module):
 
     Args:
         width: D.
+        device: Where batches are.
     """
 
-    device = torch.device("cpu")
-
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, device: torch.device = CPU) -> None:
         super().__init__()
-        self.dummy_inputs = {"input_ids": torch.ones((1, 1), dtype=torch.int64)}
+        self.device = device
+        self.dummy_inputs = {"input_ids": torch.ones((1, 1), dtype=torch.int64, device=device)}
         self.layer = nn.Identity()
         self.width = width
         self.batches: Iterator[Tensor] | None = None
@@ -50,7 +52,7 @@ class Source(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         """Ends the process where there is no more to do, because `fit` has no other way out of its dataset."""
         if self.batches is None:
-            x_BD: Tensor | None = torch.zeros(1, self.width)
+            x_BD: Tensor | None = torch.zeros(1, self.width, device=self.device)
         else:
             x_BD = next(self.batches, None)
         if x_BD is None:

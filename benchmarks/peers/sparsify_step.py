@@ -14,7 +14,7 @@ from torch import Tensor
 
 session = Session()
 setting = session.setting
-source = Source(setting.width)
+source = Source(setting.width, session.device)
 trainer = Trainer(
     TrainConfig(
         SparseCoderConfig(num_latents=setting.features, k=setting.k),

@@ -29,6 +29,7 @@ from pipeline.dictionary.pace import Pace
 from pipeline.dictionary.parallel import Engine
 from pipeline.dictionary.ranks import Ranks
 from pipeline.dictionary.resampling import resample
+from pipeline.dictionary.topk import has_triton
 from pipeline.stage import Checkpoints, Gang
 from schemas import events
 from schemas.errors import NonFiniteError
@@ -41,7 +42,10 @@ EVENT_SECONDS = 1.0
 MOST_SKIPPED = 10
 # Of one batch's, in the running mean of thresholds that are not learned.
 THRESHOLD_WEIGHT = 0.01
-NO_KERNELS = "no compiled kernels: torch alone takes several times as long -> install g++, then kilobasis again"
+NO_KERNELS = {
+    "cpu": "no compiled kernels: torch alone takes several times as long -> install g++, then kilobasis again",
+    "cuda": "no triton: torch alone takes several times as long -> pip install triton",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,7 +321,7 @@ class Training:
         shape, settings = wanted.shape, wanted.settings
         self._steps = -(-settings.tokens // settings.batch)
         self._share = settings.batch // ranks.data
-        dictionary = self._empty(shape.features // ranks.features)
+        dictionary = self._empty(shape.features // ranks.features).to(parallel.device(ranks.rank))
         self.progress, self._curves, state = Progress(0, 0, 1.0, Cursor(), 1.0), list[list[float]](), None
         last = wanted.checkpoints.latest()
         if last is not None:
@@ -329,8 +333,8 @@ class Training:
         gang.beat(self.progress.step, "starting")
         self._trainer = Trainer(dictionary, settings, self._steps, ranks)
         device = self._trainer.engine.device
-        if gang.rank == 0 and device.type == "cpu" and native.library() is None:
-            gang.emit(events.Note(wanted.stage, NO_KERNELS))
+        if gang.rank == 0 and (note := _without_kernels(device)):
+            gang.emit(events.Note(wanted.stage, note))
         if state is not None:
             with parsing(f"{wanted.stage}: slot {last.slot if last else 0} of the log", "checkpoint"):
                 since_fired_F, self._curves = checkpoint.restore(state, dictionary, self._trainer.optimizer)
@@ -445,6 +449,12 @@ class Training:
             named |= self._pace.scalars(progress.step, progress.tokens)
             whole = self._steps * self.wanted.settings.batch
             self._gang.emit(events.Progress(self.wanted.stage, progress.step, progress.tokens, whole, named))
+
+
+def _without_kernels(device: torch.device) -> str | None:
+    """What to tell a person whose training is slower than it could be."""
+    there = native.library() is not None if device.type == "cpu" else has_triton()
+    return None if there else NO_KERNELS[device.type]
 
 
 def _values(scalars: StepScalars) -> list[float]:

@@ -162,13 +162,15 @@ class TopKDictionary(nn.Module):
         self.b_dec.copy_(y_ND.double().mean(0).float())
         if self.b_in is not None:
             self.b_in.copy_(x_ND.double().mean(0).float())
-        sample = list(zip(torch.split(x_ND[:SAMPLE], 1024), torch.split(y_ND[:SAMPLE], 1024), strict=True))
+        # The rest of the sample may have no room where the dictionary is.
+        few_ND, few_targets_ND = x_ND[:SAMPLE].to(W_FD.device), y_ND[:SAMPLE].to(W_FD.device)
+        sample = list(zip(torch.split(few_ND, 1024), torch.split(few_targets_ND, 1024), strict=True))
         started = [self._started(x_BD, ranks) for x_BD, _ in sample]
         if self.b_in is None:
             W_FD.copy_(self.W_enc)
         else:
             fill_with_directions(W_FD, first, seed + 1)
-            sums_FD = torch.zeros(W_FD.shape)
+            sums_FD = torch.zeros(W_FD.shape, device=W_FD.device)
             for (z_BK, indices_BK, _), (_, y_BD) in zip(started, sample, strict=True):
                 with_ = kernels(sums_FD, z_BK)
                 sums_FD += with_.sums(with_.group(z_BK, indices_BK, self.features), z_BK, y_BD - self.b_dec)

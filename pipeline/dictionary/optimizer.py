@@ -67,9 +67,8 @@ class SphereAdam(torch.optim.Adam):
         """Remember `tensors` of another one."""
         for name, parameter in self._dictionary.named_parameters():
             fields = {key.partition(".")[2]: value for key, value in tensors.items() if key.startswith(f"{name}.")}
-            self.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device) for key, value in fields.items()
-            }
+            # The count of steps too: a fused step on a GPU reads it there.
+            self.state[parameter] = {key: value.to(parameter.device) for key, value in fields.items()}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:

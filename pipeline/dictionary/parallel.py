@@ -22,6 +22,8 @@ from pipeline.dictionary.ranks import Ranks
 # Whoever runs the gang kills it within a minute when a rank dies or hangs. This is the last resort where nobody
 # watches, and above every save and every read of a slab, for which the other ranks wait in a collective.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+# What sends tensors, by where the rank computes. Words and numbers of the host go through gloo, which NCCL cannot send.
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 
 @contextlib.contextmanager
@@ -157,6 +159,8 @@ class Engine:
 
 def be_deterministic() -> None:
     """From now on use only kernels that give the same bits every time."""
+    # Asked for by products on a GPU; a worker of a cluster has not inherited it.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     # Comes with it, as a help for finding reads of what was never written, and takes a fifth of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -166,11 +170,15 @@ def device(rank: int) -> torch.device:
     """Where a rank computes."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", 0 if torch.cuda.device_count() == 1 else rank)
+    # A rank sees its own GPU alone, or all of its machine's.
+    return torch.device("cuda", rank % torch.cuda.device_count())
 
 
 def _start(rank: int, world_size: int, init_method: str) -> None:
     on_gpu = device(rank).type == "cuda"
+    if on_gpu:
+        # Of NCCL's collectives, and of kernels that are given nothing but addresses.
+        torch.cuda.set_device(device(rank))
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
     # DeepSpeed asks for these even where the group is already there.
     host, port = init_method.removeprefix("tcp://").rsplit(":", 1)
@@ -186,7 +194,7 @@ def _start(rank: int, world_size: int, init_method: str) -> None:
     # that hangs every later run if the process is killed meanwhile.
     deepspeed.ops.__compatible_ops__ = {}
     dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
+        BACKENDS[device(rank).type],
         init_method=init_method,
         rank=rank,
         world_size=world_size,

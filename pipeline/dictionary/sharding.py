@@ -148,7 +148,7 @@ def _above(every_PTM: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Ten
         kept_PT = positive_PTM.sum(2)
         return every_PTM.where(every_PTM > 0, float("inf")).min(), kept_PT
     flat_N = every_PTM.reshape(-1)
-    least = flat_N.nan_to_num(float("inf")).kthvalue(len(flat_N) - count + 1).values
+    least = _ascending_at(flat_N.nan_to_num(float("inf")), len(flat_N) - count)
     above_PTM, equal_PTM = ~(every_PTM <= least), every_PTM == least
     # Equal ones fire in the order of tokens, and for each in that of features.
     equal_TN = equal_PTM.transpose(0, 1).reshape(tokens, ranks * width)
@@ -156,6 +156,14 @@ def _above(every_PTM: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Ten
     taken_TN = equal_TN & (equal_TN.reshape(-1).cumsum(0).view_as(equal_TN) <= room)
     taken_PTM = taken_TN.view(tokens, ranks, width).transpose(0, 1)
     return least, above_PTM.sum(2) + taken_PTM.sum(2)
+
+
+def _ascending_at(values_N: torch.Tensor, place: int) -> torch.Tensor:
+    """What is at a place in ascending order. Shape ()."""
+    if values_N.device.type == "cpu":
+        return values_N.kthvalue(place + 1).values
+    # A GPU's kthvalue counts as not deterministic, and is refused where only what is may run.
+    return values_N.sort().values[place]
 
 
 def positive(x_BD: torch.Tensor, W_fD: torch.Tensor, b_f: torch.Tensor, guess: int, ranks: Ranks) -> Chosen:

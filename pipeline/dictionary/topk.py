@@ -5,6 +5,8 @@ Shapes: B tokens, D width, F features, K active features of a token, A auxiliary
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from types import ModuleType
 from typing import Any
 
@@ -13,9 +15,23 @@ import torch
 from pipeline.dictionary.kernels import native, portable
 
 
+@functools.cache
+def has_triton() -> bool:
+    """Whether there is what compiles kernels for a GPU; torch's builds for CUDA bring it."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def kernels(rows: torch.Tensor, *others: torch.Tensor) -> ModuleType:
-    """What computes with a dictionary's rows and other tensors: the compiled library where it can, else torch."""
-    return native if native.fits(rows, *others) else portable
+    """What computes with a dictionary's rows and other tensors: what was compiled for where they are, else torch."""
+    if native.fits(rows, *others):
+        return native
+    if rows.device.type == "cuda" and has_triton():
+        # Imported by who needs it: it takes a second.
+        from pipeline.dictionary.kernels import cuda
+
+        if cuda.fits(rows, *others):
+            return cuda
+    return portable
 
 
 def top_k(x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

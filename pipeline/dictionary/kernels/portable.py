@@ -22,7 +22,8 @@ class Grouped(NamedTuple):
     """A code turned over: which tokens fired each feature.
 
     `order_N` has the positions of the code's entries that are not zero, by feature and in batch order below that;
-    `starts_F` says where each feature's begin, and with one more entry where the last one's end.
+    `starts_F` says where each feature's begin, and with one more entry where the last one's end. Behind that one may be
+    more, which belongs to no feature: only who made it may read it.
     """
 
     starts_F: torch.Tensor

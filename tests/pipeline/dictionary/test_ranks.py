@@ -1,5 +1,6 @@
 """Gangs of real processes that talk over gloo."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.multiprocessing as processes
 
 from cluster.pool import free_port
+from pipeline.dictionary import parallel
 from pipeline.dictionary.loop import StepScalars, Trainer
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.parallel import joined
@@ -51,6 +53,24 @@ def train(rank: int, mesh: Sharding, init_method: str, settings: Train, folder: 
             "curves": torch.tensor(curves, dtype=torch.float64),
         }
         torch.save(made, folder / f"{rank}.pt")
+
+
+def talk(rank: int, init_method: str, folder: Path) -> None:
+    """As on GPUs: tensors of a device and words of the host go different ways. Both are gloo's here."""
+    parallel.BACKENDS["cpu"] = "cpu:gloo,cuda:gloo"
+    with joined(rank, 4, 2, init_method) as ranks:
+        said = [ranks.first(rank + 5.0), ranks.least(rank + 1.0), ranks.most(rank), ranks.texts("word " * rank)]
+        said += [ranks.total(torch.tensor([float(rank)]), "x").item(), ranks.gather(torch.tensor([rank]), "x").tolist()]
+    (folder / f"{rank}.json").write_text(json.dumps(said))
+
+
+def test_ranks_talk_where_groups_have_a_backend_for_each_device(tmp_path: Path) -> None:
+    processes.spawn(talk, (f"tcp://127.0.0.1:{free_port()}", tmp_path), nprocs=4, join=True)
+    words = ["word " * rank for rank in range(4)]
+    for rank in range(4):
+        said = json.loads((tmp_path / f"{rank}.json").read_text())
+        features, data = rank % 2, rank // 2
+        assert said == [5.0, 1.0, features + 2, words, 4.0 * data + 1, [features, features + 2]]
 
 
 def outcome(mesh: Sharding, settings: Train, folder: Path) -> dict[str, torch.Tensor]:

@@ -1,0 +1,326 @@
+"""What a step does behind its search, on a GPU: rows of a dictionary are read where a code names them.
+
+Nothing is added up atomically: each token, or each feature, is one program's, and sums run in a fixed order. So the
+same numbers give the same bits.
+
+Shapes: B tokens, D width, E width of the encoder, F features, K entries of a token's code, N = B K, R rows that are
+read at one time.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def explain(
+    z_BK: tl.tensor,
+    indices_BK: tl.tensor,
+    W_FD: tl.tensor,
+    bias_D: tl.tensor,
+    target_BD: tl.tensor,
+    made_BD: tl.tensor,
+    grad_z_BK: tl.tensor,
+    squares_B: tl.tensor,
+    scale: tl.tensor,
+    width: tl.tensor,
+    k: tl.tensor,
+    HAS_BIAS: tl.constexpr,
+    HAS_TARGET: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Sum of a token's active rows, weighted. One program per token and BLOCK columns.
+
+    With a target, which takes all columns in one block: less the target; the inner products of that with the rows,
+    times `scale`; and the sum of its squares.
+    """
+    token, at_D = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside_D = at_D < width
+    sums_RD = tl.full((ROWS, BLOCK), 0.0, tl.float32)
+    for start in range(0, k, ROWS):
+        at_R = start + tl.arange(0, ROWS)
+        z_R = tl.load(z_BK + token * k + at_R, mask=at_R < k, other=0.0)
+        feature_R = tl.load(indices_BK + token * k + at_R, mask=at_R < k, other=0)
+        # What did not fire is not read.
+        read_RD = (z_R != 0)[:, None] & inside_D[None, :]
+        W_RD = tl.load(W_FD + feature_R[:, None] * width + at_D[None, :], mask=read_RD, other=0.0)
+        sums_RD += z_R[:, None] * W_RD.to(tl.float32)
+    made_D = tl.sum(sums_RD, 0)
+    if HAS_BIAS:
+        made_D += tl.load(bias_D + at_D, mask=inside_D, other=0.0)
+    if HAS_TARGET:
+        made_D -= tl.load(target_BD + token * width + at_D, mask=inside_D, other=0.0)
+        double_D = made_D.to(tl.float64)
+        tl.store(squares_B + token, tl.sum(double_D * double_D, 0))
+        for start in range(0, k, ROWS):
+            at_R = start + tl.arange(0, ROWS)
+            z_R = tl.load(z_BK + token * k + at_R, mask=at_R < k, other=0.0)
+            feature_R = tl.load(indices_BK + token * k + at_R, mask=at_R < k, other=0)
+            read_RD = (z_R != 0)[:, None] & inside_D[None, :]
+            W_RD = tl.load(W_FD + feature_R[:, None] * width + at_D[None, :], mask=read_RD, other=0.0)
+            grad_R = tl.sum(W_RD.to(tl.float32) * made_D[None, :], 1) * scale
+            tl.store(grad_z_BK + token * k + at_R, grad_R, mask=at_R < k)
+    tl.store(made_BD + token * width + at_D, made_D, mask=inside_D)
+
+
+@triton.jit
+def products(
+    grad_BD: tl.tensor,
+    z_BK: tl.tensor,
+    indices_BK: tl.tensor,
+    W_FD: tl.tensor,
+    made_BK: tl.tensor,
+    width: tl.tensor,
+    k: tl.tensor,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Inner products of a token's row with its active rows; 0 where z is. One program per token."""
+    token, at_D = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside_D = at_D < width
+    grad_D = tl.load(grad_BD + token * width + at_D, mask=inside_D, other=0.0)
+    for start in range(0, k, ROWS):
+        at_R = start + tl.arange(0, ROWS)
+        z_R = tl.load(z_BK + token * k + at_R, mask=at_R < k, other=0.0)
+        feature_R = tl.load(indices_BK + token * k + at_R, mask=at_R < k, other=0)
+        read_RD = (z_R != 0)[:, None] & inside_D[None, :]
+        W_RD = tl.load(W_FD + feature_R[:, None] * width + at_D[None, :], mask=read_RD, other=0.0)
+        tl.store(made_BK + token * k + at_R, tl.sum(W_RD.to(tl.float32) * grad_D[None, :], 1), mask=at_R < k)
+
+
+@triton.jit
+def add_up(
+    order_F: tl.tensor,
+    starts_F: tl.tensor,
+    order_N: tl.tensor,
+    values_N: tl.tensor,
+    rows_BD: tl.tensor,
+    sums_FD: tl.tensor,
+    width: tl.tensor,
+    k: tl.tensor,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Sum over a feature's entries of value times the token's row. One program per feature and BLOCK columns."""
+    feature = tl.load(order_F + tl.program_id(0))
+    at_D = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside_D = at_D < width
+    begin, end = tl.load(starts_F + feature).to(tl.int32), tl.load(starts_F + feature + 1).to(tl.int32)
+    sums_RD = tl.full((ROWS, BLOCK), 0.0, tl.float32)
+    for start in range(begin, end, ROWS):
+        at_R = start + tl.arange(0, ROWS)
+        there_R = at_R < end
+        entry_R = tl.load(order_N + at_R, mask=there_R, other=0)
+        value_R = tl.load(values_N + entry_R, mask=there_R, other=0.0)
+        rows = rows_BD + (entry_R // k).to(tl.int64)[:, None] * width + at_D[None, :]
+        sums_RD += value_R[:, None] * tl.load(rows, mask=there_R[:, None] & inside_D[None, :], other=0.0)
+    tl.store(sums_FD + feature * width + at_D, tl.sum(sums_RD, 0), mask=inside_D)
+
+
+@triton.jit
+def bound(
+    starts_F: tl.tensor,
+    order_N: tl.tensor,
+    z_N: tl.tensor,
+    grad_z_N: tl.tensor,
+    part_N: tl.tensor,
+    x_B: tl.tensor,
+    errors_PB: tl.tensor,
+    scales_P: tl.tensor,
+    squares_F: tl.tensor,
+    tokens: tl.tensor,
+    k: tl.tensor,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """No less than the squared norm of a feature's gradient, from norms of tokens' rows. One program per feature."""
+    feature = tl.program_id(0)
+    begin, end = tl.load(starts_F + feature).to(tl.int32), tl.load(starts_F + feature + 1).to(tl.int32)
+    encoder_R, decoder_R = tl.full((ROWS,), 0.0, tl.float64), tl.full((ROWS,), 0.0, tl.float64)
+    for start in range(begin, end, ROWS):
+        at_R = start + tl.arange(0, ROWS)
+        there_R = at_R < end
+        entry_R = tl.load(order_N + at_R, mask=there_R, other=0)
+        part_R = tl.load(part_N + entry_R, mask=there_R, other=0).to(tl.int32) if PARTS > 1 else entry_R * 0
+        pull_R = tl.load(z_N + entry_R, mask=there_R, other=0.0) * tl.load(scales_P + part_R)
+        decoder_R += tl.abs(pull_R * tl.load(errors_PB + part_R * tokens + entry_R // k, mask=there_R, other=0.0))
+        grad_R = tl.load(grad_z_N + entry_R, mask=there_R, other=0.0)
+        encoder_R += tl.abs(grad_R * tl.load(x_B + entry_R // k, mask=there_R, other=0.0))
+    encoder, decoder = tl.sum(encoder_R, 0), tl.sum(decoder_R, 0)
+    tl.store(squares_F + feature, encoder * encoder + decoder * decoder)
+
+
+@triton.jit
+def placed_at(feature: tl.tensor, start: tl.tensor, at_D: tl.tensor):
+    """Sixteen random bits for every number of a row: `portable.noise`."""
+    place_D = start.to(tl.uint32) + feature.to(tl.uint32) * 0x9E3779B1 + at_D.to(tl.uint32) * 0x85EBCA77
+    place_D = (place_D ^ (place_D >> 16)) * 0x7FEB352D
+    place_D = (place_D ^ (place_D >> 15)) * 0x846CA68B
+    return (place_D ^ (place_D >> 16)) >> 16
+
+
+@triton.jit
+def read_row(row: tl.tensor, at_D: tl.tensor, inside_D: tl.tensor, HALF: tl.constexpr):
+    """A row in float32. Bfloat16 comes as its bits."""
+    if HALF:
+        value_D = (tl.load(row + at_D, mask=inside_D, other=0).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        value_D = tl.load(row + at_D, mask=inside_D, other=0.0)
+    return value_D
+
+
+@triton.jit
+def write_row(
+    row: tl.tensor, value_D: tl.tensor, noise_D: tl.tensor, at_D: tl.tensor, inside_D: tl.tensor, HALF: tl.constexpr
+):
+    """A row as it is kept; bfloat16 is rounded up or down by the noise: `portable.rounded`."""
+    if HALF:
+        bits_D = value_D.to(tl.uint32, bitcast=True)
+        # What is no number must not become infinite, and infinity no number.
+        quiet_D = tl.where(value_D != value_D, (bits_D >> 16) | 64, bits_D >> 16)
+        finite_D = (bits_D & 0x7F800000) != 0x7F800000
+        kept_D = tl.where(finite_D, (bits_D + noise_D) >> 16, quiet_D)
+        tl.store(row + at_D, kept_D.to(tl.uint16), mask=inside_D)
+    else:
+        tl.store(row + at_D, value_D, mask=inside_D)
+
+
+@triton.jit
+def moved(
+    row_D: tl.tensor,
+    gradient_D: tl.tensor,
+    v: tl.tensor,
+    at_D: tl.tensor,
+    inside_D: tl.tensor,
+    width: tl.tensor,
+    decay: tl.tensor,
+    rate: tl.tensor,
+    fresh: tl.tensor,
+    epsilon: tl.tensor,
+    clip: tl.tensor,
+    correction: tl.tensor,
+    ROW_WISE: tl.constexpr,
+):
+    """One row behind a step of Adam without a first moment; the second moment at `v` is brought up to date."""
+    clipped_D = gradient_D * clip
+    if ROW_WISE:
+        mean = tl.sum(clipped_D * clipped_D, 0) / width
+        now = decay * tl.load(v) + fresh * mean
+        tl.store(v, now)
+    else:
+        now = decay * tl.load(v + at_D, mask=inside_D, other=0.0) + fresh * (clipped_D * clipped_D)
+        tl.store(v + at_D, now, mask=inside_D)
+    return row_D - tl.div_rn(rate * clipped_D, tl.sqrt_rn(tl.div_rn(now, correction)) + epsilon)
+
+
+# Numbers that change from step to step: another kernel for every multiple of 16 would be compiled in vain.
+CHANGING = ["tokens", "k", "step", "first", "encoder_noise", "decoder_noise"]
+
+
+@triton.jit(do_not_specialize=CHANGING)
+def visit(
+    order_F: tl.tensor,
+    starts_F: tl.tensor,
+    order_N: tl.tensor,
+    z_N: tl.tensor,
+    grad_z_N: tl.tensor,
+    part_N: tl.tensor,
+    x_BE: tl.tensor,
+    errors_QD: tl.tensor,
+    scales_P: tl.tensor,
+    encoder_FE: tl.tensor,
+    decoder_FD: tl.tensor,
+    bias_F: tl.tensor,
+    encoder_v: tl.tensor,
+    decoder_v: tl.tensor,
+    bias_v: tl.tensor,
+    stamps_F: tl.tensor,
+    decay_F: tl.tensor,
+    squares_F: tl.tensor,
+    tokens: tl.tensor,
+    k: tl.tensor,
+    encoder_width: tl.tensor,
+    decoder_width: tl.tensor,
+    step: tl.tensor,
+    first: tl.tensor,
+    encoder_noise: tl.tensor,
+    decoder_noise: tl.tensor,
+    rate: tl.tensor,
+    fresh: tl.tensor,
+    epsilon: tl.tensor,
+    clip: tl.tensor,
+    correction: tl.tensor,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROW_WISE: tl.constexpr,
+    HALF: tl.constexpr,
+    MOVE: tl.constexpr,
+):
+    """Gradient, its squared norm, and where asked Adam and normalisation, of one feature's rows.
+
+    One program per feature; see `portable.update`. `errors_QD` has the parts one below the other, B rows each.
+    """
+    feature = tl.load(order_F + tl.program_id(0))
+    begin, end = tl.load(starts_F + feature).to(tl.int32), tl.load(starts_F + feature + 1).to(tl.int32)
+    if begin == end:
+        tl.store(squares_F + feature, tl.full((), 0.0, tl.float64))
+    else:
+        at_E, at_D = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_D)
+        inside_E, inside_D = at_E < encoder_width, at_D < decoder_width
+        encoder_RE, decoder_RD = tl.full((ROWS, BLOCK_E), 0.0, tl.float32), tl.full((ROWS, BLOCK_D), 0.0, tl.float32)
+        bias_R = tl.full((ROWS,), 0.0, tl.float32)
+        for start in range(begin, end, ROWS):
+            at_R = start + tl.arange(0, ROWS)
+            there_R = at_R < end
+            entry_R = tl.load(order_N + at_R, mask=there_R, other=0)
+            token_R = (entry_R // k).to(tl.int64)
+            grad_z_R = tl.load(grad_z_N + entry_R, mask=there_R, other=0.0)
+            x_RE = x_BE + token_R[:, None] * encoder_width + at_E[None, :]
+            encoder_RE += grad_z_R[:, None] * tl.load(x_RE, mask=there_R[:, None] & inside_E[None, :], other=0.0)
+            bias_R += grad_z_R
+            if PARTS > 1:
+                part_R = tl.load(part_N + entry_R, mask=there_R, other=0).to(tl.int64)
+                scale_R = tl.load(scales_P + part_R)
+                token_R += part_R * tokens
+            else:
+                scale_R = tl.load(scales_P)
+            pull_R = tl.load(z_N + entry_R, mask=there_R, other=0.0) * scale_R
+            error_RD = errors_QD + token_R[:, None] * decoder_width + at_D[None, :]
+            decoder_RD += pull_R[:, None] * tl.load(error_RD, mask=there_R[:, None] & inside_D[None, :], other=0.0)
+        encoder_E, decoder_D, bias = tl.sum(encoder_RE, 0), tl.sum(decoder_RD, 0), tl.sum(bias_R, 0)
+        square = tl.sum(encoder_E * encoder_E, 0) + tl.sum(decoder_D * decoder_D, 0) + bias * bias
+        tl.store(squares_F + feature, square.to(tl.float64))
+        if MOVE:
+            decay = tl.load(decay_F + feature)
+            own = feature + first
+            encoder_row, decoder_row = encoder_FE + feature * encoder_width, decoder_FD + feature * decoder_width
+            encoder_moment = encoder_v + (feature if ROW_WISE else feature * encoder_width)
+            decoder_moment = decoder_v + (feature if ROW_WISE else feature * decoder_width)
+
+            row_E = read_row(encoder_row, at_E, inside_E, HALF)
+            row_E = moved(
+                row_E, encoder_E, encoder_moment, at_E, inside_E, encoder_width, decay, rate, fresh, epsilon, clip,
+                correction, ROW_WISE,
+            )  # fmt: skip
+            write_row(encoder_row, row_E, placed_at(own, encoder_noise, at_E), at_E, inside_E, HALF)
+
+            row_D = read_row(decoder_row, at_D, inside_D, HALF)
+            # What is along the row could only change its length.
+            decoder_D -= tl.sum(decoder_D * row_D, 0) * row_D
+            row_D = moved(
+                row_D, decoder_D, decoder_moment, at_D, inside_D, decoder_width, decay, rate, fresh, epsilon, clip,
+                correction, ROW_WISE,
+            )  # fmt: skip
+            row_D = tl.div_rn(row_D, tl.maximum(tl.sqrt_rn(tl.sum(row_D * row_D, 0)), 1e-12))
+            write_row(decoder_row, row_D, placed_at(own, decoder_noise, at_D), at_D, inside_D, HALF)
+
+            clipped = bias * clip
+            now = decay * tl.load(bias_v + feature) + fresh * (clipped * clipped)
+            tl.store(bias_v + feature, now)
+            step_size = tl.div_rn(rate * clipped, tl.sqrt_rn(tl.div_rn(now, correction)) + epsilon)
+            tl.store(bias_F + feature, tl.load(bias_F + feature) - step_size)
+            tl.store(stamps_F + feature, step)

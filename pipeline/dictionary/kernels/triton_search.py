@@ -1,0 +1,296 @@
+"""The search for a token's largest scores on a GPU: one matrix product whose scores never reach memory.
+
+The product is of rows rounded to bfloat16. Behind each tile a group of features leaves only its two largest scores, so
+two numbers out of `group` scores are written. From those, with bounds on what rounding did, follows which features may
+be among the k largest; only these are scored again, in float32, and only that decides.
+
+Features of a group lie eight apart: with the tensor cores' layout these are one thread's, and no thread asks another.
+Group n has features `n // 8 * 8 * group + 8 * place + n % 8` for places from 0.
+
+Shapes: B tokens, D width, F features, N groups of features, M candidates.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Features next to each other that belong to different groups: a thread has the same of these columns in each eight.
+LANES = tl.constexpr(8)
+# Score of what is no feature. Finite, because a place is written into its last bits.
+LOWEST = tl.constexpr(-3.0e38)
+# Below all keys, see `score`.
+NO_KEY = tl.constexpr(-(2**63))
+
+
+@triton.jit
+def halve(
+    rows_ND: tl.tensor,
+    halves_ND: tl.tensor,
+    norms_N: tl.tensor,
+    errors_N: tl.tensor,
+    count: tl.tensor,
+    WIDTH: tl.constexpr,
+    STORE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Round rows to bfloat16; their norms, and those of what rounding took away. One program per ROWS of them."""
+    row_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there_R = row_R < count
+    start_R = row_R.to(tl.int64)[:, None] * WIDTH
+    square_RD, lost_RD = tl.full((ROWS, BLOCK), 0.0, tl.float32), tl.full((ROWS, BLOCK), 0.0, tl.float32)
+    for start in range(0, WIDTH, BLOCK):
+        at_D = start + tl.arange(0, BLOCK)
+        inside_RD = there_R[:, None] & (at_D < WIDTH)[None, :]
+        value_RD = tl.load(rows_ND + start_R + at_D[None, :], mask=inside_RD, other=0.0).to(tl.float32)
+        half_RD = value_RD.to(tl.bfloat16)
+        loss_RD = value_RD - half_RD.to(tl.float32)
+        square_RD += value_RD * value_RD
+        lost_RD += loss_RD * loss_RD
+        if STORE:
+            tl.store(halves_ND + start_R + at_D[None, :], half_RD, mask=inside_RD)
+    tl.store(norms_N + row_R, tl.sqrt(tl.sum(square_RD, 1)), mask=there_R)
+    tl.store(errors_N + row_R, tl.sqrt(tl.sum(lost_RD, 1)), mask=there_R)
+
+
+@triton.jit
+def search(
+    x_BW: tl.tensor,
+    W_FW: tl.tensor,
+    b_F: tl.tensor,
+    best_BN: tl.tensor,
+    second_BN: tl.tensor,
+    tokens: tl.tensor,
+    features: tl.tensor,
+    groups: tl.tensor,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """The two largest scores of each group of features, for every token. One program per tile of BM x BN scores.
+
+    The last bits of a score are the feature's place in its group. `groups` is the stride of what is written; pointers
+    to it and to features are those of the block's first. WIDTH is a multiple of BK.
+    """
+    # Programs that run at one time share rows of either side, so that these come from the cache.
+    tile, across, down = tl.program_id(0), tl.cdiv(features, BN), tl.cdiv(tokens, BM)
+    band = tile // (TOGETHER * across)
+    height = min(down - band * TOGETHER, TOGETHER)
+    row = band * TOGETHER + tile % (TOGETHER * across) % height
+    column = tile % (TOGETHER * across) // height
+
+    token_M, feature_N = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
+    at_K = tl.arange(0, BK)
+    # Behind the last token and feature others are read again: no masks in the loop.
+    x_MK = x_BW + (token_M % tokens)[:, None] * WIDTH + at_K[None, :]
+    W_KN = W_FW + (feature_N % features)[None, :] * WIDTH + at_K[:, None]
+    scores_MN = tl.full((BM, BN), 0.0, tl.float32)
+    for _ in range(0, WIDTH, BK):
+        left_MK, right_KN = tl.load(x_MK), tl.load(W_KN)
+        if INTERPRETED:
+            # numpy has no bfloat16: the interpreter would multiply its bits as integers.
+            left_MK, right_KN = left_MK.to(tl.float32), right_KN.to(tl.float32)
+        scores_MN = tl.dot(left_MK, right_KN, scores_MN)
+        x_MK += BK
+        W_KN += BK
+
+    # Nothing that can be a score is seen beside LOWEST.
+    scores_MN += tl.load(b_F + feature_N, mask=feature_N < features, other=LOWEST)[None, :]
+    # (tokens, eights of groups, places, lanes)
+    split = tl.reshape(scores_MN, (BM, BN // (LANES * GROUP), GROUP, LANES))
+    place = tl.arange(0, GROUP)[None, None, :, None]
+    split = ((split.to(tl.int32, bitcast=True) & -GROUP) | place).to(tl.float32, bitcast=True)
+    best = tl.max(split, 2)
+    # No two of a group are equal, because their places differ.
+    second = tl.max(tl.where(split == best[:, :, None, :], LOWEST, split), 2)
+
+    group_N = column * (BN // GROUP) + tl.arange(0, BN // GROUP)
+    out = token_M.to(tl.int64)[:, None] * groups + group_N[None, :]
+    inside = (token_M < tokens)[:, None] & (group_N < tl.cdiv(features, LANES * GROUP) * LANES)[None, :]
+    tl.store(best_BN + out, tl.reshape(best, (BM, BN // GROUP)), mask=inside)
+    tl.store(second_BN + out, tl.reshape(second, (BM, BN // GROUP)), mask=inside)
+
+
+@triton.jit
+def margin(
+    norm_N: tl.tensor,
+    error_N: tl.tensor,
+    bias_N: tl.tensor,
+    score_N: tl.tensor,
+    reach: tl.tensor,
+    lost: tl.tensor,
+    relative: tl.tensor,
+    gamma: tl.tensor,
+):
+    """How far scores can be from what float32 makes of them; see `cuda.top_k`. Not finite where nothing is known."""
+    own_N = (lost + gamma * reach) * norm_N * 1.01 + reach * (1.01 + gamma) * error_N
+    # The last is for numbers so small that their squares vanish from norms.
+    return own_N + relative * tl.abs(score_N) + relative * bias_N + 1e-18
+
+
+@triton.jit
+def sift(
+    best_BN: tl.tensor,
+    second_BN: tl.tensor,
+    norm_N: tl.tensor,
+    error_N: tl.tensor,
+    bias_N: tl.tensor,
+    reach_B: tl.tensor,
+    lost_B: tl.tensor,
+    candidates_BM: tl.tensor,
+    counts_B: tl.tensor,
+    k: tl.tensor,
+    groups: tl.tensor,
+    features: tl.tensor,
+    gamma: tl.tensor,
+    relative: tl.tensor,
+    ROOM: tl.constexpr,
+    GROUP: tl.constexpr,
+    PASSES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Which features may be among a token's k largest. One program per token.
+
+    A floor is found that is not above the k-th largest score: that of k groups, each of which has a feature that is not
+    below it. A group's best feature is a candidate where its upper bound reaches the floor; where the second one's
+    does, a third's may as well, and all of the group are. A count below zero says that candidates have no room, or that
+    a score may be no number.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    best_BN += token * groups
+    second_BN += token * groups
+    candidates_BM += token * ROOM
+    reach, lost = tl.load(reach_B + token), tl.load(lost_B + token)
+
+    # Bits of positive numbers are in the order of the numbers. The k-th largest is within [low, high).
+    high_N = tl.full((BLOCK,), 0.0, tl.float32)
+    for start in range(0, groups, BLOCK):
+        at_N = start + tl.arange(0, BLOCK)
+        high_N = tl.maximum(high_N, tl.load(best_BN + at_N, mask=at_N < groups, other=0.0))
+    low, high = tl.program_id(0) * 0, tl.max(high_N.to(tl.int32, bitcast=True), 0) + 1
+    for _ in range(PASSES):
+        quarter = tl.maximum((high - low) // 4, 1)
+        first_N = tl.full((BLOCK,), 0, tl.int32)
+        second_N = tl.full((BLOCK,), 0, tl.int32)
+        third_N = tl.full((BLOCK,), 0, tl.int32)
+        for start in range(0, groups, BLOCK):
+            at_N = start + tl.arange(0, BLOCK)
+            bits_N = tl.load(best_BN + at_N, mask=at_N < groups, other=0.0).to(tl.int32, bitcast=True)
+            first_N += (bits_N >= low + quarter).to(tl.int32)
+            second_N += (bits_N >= low + 2 * quarter).to(tl.int32)
+            third_N += (bits_N >= low + 3 * quarter).to(tl.int32)
+        # One sum of three counts, of 21 bits each. They fall, so this is how many of the three are at least k.
+        counts = tl.sum(first_N.to(tl.int64) | (second_N.to(tl.int64) << 21) | (third_N.to(tl.int64) << 42), 0)
+        steps = (
+            (counts & 0x1FFFFF >= k).to(tl.int32)
+            + (counts >> 21 & 0x1FFFFF >= k).to(tl.int32)
+            + (counts >> 42 >= k).to(tl.int32)
+        )
+        high = tl.where(steps == 3, high, low + (steps + 1) * quarter)
+        low += steps * quarter
+
+    # The least lower bound of those at or above `low`; all that is known is zero where they are fewer than k.
+    least_N = tl.full((BLOCK,), 3.0e38, tl.float32)
+    above_N = tl.full((BLOCK,), 0, tl.int32)
+    unknown_N = tl.full((BLOCK,), 0, tl.int32)
+    for start in range(0, groups, BLOCK):
+        at_N = start + tl.arange(0, BLOCK)
+        own_N = at_N < groups
+        score_N = tl.load(best_BN + at_N, mask=own_N, other=LOWEST)
+        norms_N = tl.load(norm_N + at_N, mask=own_N, other=0.0)
+        errors_N = tl.load(error_N + at_N, mask=own_N, other=0.0)
+        biases_N = tl.load(bias_N + at_N, mask=own_N, other=0.0)
+        margin_N = margin(norms_N, errors_N, biases_N, score_N, reach, lost, relative, gamma)
+        chosen_N = score_N.to(tl.int32, bitcast=True) >= tl.maximum(low, 1)
+        least_N = tl.where(chosen_N, tl.minimum(least_N, score_N - margin_N), least_N)
+        above_N += chosen_N.to(tl.int32)
+        # Also where the product might have overflowed. Not "at least": what is no number is unknown.
+        known_N = reach * norms_N + biases_N < 1e38
+        unknown_N += (~known_N & own_N).to(tl.int32)
+    floor = tl.where(tl.sum(above_N, 0) >= k, tl.maximum(tl.min(least_N, 0), 0.0), 0.0)
+
+    count = tl.program_id(0) * 0
+    for start in range(0, groups, BLOCK):
+        at_N = start + tl.arange(0, BLOCK)
+        own_N = at_N < groups
+        score_N = tl.load(best_BN + at_N, mask=own_N, other=LOWEST)
+        second_N = tl.load(second_BN + at_N, mask=own_N, other=LOWEST)
+        norms_N = tl.load(norm_N + at_N, mask=own_N, other=0.0)
+        errors_N = tl.load(error_N + at_N, mask=own_N, other=0.0)
+        biases_N = tl.load(bias_N + at_N, mask=own_N, other=0.0)
+        upper_N = score_N + margin(norms_N, errors_N, biases_N, score_N, reach, lost, relative, gamma)
+        next_N = second_N + margin(norms_N, errors_N, biases_N, second_N, reach, lost, relative, gamma)
+        one_N = own_N & (upper_N >= floor) & (upper_N > 0)
+        # Where the second is no feature there is no third.
+        all_N = one_N & (next_N >= floor) & (next_N > 0) & (second_N > LOWEST / 2)
+        size_N = tl.where(all_N, GROUP, one_N.to(tl.int32))
+        place_N = count + tl.cumsum(size_N, 0) - size_N
+        first_N = at_N // LANES * (LANES * GROUP) + at_N % LANES
+        winner_N = first_N + (score_N.to(tl.int32, bitcast=True) & (GROUP - 1)) * LANES
+        tl.store(candidates_BM + place_N, winner_N, mask=one_N & ~all_N & (place_N < ROOM))
+        if tl.max(all_N.to(tl.int32), 0) > 0:
+            for place in range(GROUP):
+                feature_N = first_N + place * LANES
+                room_N = all_N & (place_N + place < ROOM)
+                tl.store(candidates_BM + place_N + place, tl.where(feature_N < features, feature_N, -1), mask=room_N)
+        count += tl.sum(size_N, 0)
+    lost_count = (tl.sum(unknown_N, 0) > 0) | (count > ROOM) | ~(reach < 1e38)
+    tl.store(counts_B + token, tl.where(lost_count, -1, count))
+
+
+@triton.jit
+def score(
+    x_BD: tl.tensor,
+    W_FD: tl.tensor,
+    b_F: tl.tensor,
+    candidates_BM: tl.tensor,
+    counts_B: tl.tensor,
+    keys_BM: tl.tensor,
+    room: tl.tensor,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Scores of candidates in float32, summed in an order that depends on D alone, as keys to sort.
+
+    The upper half of a key has the bits of a score, so that keys are in the order of scores and what is no number comes
+    first; the lower half prefers lower features. No candidate, no key: NO_KEY. One program per token and ROWS
+    candidates.
+    """
+    token, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * ROWS
+    count = tl.load(counts_B + token)
+    at_M = start + tl.arange(0, ROWS)
+    if start < count:
+        feature_M = tl.load(candidates_BM + token * room + at_M, mask=at_M < count, other=-1)
+        there_M = feature_M >= 0
+        sums_MD = tl.full((ROWS, BLOCK), 0.0, tl.float32)
+        for first in range(0, WIDTH, BLOCK):
+            at_D = first + tl.arange(0, BLOCK)
+            inside_D = at_D < WIDTH
+            x_D = tl.load(x_BD + token * WIDTH + at_D, mask=inside_D, other=0.0)
+            rows = W_FD + feature_M.to(tl.int64)[:, None] * WIDTH + at_D[None, :]
+            W_MD = tl.load(rows, mask=there_M[:, None] & inside_D[None, :], other=0.0)
+            sums_MD += W_MD.to(tl.float32) * x_D[None, :]
+        score_M = tl.sum(sums_MD, 1) + tl.load(b_F + feature_M, mask=there_M, other=0.0)
+        # One zero, one that is no number.
+        bits_M = tl.where(score_M == 0, 0.0, score_M).to(tl.int32, bitcast=True)
+        bits_M = tl.where(score_M != score_M, 0x7FC00000, bits_M)
+        # Numbers below zero are in the order of their bits turned over, but for the sign.
+        order_M = tl.where(bits_M < 0, bits_M ^ 0x7FFFFFFF, bits_M)
+        key_M = (order_M.to(tl.int64) << 32) | (0x7FFFFFFF - feature_M).to(tl.int64)
+        tl.store(keys_BM + token * room + at_M, tl.where(there_M, key_M, NO_KEY))
+    else:
+        tl.store(keys_BM + token * room + at_M, tl.full((ROWS,), NO_KEY, tl.int64))
+
+
+@triton.jit
+def largest(keys_BM: tl.tensor, found_BK: tl.tensor, k: tl.tensor, ROOM: tl.constexpr):
+    """The k largest keys, in order. One program per token."""
+    token, at_M = tl.program_id(0).to(tl.int64), tl.arange(0, ROOM)
+    key_M = tl.sort(tl.load(keys_BM + token * ROOM + at_M), descending=True)
+    tl.store(found_BK + token * k + at_M, key_M, mask=at_M < k)

@@ -1,0 +1,363 @@
+"""What kernels for a GPU owe to those of torch, on whatever device runs them: a GPU, or an interpreter on the CPU.
+
+They are imported late: whether triton compiles or interprets is decided once in a process, when they are defined.
+"""
+
+import importlib
+from types import ModuleType
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.dictionary.kernels import portable
+from pipeline.dictionary.kernels.portable import Adam, Grouped, RowGradient, Rows
+from pipeline.dictionary.model import TopKDictionary
+from pipeline.dictionary.objective import RowObjective
+from pipeline.dictionary.optimizer import RowAdam
+from pipeline.dictionary.ranks import Ranks
+
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+# An interpreter is numpy, which warns of what a GPU does silently.
+no_numbers = pytest.mark.filterwarnings("ignore:(invalid value|overflow|All-NaN slice) encountered:RuntimeWarning")
+drawn = settings(max_examples=8, derandomize=True, deadline=None, database=None)
+
+
+def cuda() -> ModuleType:
+    return importlib.import_module("pipeline.dictionary.kernels.cuda")
+
+
+class Draw:
+    """Tensors on a device, from a seed: the same numbers on every one."""
+
+    def __init__(self, device: str, seed: int) -> None:
+        self.device, self._generator = device, torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self._generator).to(self.device)
+
+    def uniform(self, *shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=self._generator).to(self.device)
+
+    def whole(self, limit: int, *shape: int) -> torch.Tensor:
+        return torch.randint(0, limit, shape, generator=self._generator).to(self.device)
+
+    def code(self, batch: int, features: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of which a third is zero."""
+        places = [torch.randperm(features, generator=self._generator)[:k] for _ in range(batch)]
+        z_BK = self.uniform(batch, k)
+        return z_BK * (self.uniform(batch, k) < 0.7), torch.stack(places).to(self.device)
+
+
+def require_exact(made: Any, x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int) -> None:
+    z_BK, indices_BK = made
+    scores_BF = x_BD.double() @ W_FD.double().T + b_F
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(z_BK.double(), scores_BF.topk(k).values.relu(), **close)
+    own_BK = scores_BF.gather(1, indices_BK).relu()
+    torch.testing.assert_close(own_BK[z_BK > 0], z_BK[z_BK > 0].double(), **close)
+    assert all(len(set(row)) == k for row in indices_BK.tolist())
+
+
+class SearchContract:
+    """Of `top_k`."""
+
+    device: ClassVar[str]
+
+    @drawn
+    @given(
+        batch=st.integers(0, 6),
+        width=st.integers(1, 150),
+        features=st.integers(1, 1500),
+        k=st.integers(1, 70),
+        bias=st.sampled_from([0.0, 0.3, 30.0, -30.0]),
+        dtype=DTYPES,
+        seed=st.integers(0, 10_000),
+    )
+    def test_top_k_is_exact(
+        self, batch: int, width: int, features: int, k: int, bias: float, dtype: torch.dtype, seed: int
+    ) -> None:
+        k, draw = min(k, features), Draw(self.device, seed)
+        x_BD, W_FD = draw.normal(batch, width), (draw.normal(features, width) / width**0.5).to(dtype)
+        b_F = abs(bias) * draw.normal(features) if bias >= 0 else draw.normal(features) + bias
+        require_exact(cuda().top_k(x_BD, W_FD, b_F, k), x_BD, W_FD, b_F, k)
+
+    @pytest.mark.parametrize(
+        ("features", "k", "dtype"),
+        [(9000, 3, torch.float32), (20_001, 2, torch.bfloat16), (6000, 6, torch.float32)],
+        ids=["groups-of-32", "two-blocks", "groups-of-16"],
+    )
+    def test_top_k_of_many_features_finds_what_torch_finds(self, features: int, k: int, dtype: torch.dtype) -> None:
+        draw = Draw(self.device, 5)
+        x_BD, W_FD, b_F = draw.normal(6, 64), (draw.normal(features, 64) / 8).to(dtype), draw.normal(features) / 10
+        z_BK, indices_BK = cuda().top_k(x_BD, W_FD, b_F, k)
+        expected_BK, expected_indices_BK = portable.top_k(x_BD, W_FD, b_F, k)
+        torch.testing.assert_close(z_BK, expected_BK)
+        assert torch.equal(indices_BK, expected_indices_BK)
+
+    def test_top_k_is_the_same_bits_in_any_company(self) -> None:
+        """Neither other tokens of a batch nor features that do not fire change a bit: shards agree with the whole."""
+        draw = Draw(self.device, 1)
+        for width in (64, 50):
+            x_BD, W_FD, b_F = draw.normal(5, width), draw.normal(900, width) / 8, draw.normal(900) / 10
+            z_BK, indices_BK = cuda().top_k(x_BD, W_FD, b_F, 8)
+            part_z, part_indices = cuda().top_k(x_BD[1:3], W_FD, b_F, 8)
+            assert torch.equal(part_z, z_BK[1:3])
+            assert torch.equal(part_indices, indices_BK[1:3])
+            found = [cuda().top_k(x_BD, W, b, 8) for W, b in zip(W_FD.chunk(3), b_F.chunk(3), strict=True)]
+            z = torch.cat([each[0] for each in found], 1)
+            indices = torch.cat([each[1] + 300 * part for part, each in enumerate(found)], 1)
+            best = z.sort(dim=1, descending=True, stable=True)
+            assert torch.equal(best.values[:, :8], z_BK)
+            assert torch.equal(indices.gather(1, best.indices[:, :8]), indices_BK)
+
+    def test_top_k_that_scores_everything_gives_the_bits_of_the_search(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        draw = Draw(self.device, 2)
+        x_BD, W_FD, b_F = draw.normal(8, 64), draw.normal(700, 64), draw.normal(700)
+        z_BK, indices_BK = cuda().top_k(x_BD, W_FD, b_F, 9)
+        monkeypatch.setattr(cuda(), "MOST", 0)
+        monkeypatch.setattr(cuda(), "BLOCK", 256)
+        every_z_BK, every_indices_BK = cuda().top_k(x_BD, W_FD, b_F, 9)
+        assert torch.equal(z_BK, every_z_BK)
+        assert torch.equal(indices_BK, every_indices_BK)
+
+    def test_top_k_in_small_pieces_gives_the_same_bits(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Memory is bounded by cutting tokens and features; neither cut is seen."""
+        draw = Draw(self.device, 3)
+        x_BD, W_FD, b_F = draw.normal(140, 32), draw.normal(600, 32), draw.normal(600)
+        whole = cuda().top_k(x_BD[120:], W_FD, b_F, 4)
+        monkeypatch.setattr(cuda(), "SCORES", 1)
+        monkeypatch.setattr(cuda(), "FEATURES", 256)
+        pieces = cuda().top_k(x_BD[120:], W_FD, b_F, 4)
+        assert torch.equal(whole[0], pieces[0])
+        assert torch.equal(whole[1], pieces[1])
+
+    def test_top_k_of_equal_scores_takes_the_lower_features(self) -> None:
+        """More features tie than there is room for, so the search has to give the token up."""
+        row_D = Draw(self.device, 1).normal(32)
+        W_FD = row_D.repeat(1000, 1)
+        W_FD[500] *= 2
+        z_BK, indices_BK = cuda().top_k(row_D.unsqueeze(0), W_FD, torch.zeros(1000, device=self.device), 5)
+        assert indices_BK.tolist() == [[500, 0, 1, 2, 3]]
+        assert z_BK[0, 1:].unique().numel() == 1
+        # Few that tie are found by the search.
+        W_FD[20:, 0] += 50 * row_D[0].sign() * -1
+        _, indices_BK = cuda().top_k(row_D.unsqueeze(0), W_FD, torch.zeros(1000, device=self.device), 5)
+        assert indices_BK.tolist() == [[0, 1, 2, 3, 4]]
+
+    def test_top_k_of_scores_that_are_not_above_zero_is_zero(self) -> None:
+        x_BD = torch.cat([torch.zeros(1, 8), torch.ones(1, 8)]).to(self.device)
+        W_FD = -torch.ones(40, 8, device=self.device)
+        W_FD[30], W_FD[2] = 1.0, 0.5
+        z_BK, indices_BK = cuda().top_k(x_BD, W_FD, torch.zeros(40, device=self.device), 4)
+        assert z_BK.tolist() == [[0.0] * 4, [8.0, 4.0, 0.0, 0.0]]
+        assert indices_BK.tolist() == [[0, 1, 2, 3], [30, 2, 0, 1]]
+
+    @no_numbers
+    @pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+    def test_top_k_of_what_is_no_number_shows_it(self, odd: float) -> None:
+        draw = Draw(self.device, 1)
+        x_BD, W_FD = draw.normal(3, 8), draw.normal(40, 8)
+        x_BD[1, 2] = odd
+        z_BK, _ = cuda().top_k(x_BD, W_FD, torch.zeros(40, device=self.device), 4)
+        assert z_BK.isfinite().all(1).tolist() == [True, False, True]
+        x_BD[1, 2], W_FD[7, 3] = 1.0, float("nan")
+        z_BK, indices_BK = cuda().top_k(x_BD, W_FD, torch.zeros(40, device=self.device), 4)
+        assert z_BK[:, 0].isnan().all()
+        assert indices_BK[:, 0].tolist() == [7, 7, 7]
+
+    @pytest.mark.parametrize("scale", [1e-12, 1e12])
+    def test_top_k_of_tiny_and_huge_numbers_is_exact(self, scale: float) -> None:
+        draw = Draw(self.device, 1)
+        x_BD, W_FD, zero_F = draw.normal(5, 40) * scale, draw.normal(1000, 40), torch.zeros(1000, device=self.device)
+        z_BK, indices_BK = cuda().top_k(x_BD, W_FD, zero_F, 8)
+        require_exact((z_BK / scale, indices_BK), x_BD / scale, W_FD, zero_F, 8)
+
+    def test_search_scores_few_features_again(self) -> None:
+        """What makes it a search: candidates are few where features are many."""
+        draw, scored = Draw(self.device, 4), []
+        x_BD, W_FD, b_F = draw.normal(8, 256), draw.normal(4096, 256) / 16, torch.zeros(4096, device=self.device)
+        with pytest.MonkeyPatch.context() as patch:
+            keys = cuda()._keys
+            patch.setattr(cuda(), "_keys", lambda *given: scored.append(given[4]) or keys(*given))
+            cuda().top_k(x_BD, W_FD, b_F, 16)
+        # Once: nobody was scored against everything.
+        assert len(scored) == 1
+        assert int(scored[0].min()) >= 16
+        assert float(scored[0].double().mean()) < 80
+
+    def test_sort_of_keys_is_that_of_torch(self) -> None:
+        """An interpreter takes long for triton's sort at the size of a search: `_largest` goes around it there."""
+        search = importlib.import_module("pipeline.dictionary.kernels.triton_search")
+        keys_BM = (Draw(self.device, 6).whole(2**62, 2, 16) - 2**61) * 2
+        keys_BM[0, 3:9] = -(2**63)
+        found_BK = torch.empty(2, 12, dtype=torch.int64, device=self.device)
+        search.largest[(2,)](keys_BM, found_BK, 12, ROOM=16, num_warps=1)
+        assert torch.equal(found_BK, keys_BM.topk(12).values)
+
+
+class RowsContract:
+    """Of everything behind the search."""
+
+    device: ClassVar[str]
+
+    @drawn
+    @given(
+        batch=st.integers(0, 9),
+        width=st.integers(1, 150),
+        features=st.integers(1, 60),
+        k=st.integers(1, 40),
+        dtype=DTYPES,
+        seed=st.integers(0, 10_000),
+    )
+    def test_kernels_agree_with_torch(
+        self, batch: int, width: int, features: int, k: int, dtype: torch.dtype, seed: int
+    ) -> None:
+        k, draw = min(k, features), Draw(self.device, seed)
+        x_BD, W_FD, bias_D = draw.normal(batch, width), draw.normal(features, width).to(dtype), draw.normal(width)
+        z_BK, indices_BK = draw.code(batch, features, k) if batch else (x_BD[:, :0], x_BD[:, :0].long())
+        if not batch:
+            z_BK, indices_BK = torch.zeros(0, k, device=self.device), torch.zeros(0, k, device=self.device).long()
+        close = {"rtol": 1e-4, "atol": 1e-4}
+        for bias in (None, bias_D):
+            made_BD = cuda().decode(z_BK, indices_BK, W_FD, bias)
+            torch.testing.assert_close(made_BD, portable.decode(z_BK, indices_BK, W_FD, bias), **close)
+            for mine, theirs in zip(
+                cuda().errors(z_BK, indices_BK, W_FD, bias, x_BD, 0.3),
+                portable.errors(z_BK, indices_BK, W_FD, bias, x_BD, 0.3),
+                strict=True,
+            ):
+                torch.testing.assert_close(mine, theirs, **close)
+        made_BK = cuda().inner(x_BD, z_BK, indices_BK, W_FD)
+        torch.testing.assert_close(made_BK, portable.inner(x_BD, z_BK, indices_BK, W_FD), **close)
+        mine, theirs = cuda().group(z_BK, indices_BK, features), portable.group(z_BK, indices_BK, features)
+        assert torch.equal(mine.starts_F, theirs.starts_F)
+        assert mine.starts_F.dtype == theirs.starts_F.dtype
+        assert torch.equal(mine.order_N[: len(theirs.order_N)], theirs.order_N)
+        torch.testing.assert_close(cuda().sums(mine, z_BK, x_BD), portable.sums(theirs, z_BK, x_BD), **close)
+
+    def test_sums_of_features_that_never_fired_are_zero(self) -> None:
+        indices_BK = torch.tensor([[0, 3], [3, 5]], device=self.device)
+        values_BK = torch.tensor([[1.0, 2.0], [3.0, 4.0]], device=self.device)
+        x_BD = torch.tensor([[1.0, 10.0], [2.0, 20.0]], device=self.device)
+        sums_FD = cuda().sums(cuda().group(values_BK, indices_BK, 7), values_BK, x_BD)
+        expected = torch.zeros(7, 2, device=self.device)
+        expected[0], expected[3], expected[5] = x_BD[0], 2 * x_BD[0] + 3 * x_BD[1], 4 * x_BD[1]
+        torch.testing.assert_close(sums_FD, expected)
+
+    @drawn
+    @given(
+        batch=st.integers(1, 12),
+        width=st.integers(1, 70),
+        target_width=st.integers(1, 70),
+        features=st.integers(1, 40),
+        k=st.integers(1, 20),
+        dtype=DTYPES,
+        row_wise=st.booleans(),
+        parts=st.integers(1, 3),
+        seed=st.integers(0, 10_000),
+    )
+    def test_rows_move_as_torch_moves_them(
+        self,
+        batch: int,
+        width: int,
+        target_width: int,
+        features: int,
+        k: int,
+        dtype: torch.dtype,
+        row_wise: bool,
+        parts: int,
+        seed: int,
+    ) -> None:
+        """From any state, with rows that rested for some steps; bfloat16 ones are rounded by the same noise."""
+        draw = Draw(self.device, seed)
+        z_BK, indices_BK = draw.code(batch, features, min(k, features))
+        grad_z_BK, x_BD = draw.normal(*z_BK.shape) * (z_BK > 0), draw.normal(batch, width)
+        errors = tuple(draw.normal(batch, target_width) for _ in range(parts))
+        part_BK = draw.whole(parts, *z_BK.shape).to(torch.uint8) if parts > 1 else None
+        W_dec_FD = torch.nn.functional.normalize(draw.normal(features, target_width), dim=1)
+        shapes = [(features,), (features,)] if row_wise else [(features, width), (features, target_width)]
+        rows = Rows(
+            draw.normal(features, width).to(dtype), W_dec_FD.to(dtype), draw.normal(features),
+            *(draw.uniform(*shape) for shape in shapes), draw.uniform(features), draw.whole(6, features).int(), 1000,
+        )  # fmt: skip
+        made = []
+        for kind in (cuda(), portable):
+            own = Rows(*(getattr(rows, name).clone() for name in list(Rows.__slots__)[:-1]), first=rows.first)
+            grouped: Grouped = kind.group(z_BK, indices_BK, features)
+            scales = tuple(0.1 + part for part in range(parts))
+            gradient = RowGradient(grouped, z_BK, grad_z_BK, x_BD, errors, scales, part_BK)
+            squares_F = kind.squares(gradient, own)
+            assert kind.norm_bound(gradient, own) >= 0.999 * float(squares_F.sum().sqrt())
+            moved_F = kind.update(gradient, own, Adam(7, 1e-2, 0.9, 1e-8, 0.5, seed=2**40 + seed))
+            torch.testing.assert_close(moved_F, squares_F)
+            made.append((squares_F, own))
+        torch.testing.assert_close(made[0][0], made[1][0], rtol=1e-4, atol=1e-5)
+        for name in list(Rows.__slots__)[:-1]:
+            mine, theirs = getattr(made[0][1], name), getattr(made[1][1], name)
+            # Numbers that round to different sides are one unit apart, and few.
+            unit = 2**-7 if mine.dtype == torch.bfloat16 else 0.0
+            torch.testing.assert_close(mine, theirs, rtol=1e-3 + unit, atol=1e-4)
+            if mine.dtype == torch.bfloat16:
+                assert (mine != theirs).double().mean() < 0.01 + 1.5 / mine.numel()
+
+    @no_numbers
+    def test_rows_that_are_no_numbers_stay_none(self) -> None:
+        W = torch.ones(2, 4, dtype=torch.bfloat16, device=self.device)
+        zero_F = torch.zeros(2, device=self.device)
+        rows = Rows(W, W.clone(), zero_F, zero_F.clone(), zero_F.clone(), zero_F.clone(), zero_F.int())
+        z, x = torch.ones(2, 1, device=self.device), torch.ones(2, 4, device=self.device)
+        x[1, 0] = float("nan")
+        grouped = cuda().group(z, torch.arange(2, device=self.device).unsqueeze(1), 2)
+        cuda().update(RowGradient(grouped, z, z, x, (x,), (1.0,)), rows, Adam(1, 1e-3, 0.9, 1e-8, 1.0))
+        assert rows.W_enc.isfinite().all(1).tolist() == [True, False]
+
+
+class StepContract:
+    """Of whole steps."""
+
+    device: ClassVar[str]
+
+    @pytest.mark.parametrize(("dtype", "row_wise"), [(torch.float32, False), (torch.bfloat16, True)])
+    def test_training_goes_the_way_of_torch(self, dtype: torch.dtype, row_wise: bool) -> None:
+        """Nested prefixes, an auxiliary loss and clipping: all parts that errors can have."""
+        made = []
+        for kind in (cuda(), portable):
+            with pytest.MonkeyPatch.context() as patch:
+                for module in ("topk", "optimizer", "objective", "model"):
+                    patch.setattr(f"pipeline.dictionary.{module}.kernels", lambda *tensors, kind=kind: kind)
+                draw = Draw("cpu", 3)
+                dictionary = TopKDictionary(20, 90, 5)
+                for parameter in dictionary.parameters():
+                    parameter.data = draw.normal(*parameter.shape) / 20**0.5
+                dictionary.W_dec.data = torch.nn.functional.normalize(dictionary.W_dec.data, dim=1)
+                for rows in (dictionary.W_enc, dictionary.W_dec):
+                    rows.data = rows.data.to(dtype)
+                dictionary.to(self.device)
+                objective = RowObjective(dictionary, 6, 0.25, Ranks(), (30,))
+                adam = RowAdam(objective, 1e-2, 0.99, 0.01, row_wise, seed=7)
+                losses = []
+                for _ in range(1 if dtype == torch.bfloat16 else 3):
+                    x_BD = draw.normal(8, 20).to(self.device)
+                    loss = objective(x_BD, torch.arange(90, device=self.device) > 80)
+                    loss.total.backward()
+                    adam.step()
+                    adam.zero_grad()
+                    losses.append(loss.total.detach())
+                made.append({**dictionary.state_dict(), "losses": torch.stack(losses)})
+        for name, value in made[0].items():
+            unit = 2**-7 if value.dtype == torch.bfloat16 else 0.0
+            torch.testing.assert_close(value, made[1][name], rtol=1e-3 + unit, atol=1e-4)
+
+    def test_step_twice_gives_the_same_bits(self) -> None:
+        draw = Draw(self.device, 9)
+        x_BD, W_FD, b_F = draw.normal(8, 48), draw.normal(200, 48), draw.normal(200)
+        made = []
+        for _ in range(2):
+            z_BK, indices_BK = cuda().top_k(x_BD, W_FD, b_F, 6)
+            error_BD, grad_z_BK, _ = cuda().errors(z_BK, indices_BK, W_FD, None, x_BD, 0.5)
+            sums_FD = cuda().sums(cuda().group(z_BK, indices_BK, 200), grad_z_BK, error_BD)
+            made.append((z_BK, indices_BK, error_BD, grad_z_BK, sums_FD))
+        assert all(torch.equal(one, other) for one, other in zip(*made, strict=True))
