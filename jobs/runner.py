@@ -275,7 +275,7 @@ class _LazyPool:
         # Ray has put in handlers of its own, which abort the process.
         if _stopper is not None:
             _stopper.arm()
-        return RayPool(compute.workers, compute.attempts)
+        return RayPool(compute.workers, compute.attempts, compute.unit_seconds, compute.rank_seconds)
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)

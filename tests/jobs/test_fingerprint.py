@@ -113,6 +113,8 @@ COMPUTE = {
     "rank_threads": "3",
     "memory": "8GiB",
     "attempts": "7",
+    "unit_seconds": "60",
+    "rank_seconds": "60",
     "checkpoint_seconds": "9",
     "lease_seconds": "30",
     "single_writer": "true",
