@@ -31,7 +31,7 @@ from pipeline.dictionary.ranks import Ranks
 from pipeline.dictionary.resampling import resample
 from pipeline.stage import Checkpoints, Gang
 from schemas import events
-from schemas.errors import NonFiniteError
+from schemas.errors import NonFiniteError, OutrunError
 from schemas.records import CheckpointRecord
 from schemas.training import Sparsity, Train
 
@@ -116,13 +116,16 @@ class Trainer:
         self.engine.backward(made.total)
         rows = self.optimizer if isinstance(self.optimizer, RowAdam) else None
         norm = self.engine.gradient_norm() if rows is None else rows.norm_bound()
-        if not (torch.isfinite(made.total) and norm < float("inf")):
+        finite = bool(torch.isfinite(made.total)) and norm < float("inf")
+        # Decided together: whoever left alone would leave the others in a collective.
+        if not self.ranks.least(float(finite)):
+            where = ", not finite on another rank" if finite else ""
             raise NonFiniteError(
-                f"train: loss {made.total.item()}, gradient norm {norm} in step {index}",
+                f"train: loss {made.total.item()}, gradient norm {norm} in step {index}{where}",
                 "lower train.learning_rate; the last good checkpoint is kept",
             )
         unexplained = self._unexplained(index, bool(int(dead)))
-        self.skipped = 0 if self.engine.step() else self.skipped + 1
+        self.skipped = 0 if self.ranks.least(float(self.engine.step())) else self.skipped + 1
         if self.skipped >= MOST_SKIPPED:
             raise NonFiniteError(
                 f"train: DeepSpeed skipped {self.skipped} steps in a row, the last one step {index} on rank "
@@ -254,9 +257,10 @@ def train(
     Returns:
         Which ones have failed, on every rank. Their last good checkpoints are kept, and the others were trained.
     """
-    gang.beat(0, "data")
+    gang.beat(0, "meeting")
     failed: dict[int, NonFiniteError] = {}
     with parallel.joined(gang.rank, gang.world_size, features, gang.init_method) as ranks, ExitStack() as stack:
+        gang.beat(0, "data")
         fresh = any(each.checkpoints.latest() is None for each in wanted)
         sample_ND = stream.sample() if fresh else None
         going = {
@@ -299,6 +303,20 @@ def train(
     return failed
 
 
+def require_same(last: CheckpointRecord | None, ranks: Ranks, stage: str) -> None:
+    """Make sure that all ranks begin at the same checkpoint; each has looked by itself.
+
+    Raises:
+        OutrunError: they do not. It is raised on every rank.
+    """
+    found = ranks.texts("" if last is None else last.nonce)
+    if len(set(found)) > 1:
+        raise OutrunError(
+            f"{stage}: ranks found different newest checkpoints: one of an older gang came to light meanwhile",
+            "run only one trainer of a stage, and resume",
+        )
+
+
 class Training:
     """One dictionary on its way from its beginning, or its last checkpoint, to its end. A context manager.
 
@@ -320,6 +338,7 @@ class Training:
         dictionary = self._empty(shape.features // ranks.features)
         self.progress, self._curves, state = Progress(0, 0, 1.0, Cursor(), 1.0), list[list[float]](), None
         last = wanted.checkpoints.latest()
+        require_same(last, ranks, wanted.stage)
         if last is not None:
             first = ranks.feature_rank * dictionary.features
             self.progress, state = self._read(last, first, dictionary.features)

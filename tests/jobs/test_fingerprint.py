@@ -115,6 +115,7 @@ COMPUTE = {
     "attempts": "7",
     "unit_seconds": "60",
     "rank_seconds": "60",
+    "share_reads": "false",
     "checkpoint_seconds": "9",
     "lease_seconds": "30",
     "single_writer": "true",
