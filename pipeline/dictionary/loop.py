@@ -31,7 +31,7 @@ from pipeline.dictionary.ranks import Ranks
 from pipeline.dictionary.resampling import resample
 from pipeline.stage import Checkpoints, Gang
 from schemas import events
-from schemas.errors import NonFiniteError, OutrunError
+from schemas.errors import NonFiniteError
 from schemas.records import CheckpointRecord
 from schemas.training import Sparsity, Train
 
@@ -303,20 +303,6 @@ def train(
     return failed
 
 
-def require_same(last: CheckpointRecord | None, ranks: Ranks, stage: str) -> None:
-    """Make sure that all ranks begin at the same checkpoint; each has looked by itself.
-
-    Raises:
-        OutrunError: they do not. It is raised on every rank.
-    """
-    found = ranks.texts("" if last is None else last.nonce)
-    if len(set(found)) > 1:
-        raise OutrunError(
-            f"{stage}: ranks found different newest checkpoints: one of an older gang came to light meanwhile",
-            "run only one trainer of a stage, and resume",
-        )
-
-
 class Training:
     """One dictionary on its way from its beginning, or its last checkpoint, to its end. A context manager.
 
@@ -338,7 +324,7 @@ class Training:
         dictionary = self._empty(shape.features // ranks.features)
         self.progress, self._curves, state = Progress(0, 0, 1.0, Cursor(), 1.0), list[list[float]](), None
         last = wanted.checkpoints.latest()
-        require_same(last, ranks, wanted.stage)
+        checkpoint.require_same(last, ranks, wanted.stage)
         if last is not None:
             first = ranks.feature_rank * dictionary.features
             self.progress, state = self._read(last, first, dictionary.features)

@@ -10,7 +10,7 @@ import torch
 import torch.multiprocessing as processes
 
 from cluster.pool import free_port
-from pipeline.dictionary import loop
+from pipeline.dictionary import checkpoint, loop
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.parallel import joined
 from schemas.errors import NonFiniteError, OutrunError
@@ -80,7 +80,7 @@ def test_ranks_that_found_different_checkpoints_begin_none() -> None:
     for nonces, agreed in [(["new", "new"], True), (["new", "old"], False), (["new", ""], False)]:
         ranks: Any = SimpleNamespace(texts=lambda own, nonces=nonces: [own, *nonces[1:]])
         if agreed:
-            loop.require_same(last, ranks, "train/x")
+            checkpoint.require_same(last, ranks, "train/x")
         else:
             with pytest.raises(OutrunError, match="train/x: ranks found different newest checkpoints"):
-                loop.require_same(last, ranks, "train/x")
+                checkpoint.require_same(last, ranks, "train/x")
