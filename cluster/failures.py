@@ -20,6 +20,8 @@ ATTEMPTS = 3
 CRASHES = 5
 # Quarantined in a row, and nothing succeeded in between: the fault is not in the units.
 HOPELESS = 20
+# Seconds that a unit may take, unless the manifest says otherwise: by then it hangs.
+UNIT_SECONDS = 3600.0
 
 SHORTEST, LONGEST = 0.2, 30.0
 

@@ -19,8 +19,9 @@ from cluster import interruption
 from cluster.failures import ATTEMPTS, Tries
 from schemas.events import Event
 
-# What a rank is doing: joining the gang, waiting for data, in a step with all the others, writing to the store.
-Phase = Literal["starting", "data", "step", "saving"]
+# What a rank is doing: importing and loading, meeting the others, waiting for data, in a step with all the others,
+# writing to the store.
+Phase = Literal["starting", "meeting", "data", "step", "saving"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ class Pool(Protocol):
 
         A worker that is lost is replaced without end, ever more slowly, and its task run again. A task that
         raises is tried again a few times, one whose worker crashes five times in a row is not; then it is
-        quarantined and the others go on.
+        quarantined and the others go on. One that does not end in time has its worker killed, and counts as raised.
 
         Raises:
             StageFailedError: every other task is done, and these are quarantined.
@@ -81,14 +82,14 @@ class Pool(Protocol):
     ) -> Any:
         """Run `fn` on `world_size` workers at once, all or nothing.
 
-        When a rank dies, falls silent, hangs or raises, all are killed and started again, without end as long
-        as a checkpoint (`CheckpointCommitted`) was committed in between.
+        When a rank dies, falls silent, hangs or raises, all are killed and started again: without end where a node
+        was lost or a checkpoint (`CheckpointCommitted`) was committed in between.
 
         Returns:
             What rank 0 returned.
 
         Raises:
-            StageFailedError: the gang failed five times in a row without a new checkpoint.
+            StageFailedError: the gang failed five times in a row without a new checkpoint, and no node was lost.
             KilobasisError: a rank raised it.
             BusyError: the ranks did not start in time.
         """

@@ -12,15 +12,20 @@ import secrets
 import shutil
 import socket
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cluster import interruption
 from cluster.storage.redaction import first_line
 from schemas.errors import BusyError
 
 OBJECT_STORE_BYTES = 128 * 2**20
 CONNECT_SECONDS = 10.0
+# For a cluster that took the connection to let us in.
+JOIN_SECONDS = 60.0
 
 # Short, because a socket's path may have 107 characters.
 _TEMPORARY = Path("/tmp")  # noqa: S108
@@ -64,6 +69,73 @@ def _no_answer(address: str, why: str) -> BusyError:
     )
 
 
+def _join(address: str) -> None:
+    """Join a cluster, or give up: Ray by itself asks one that says nothing again and again, for minutes.
+
+    In a thread, because a wait in there hears neither a deadline nor a wish to stop. Where it is given up, the thread
+    stays behind, and the process is expected to end.
+    """
+    import ray
+
+    failed: list[BaseException] = []
+
+    def init() -> None:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except BaseException as error:  # noqa: BLE001 - raised by whoever waits for it
+            failed.append(error)
+
+    thread = threading.Thread(target=init, name="joining Ray", daemon=True)
+    thread.start()
+    deadline = time.monotonic() + JOIN_SECONDS
+    while thread.is_alive():
+        interruption.check()
+        thread.join(0.1)
+        if time.monotonic() > deadline and thread.is_alive():
+            raise _no_answer(address, f"it took the connection, and let nobody join for {JOIN_SECONDS:.0f} s")
+    if failed:
+        if isinstance(failed[0], (ConnectionError, RuntimeError, ValueError)):
+            raise _no_answer(address, first_line(str(failed[0]), 200)) from failed[0]
+        raise failed[0]
+
+
+def _lock() -> None:
+    """Nobody gets into a Ray of ours, whatever the environment says: that is about somebody else's.
+
+    Ray reads these when it is imported and never again: one token for the life of this process, and nothing may
+    import ray before. The last is the only switch that keeps Ray on loopback: on Linux it otherwise takes 127.0.0.1
+    for a slip and listens on every interface.
+    """
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN"] = os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+
+
+def _require_lock() -> None:
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled
+
+    if not is_token_auth_enabled():
+        raise RuntimeError(
+            "ray was imported before a token could be asked for, so anybody could use the Ray that is started here -> "
+            "import ray later, or set RAY_AUTH_MODE=token before that"
+        )
+
+
+def _start(cpus: int, folder: str) -> None:
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=cpus,
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _node_ip_address="127.0.0.1",
+        _temp_dir=folder,
+    )
+
+
 @contextmanager
 def ray_session(address: str | None, cpus: int) -> Iterator[None]:
     """Ray, for as long as the context is open.
@@ -80,36 +152,20 @@ def ray_session(address: str | None, cpus: int) -> Iterator[None]:
         _require_answer(address)
         import ray
 
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise _no_answer(address, first_line(str(error), 200)) from error
+        _join(address)
         try:
             yield
         finally:
             ray.shutdown()
         return
-    # Ray reads these when it is imported and never again: one token for the life of this process, and
-    # nothing may import ray before. The third is the only switch that keeps Ray on loopback: on Linux it
-    # otherwise takes 127.0.0.1 for a slip and listens on every interface.
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    _lock()
     import ray
 
+    _require_lock()
     _sweep()
     folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_TEMPORARY)
     try:
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _node_ip_address="127.0.0.1",
-            _temp_dir=folder,
-        )
+        _start(cpus, folder)
         yield
     finally:
         ray.shutdown()

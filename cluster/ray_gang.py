@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -33,12 +33,14 @@ from cluster.ray_worker import (
     started,
     wait_for,
 )
-from cluster.watch import BEAT_SECONDS, Beat, Lost, Pace, Watch
-from schemas.errors import KilobasisError, StageFailedError
+from cluster.watch import BEAT_SECONDS, STORE_SECONDS, Beat, Lost, Pace, Watch, doing
+from schemas.errors import KilobasisError, OutrunError, StageFailedError
 from schemas.events import CheckpointCommitted, Event, Note, WorkerLost
 
-# Failures in a row, without a new checkpoint in between, after which a gang is given up.
+# Failures in a row that may be the gang's own, without a new checkpoint in between, after which it is given up.
 FAILURES = 5
+# A machine that is cut off counts as dead so late. Until then its ranks' failures look like the gang's own.
+NODE_SECONDS = 75.0
 # Once one rank has failed the others fail too; so long to see which of them knows the reason.
 SETTLE_SECONDS = 5.0
 # For a rank's last events to arrive, before it returns.
@@ -47,11 +49,14 @@ MAIL_SECONDS = 4.0
 
 
 class _RankLostError(Exception):
-    """A rank is dead, silent, hanging, or has raised; the gang has to be started again."""
+    """A rank is dead, silent, hanging, or has raised; the gang has to be started again.
 
-    def __init__(self, who: str, reason: str) -> None:
+    `own` says that the gang itself may be the cause, for all that is known by then.
+    """
+
+    def __init__(self, who: str, reason: str, own: bool = True) -> None:
         super().__init__(who, reason)
-        self.who, self.reason = who, reason
+        self.who, self.reason, self.own = who, reason, own
 
 
 class _Mailbox:
@@ -90,7 +95,7 @@ class _Inbox:
         if isinstance(answer, Returned):
             mail: tuple[list[Event], list[Beat]] = answer.value
             return mail
-        raise _RankLostError("the mailbox", first_line(answer.error))
+        raise _RankLostError("the mailbox", first_line(answer.error), own=False)
 
 
 class _Post:
@@ -99,7 +104,7 @@ class _Post:
     def __init__(self, rank: int, mailbox: ActorHandle[Any]) -> None:
         self._rank, self._mailbox = rank, mailbox
         self._at: tuple[int, Phase] = (0, "starting")
-        self._over = threading.Event()
+        self._over, self._works = threading.Event(), 0
         self._thread = threading.Thread(target=self._keep_beating, name="heartbeat", daemon=True)
 
     def emit(self, event: Event) -> None:
@@ -110,7 +115,8 @@ class _Post:
 
     def _beat(self) -> Any:
         step, phase = self._at
-        return self._mailbox.beat.remote(Beat(self._rank, step, phase, time.monotonic()))
+        line, waits = doing(self._works)
+        return self._mailbox.beat.remote(Beat(self._rank, step, phase, time.monotonic(), line, waits))
 
     def _keep_beating(self) -> None:
         self._beat()
@@ -118,6 +124,7 @@ class _Post:
             self._beat()
 
     def __enter__(self) -> Self:
+        self._works = threading.get_ident()
         self._thread.start()
         return self
 
@@ -136,12 +143,17 @@ def _run_rank(fn: Callable[[Rank], Any], rank: int, world_size: int, meeting: st
 
 
 def run(
-    fn: Callable[[Rank], Any], world_size: int, resources: Resources, emit: Callable[[Event], None], stage: str
+    fn: Callable[[Rank], Any],
+    world_size: int,
+    resources: Resources,
+    emit: Callable[[Event], None],
+    stage: str,
+    store_seconds: float = STORE_SECONDS,
 ) -> Any:
-    """See `cluster.pool.Pool.gang`."""
+    """See `cluster.pool.Pool.gang`. `store_seconds` is the deadline of a rank that reads or saves."""
     backoff, pace = Backoff(), Pace()
-    lost = barren = 0
-    committed = False
+    lost, committed = 0, False
+    barren: list[frozenset[str]] = []
 
     def heard(event: Event) -> None:
         nonlocal committed
@@ -149,35 +161,70 @@ def run(
         emit(event)
 
     while True:
+        gang = _Gang(world_size, resources, heard, stage, pace, store_seconds)
         try:
-            return _Gang(world_size, resources, heard, stage, pace).run(fn)
+            return gang.run(fn)
         except _RankLostError as error:
             lost += 1
-            barren = 1 if committed else barren + 1
             if committed:
                 backoff.reset()
+                barren.clear()
             committed = False
             emit(WorkerLost(stage, error.reason, lost, error.who))
             require_node()
-            if barren >= FAILURES:
+            if error.own:
+                barren.append(gang.nodes)
+            if _own(barren, emit, stage) >= FAILURES:
                 raise StageFailedError(
-                    f"{stage}: the gang of {world_size} failed {barren} times in a row without a new checkpoint, "
+                    f"{stage}: the gang of {world_size} failed {len(barren)} times in a row without a new checkpoint, "
                     f"the last time because of {error.who}: {error.reason}",
                     "the run's events tell of each time; remove the cause, then resume from the last checkpoint",
                 ) from error
             rest(backoff.wait())
 
 
+def _own(barren: list[frozenset[str]], emit: Callable[[Event], None], stage: str) -> int:
+    """How many failures are still the gang's own; those of a gang that had lost a node are forgotten.
+
+    The others are heard first when a node goes down: they raise that a connection was closed. Of the node itself
+    one hears later, so before a gang is given up there is a wait for that, unless it was on this machine alone.
+    """
+    here, began = ray.get_runtime_context().get_node_id(), time.monotonic()
+    while True:
+        dead = {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
+        barren[:] = [nodes for nodes in barren if not nodes & dead]
+        elsewhere = any(nodes - {here} for nodes in barren)
+        waited = time.monotonic() - began
+        if len(barren) < FAILURES or not elsewhere or waited > NODE_SECONDS:
+            return len(barren)
+        if not waited >= POLL_SECONDS:
+            text = f"{FAILURES} failures without a new checkpoint; looking for {NODE_SECONDS:.0f} s whether a node died"
+            emit(Note(stage, text))
+        rest(POLL_SECONDS)
+
+
 class _Gang:
     """One life of a gang: from hiring its workers to the end of the last one."""
 
     def __init__(
-        self, world_size: int, resources: Resources, emit: Callable[[Event], None], stage: str, pace: Pace
+        self,
+        world_size: int,
+        resources: Resources,
+        emit: Callable[[Event], None],
+        stage: str,
+        pace: Pace,
+        store_seconds: float,
     ) -> None:
         self._size, self._resources, self._emit, self._stage, self._pace = world_size, resources, emit, stage, pace
+        self._store_seconds = store_seconds
         self._places: dict[int, Place] = {}
         self._inbox = _Inbox()
         self._actors: list[ActorHandle[Any]] = []
+
+    @property
+    def nodes(self) -> frozenset[str]:
+        """Where its ranks are, as far as they have started."""
+        return frozenset(place.node for place in self._places.values())
 
     def run(self, fn: Callable[[Rank], Any]) -> Any:
         """Run it.
@@ -212,7 +259,7 @@ class _Gang:
                 rank = starting.pop(reference)
                 place = started(reference)
                 if isinstance(place, Gone):
-                    raise _RankLostError(f"rank {rank}", f"died while it started: {place.reason}")
+                    raise _RankLostError(f"rank {rank}", f"died while it started: {place.reason}", place.crashed)
                 self._places[rank] = place
             if starting:
                 waited = time.monotonic() - since
@@ -225,10 +272,11 @@ class _Gang:
         answer = fetch(asked)
         if isinstance(answer, Returned):
             return str(answer.value)
-        raise _RankLostError("rank 0", f"did not say where to meet: {first_line(answer.error)}")
+        own = not isinstance(answer, Gone) or answer.crashed
+        raise _RankLostError("rank 0", f"did not say where to meet: {first_line(answer.error)}", own)
 
     def _watch(self, fn: Callable[[Rank], Any], meeting: str) -> Any:
-        watch = Watch(self._size, self._pace, time.monotonic())
+        watch = Watch(self._size, self._pace, time.monotonic(), self._store_seconds)
         running = {
             actor.run.remote(_run_rank, fn, rank, self._size, meeting, self._inbox.mailbox): rank
             for rank, actor in enumerate(self._actors)
@@ -261,7 +309,7 @@ class _Gang:
     def _failed(self, rank: int, outcome: Raised | Gone, others: dict[Any, int], watch: Watch) -> Exception:
         """What to raise for a rank that failed: the others' failures are often only its echo, or it is theirs."""
         failed = {rank: outcome}
-        if isinstance(outcome, Raised) and not isinstance(outcome.error, KilobasisError) and others:
+        if isinstance(outcome, Raised) and _verdict([outcome]) is None and others:
             settled, _ = wait_for(list(others), SETTLE_SECONDS)
             for reference in settled:
                 other = fetch(reference)
@@ -269,17 +317,24 @@ class _Gang:
                     failed[others[reference]] = other
             # What they had to say in the end.
             self._look(watch)
-        for each in failed.values():
-            if isinstance(each, Raised) and isinstance(each.error, KilobasisError):
-                return each.error
+        if verdict := _verdict(list(failed.values())):
+            return verdict
         for number, each in failed.items():
             if isinstance(each, Gone):
-                return _RankLostError(
-                    f"rank {number}", f"{self._place(number)}died {watch.where(number)}: {each.reason}"
-                )
+                reason = f"{self._place(number)}died {watch.where(number)}: {each.reason}"
+                return _RankLostError(f"rank {number}", reason, each.crashed)
         assert isinstance(outcome, Raised)
         reason = f"{self._place(rank)}raised {watch.where(rank)}: {first_line(outcome.error)}"
         return _RankLostError(f"rank {rank}", reason)
 
     def _place(self, rank: int) -> str:
         return f"{self._places[rank]} " if rank in self._places else ""
+
+
+def _verdict(outcomes: Sequence[Raised | Gone]) -> KilobasisError | None:
+    """What some rank knows for certain. That somebody else trains is no such thing: the newest checkpoint is his."""
+    for each in outcomes:
+        error = each.error if isinstance(each, Raised) else None
+        if isinstance(error, KilobasisError) and not isinstance(error, OutrunError):
+            return error
+    return None

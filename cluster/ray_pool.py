@@ -16,7 +16,7 @@ import ray
 from ray.actor import ActorHandle
 
 from cluster import interruption, ray_gang
-from cluster.failures import ATTEMPTS, Backoff, Reminder, Tries
+from cluster.failures import ATTEMPTS, UNIT_SECONDS, Backoff, Reminder, Tries
 from cluster.pool import Rank, Resources
 from cluster.ray_worker import (
     POLL_SECONDS,
@@ -36,7 +36,7 @@ from cluster.ray_worker import (
     started,
     wait_for,
 )
-from cluster.watch import SILENT_SECONDS
+from cluster.watch import SILENT_SECONDS, STORE_SECONDS
 from schemas.events import Event, Note, WorkerLost
 
 # So long a unit may take before its worker is asked whether it is still there, and so often.
@@ -69,10 +69,19 @@ class RayPool:
     Args:
         workers: Workers of `map`.
         attempts: How often a unit that raises is tried.
+        unit_seconds: Seconds that a unit may take.
+        rank_seconds: Seconds that a gang may wait for a rank which reads or saves.
     """
 
-    def __init__(self, workers: int, attempts: int = ATTEMPTS) -> None:
+    def __init__(
+        self,
+        workers: int,
+        attempts: int = ATTEMPTS,
+        unit_seconds: float = UNIT_SECONDS,
+        rank_seconds: float = STORE_SECONDS,
+    ) -> None:
         self._workers, self._attempts = workers, attempts
+        self._unit_seconds, self._rank_seconds = unit_seconds, rank_seconds
         self._crew: _Crew | None = None
 
     def map(
@@ -109,7 +118,7 @@ class RayPool:
         """Workers for a stage. Those of an earlier call in the same stage have loaded what they need, and stay."""
         if self._crew is None or not self._crew.serves(stage, resources):
             self.close()
-            self._crew = _Crew(stage, resources, emit)
+            self._crew = _Crew(stage, resources, emit, self._unit_seconds)
         self._crew.begin(emit)
         return self._crew
 
@@ -123,7 +132,7 @@ class RayPool:
     ) -> Any:
         """See `Pool.gang`."""
         self.close()
-        return ray_gang.run(fn, world_size, resources, emit, stage)
+        return ray_gang.run(fn, world_size, resources, emit, stage, self._rank_seconds)
 
     def close(self) -> None:
         """Dismiss the workers. One that is in the middle of a unit may finish the object that it is writing."""
@@ -142,8 +151,8 @@ def _again(tries: Tries, unit: str, outcome: Raised | Gone) -> bool:
 class _Crew:
     """The workers of one stage: those that start, those that wait for work and those that have some."""
 
-    def __init__(self, stage: str, resources: Resources, emit: Callable[[Event], None]) -> None:
-        self._stage, self._resources, self._emit = stage, resources, emit
+    def __init__(self, stage: str, resources: Resources, emit: Callable[[Event], None], unit_seconds: float) -> None:
+        self._stage, self._resources, self._emit, self._unit_seconds = stage, resources, emit, unit_seconds
         self.idle: list[_Hand] = []
         self.flying: dict[Any, _Flight] = {}
         self._starting: dict[Any, ActorHandle[Any]] = {}
@@ -204,7 +213,7 @@ class _Crew:
         now = time.monotonic()
         if landed:
             self._progress = now
-        return landed + self._silent(now)
+        return [*landed, *self._overdue(now), *self._silent(now)]
 
     def _welcome(self, reference: Any) -> None:
         actor = self._starting.pop(reference)
@@ -249,7 +258,8 @@ class _Crew:
             ]
             more = f" and {len(self.flying) - len(named)} more" if len(self.flying) > len(named) else ""
             text = f"no unit ended for {now - self._progress:.0f} s; in flight: {', '.join(named) or 'none'}{more}"
-            self._emit(Note(self._stage, text))
+            limit = f"; each has {self._unit_seconds:.0f} s (compute.unit_seconds)" if self.flying else ""
+            self._emit(Note(self._stage, f"{text}{limit}"))
         due = {reference: flight for reference, flight in self.flying.items() if now - flight.asked >= ASK_SECONDS}
         if not due:
             return []
@@ -259,6 +269,18 @@ class _Crew:
         _, mute = wait_for(list(asked), SILENT_SECONDS)
         error = TimeoutError(f"did not answer for {SILENT_SECONDS:.0f} s")
         return [self._settle(asked[question], Gone(error, str(error), crashed=True)) for question in mute]
+
+    def _overdue(self, now: float) -> list[tuple[_Flight, Returned | Raised | Gone]]:
+        """Kill the workers of units that take too long, whatever they answer. It counts as if the unit had raised."""
+        landed: list[tuple[_Flight, Returned | Raised | Gone]] = []
+        late = [reference for reference, flight in self.flying.items() if now - flight.since > self._unit_seconds]
+        for reference in late:
+            flight = self.flying.pop(reference)
+            dismiss([flight.hand.actor], [flight.hand.place])
+            limit = f"{self._unit_seconds:.0f} s (compute.unit_seconds)"
+            error = TimeoutError(f"did not end within {limit}; its worker, {flight.hand.place}, was killed")
+            landed.append((flight, Raised(error, "")))
+        return landed
 
     def dismiss(self) -> None:
         """Kill them all."""

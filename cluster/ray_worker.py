@@ -56,6 +56,7 @@ OBEY_SECONDS = 1.0
 GONE_SECONDS = 10.0
 
 _ORPHAN_CODE = 70
+_FROM_OUTSIDE = ("node has died", "process receives a SIGTERM")
 
 
 class Worker:
@@ -124,7 +125,11 @@ class Raised:
 
 @dataclass(frozen=True, slots=True)
 class Gone:
-    """The worker of a call is lost. `crashed` if its process died while its node lives."""
+    """The worker of a call is lost. `crashed` if its process died by itself, for all that Ray can tell.
+
+    Ray knows of nodes that died, of SIGTERM, and of exit codes. It cannot tell SIGKILL by somebody's hand from a
+    crash or from the kernel's want of memory, and the work itself may cause those two.
+    """
 
     error: BaseException
     reason: str
@@ -147,9 +152,9 @@ def fetch(reference: Any) -> Returned | Raised | Gone:
         # The user's errors are ours to show, without Ray's around them. Its text is the worker's traceback, in colour.
         return Raised(error.cause, re.sub(r"\x1b\[[0-9;]*m", "", str(error)))
     except (ActorDiedError, WorkerCrashedError, OutOfMemoryError) as error:
-        # Ray tells the two apart in words only. Were the words to change, nodes would count as crashes.
-        node = getattr(error, "preempted", False) or "node has died" in str(error)
-        return Gone(error, why(error), crashed=not node)
+        # Ray tells them apart in words only. Were the words to change, all would count as crashes.
+        outside = getattr(error, "preempted", False) or any(words in str(error) for words in _FROM_OUTSIDE)
+        return Gone(error, why(error), crashed=not outside)
     except (
         ActorUnavailableError, RayActorError, NodeDiedError, LocalRayletDiedError, ObjectLostError, GetTimeoutError
     ) as error:  # fmt: skip

@@ -2,15 +2,17 @@
 
 Every rank says every two seconds where it is. Silence means that its process is stopped or cut off. A rank
 that speaks but does not get on is harder to tell: in a step all ranks wait for each other, so only when
-nobody has moved for long is something wrong, and the one furthest behind is named. Reading data and saving
-take as long as the storage takes, which has deadlines of its own; of those the watch only tells.
+nobody has moved for long is something wrong. The one that does not wait for others is named, or else the one
+furthest behind. Steps soon show how long they take. Meeting, the first step, reading and saving do not, and have
+long deadlines; so whoever is in one place for half a minute is told of, with the deadline.
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cluster.failures import Reminder
@@ -24,21 +26,37 @@ STEP_SECONDS = 45.0
 STEP_TIMES = 20
 # While nobody knows how long a step takes: the gang is meeting, or in its first step.
 WARM_UP_SECONDS = 600.0
-TELL_SECONDS = 60.0
+# Without a move while somebody reads or saves. A store that is asked has two minutes for each answer.
+STORE_SECONDS = 600.0
+NAME_SECONDS, TELL_SECONDS = 30.0, 60.0
+NAMED_AT_MOST = 4
 # The watch's clock runs only while somebody looks: a driver that was stopped itself accuses nobody.
 LONGEST_LOOK_SECONDS = 5.0
 
 _UNHURRIED: tuple[Phase, ...] = ("data", "saving")
+_DOING: dict[Phase, str] = {
+    "starting": "starting",
+    "meeting": "meeting the others",
+    "data": "waiting for data",
+    "step": "in the step",
+    "saving": "saving",
+}
+_OURS, _TOGETHER = ("pipeline.", "jobs."), "torch.distributed"
 
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """Where a rank is. `monotonic` is its own machine's clock, for the length of steps and nothing else."""
+    """Where a rank is. `monotonic` is its own machine's clock, for the length of steps and nothing else.
+
+    `line` is the line of code that it is in, and `waits` says that it waits there for other ranks.
+    """
 
     rank: int
     step: int
     phase: Phase
     monotonic: float
+    line: str = ""
+    waits: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +65,25 @@ class Lost:
 
     rank: int
     reason: str
+
+
+def doing(thread: int) -> tuple[str, bool]:
+    """What a thread of this process does: the innermost line of a stage's code, and whether it waits for other ranks.
+
+    Args:
+        thread: Its identifier.
+    """
+    innermost, waits = "", False
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__", ""))
+        waits = waits or module.startswith(_TOGETHER)
+        line = f"{module}:{frame.f_lineno}"
+        if module.startswith(_OURS):
+            return line, waits
+        innermost = innermost or line
+        frame = frame.f_back
+    return innermost, waits
 
 
 class Pace:
@@ -82,12 +119,13 @@ class Watch:
         world_size: Ranks.
         pace: What is known about the length of steps; learns more.
         now: The time, in seconds of any monotonic clock.
+        store_seconds: Deadline of reading and saving.
     """
 
-    def __init__(self, world_size: int, pace: Pace, now: float) -> None:
-        self._pace, self._looked, self._clock = pace, now, 0.0
+    def __init__(self, world_size: int, pace: Pace, now: float, store_seconds: float = STORE_SECONDS) -> None:
+        self._pace, self._looked, self._clock, self._store_seconds = pace, now, 0.0, store_seconds
         self._seen = {
-            rank: _Seen(None, 0.0, 0.0, None, Reminder(TELL_SECONDS, TELL_SECONDS)) for rank in range(world_size)
+            rank: _Seen(None, 0.0, 0.0, None, Reminder(NAME_SECONDS, TELL_SECONDS)) for rank in range(world_size)
         }
 
     def look(self, beats: Iterable[Beat], now: float) -> Lost | None:
@@ -113,12 +151,30 @@ class Watch:
         return "before its first beat" if seen is None or seen.beat is None else _where(seen.beat)
 
     def slow(self) -> list[str]:
-        """A line for each rank that has been in one place for minutes; each comes once a minute."""
-        return [
-            f"rank {rank} has been {_where(seen.beat)} for {self._clock - seen.moved:.0f} s"
-            for rank, seen in self._seen.items()
-            if seen.beat is not None and seen.reminder.due(self._clock - seen.moved)
-        ]
+        """A line for each rank because of which nobody has moved for half a minute; each comes again every minute."""
+        beats = [seen.beat for seen in self._seen.values() if seen.beat is not None]
+        mute = [rank for rank, seen in self._seen.items() if seen.beat is None]
+        named = mute or [beat.rank for beat in _behind(beats)]
+        due = [rank for rank in named if self._seen[rank].reminder.due(self._clock - self._seen[rank].moved)]
+        return [self._told(rank, self._seen[rank]) for rank in due[:NAMED_AT_MOST]]
+
+    def _told(self, rank: int, seen: _Seen) -> str:
+        waited = f"for {self._clock - seen.moved:.0f} s"
+        if seen.beat is None:
+            limit = f"{FIRST_BEAT_SECONDS:.0f} s"
+            return f"rank {rank} has not been heard of {waited}; its gang is started again after {limit}"
+        patience, setting = self._patience()
+        return (
+            f"rank {rank} has been {_where(seen.beat)} {waited}{_at(seen.beat)}; "
+            f"its gang is started again when no rank moves for {patience:.0f} s{setting}"
+        )
+
+    def _patience(self) -> tuple[float, str]:
+        """Seconds without a move that are too many, with the ranks where they are; and who decides that."""
+        phases = {seen.beat.phase for seen in self._seen.values() if seen.beat is not None}
+        if phases.intersection(_UNHURRIED):
+            return self._store_seconds, " (compute.rank_seconds)"
+        return (self._pace.patience() if phases == {"step"} else WARM_UP_SECONDS), ""
 
     def _hear(self, seen: _Seen, beat: Beat) -> None:
         last = seen.beat
@@ -142,23 +198,29 @@ class Watch:
         return Lost(rank, f"silent for {silence:.0f} s, {self.where(rank)}")
 
     def _hanging(self) -> Lost | None:
-        """The rank furthest behind, if nobody moves and nobody has a reason for it."""
+        """The rank because of which nobody moves, if that has lasted for too long."""
         beats = [seen.beat for seen in self._seen.values() if seen.beat is not None]
-        if not beats or len(beats) < len(self._seen) or any(beat.phase in _UNHURRIED for beat in beats):
+        if not beats or len(beats) < len(self._seen):
             return None
         still = self._clock - max(seen.moved for seen in self._seen.values())
-        steady = all(beat.phase == "step" for beat in beats)
-        patience = self._pace.patience() if steady else WARM_UP_SECONDS
+        patience, setting = self._patience()
         if still <= patience:
             return None
-        last = min(beats, key=lambda beat: beat.step)
-        level = sum(beat.step == last.step for beat in beats)
-        others = f", as far as {level - 1} other{'s' if level > 2 else ''}" if level > 1 else ""
-        return Lost(
-            last.rank, f"hangs {_where(last)}{others}: no rank moved for {still:.0f} s (limit {patience:.0f} s)"
-        )
+        last, *level = _behind(beats)
+        others = f", as far as {len(level)} other{'s' if len(level) > 1 else ''}" if level else ""
+        reason = f"hangs {_where(last)}{others}: no rank moved for {still:.0f} s (limit {patience:.0f} s{setting})"
+        return Lost(last.rank, f"{reason}{_at(last)}")
+
+
+def _behind(beats: Sequence[Beat]) -> list[Beat]:
+    """Those that the others wait for, as far as that can be told: of those that wait for nobody the last ones."""
+    free = [beat for beat in beats if not beat.waits] or list(beats)
+    return [beat for beat in free if beat.step == min(each.step for each in free)]
 
 
 def _where(beat: Beat) -> str:
-    doing = {"starting": "starting", "data": "waiting for data", "step": "in the step", "saving": "saving"}
-    return f"{doing[beat.phase]} at step {beat.step}"
+    return f"{_DOING[beat.phase]} at step {beat.step}"
+
+
+def _at(beat: Beat) -> str:
+    return f", last seen in {beat.line}" if beat.line else ""

@@ -13,7 +13,7 @@ from typing import Any
 from cluster.storage.create import create, create_or_adopt
 from cluster.storage.objects import names, read_checked, read_recorded
 from cluster.storage.path import StoragePath
-from schemas.errors import FencedError, IntegrityError
+from schemas.errors import FencedError, IntegrityError, OutrunError
 from schemas.layouts import CHECKPOINTS, LOG, slot_key
 from schemas.records import (
     REPAIR,
@@ -160,6 +160,8 @@ class TrainingLog:
 
     def __init__(self, path: StoragePath, lease: str = "") -> None:
         self._log, self._lease = SlotLog(path), lease
+        # Newest checkpoint of which the trainer knows.
+        self._known: CheckpointRecord | None = None
 
     def latest(self) -> CheckpointRecord | None:
         """The newest checkpoint that counts.
@@ -168,6 +170,11 @@ class TrainingLog:
             IntegrityError: the log is damaged.
         """
         self._log.refresh()
+        self._known = self._newest
+        return self._known
+
+    @property
+    def _newest(self) -> CheckpointRecord | None:
         return self._log.checkpoints[-1] if self._log.checkpoints else None
 
     @property
@@ -201,18 +208,29 @@ class TrainingLog:
 
         Raises:
             FencedError: another run leads this stage now.
-            IntegrityError: two trainers write under one lease.
+            OutrunError: there is a checkpoint of which this trainer does not know. An older life of its gang, under
+                the same lease, was given up for dead: it lives, or its last words came late. Training has to begin
+                again from there.
         """
         self._log.refresh()
         self._require_ours()
+        self._require_known()
         record = self._log.checkpoint(step, tuple(entries), facts, uuid.uuid4().hex)
         if record is None:
             self._require_ours()
-            raise IntegrityError(
-                f"{self._log.path / LOG}: another trainer under the same lease wrote a checkpoint",
+            self._require_known()
+            raise IntegrityError(f"{self._log.path / LOG}: a slot was refused, and nobody has taken it", REPAIR)
+        self._known = record
+        return record
+
+    def _require_known(self) -> None:
+        newest = self._newest
+        if newest is not None and newest != self._known:
+            raise OutrunError(
+                f"{self._log.path / LOG}: another trainer under the same lease wrote a checkpoint of step "
+                f"{newest.step}",
                 "run only one trainer of a stage, and resume",
             )
-        return record
 
     def _require_ours(self) -> None:
         self._log.require_lease(self._lease)

@@ -46,19 +46,24 @@ def run(manifest: Manifest, resume: bool = False, wait: bool = False) -> dict[st
     Raises:
         KilobasisError: see `schemas.errors` for each kind and its exit code.
     """
-    workspace = Workspace.of(manifest)
-    if resume:
-        workspace.require_unchanged()
-    sources = survey(manifest)
-    manifest = resolved(manifest, sources)
-    planned = planning.make(manifest, workspace, sources)
-    planning.refuse(planned, manifest, workspace)
-    workspace.claim(manifest.compute.single_writer)
-    folder = workspace.new_run()
-    create(folder / PROCESS, canonical_json(leases.this_process().model_dump()) + b"\n")
-    with _interruptible() as stop, Watchers(folder) as emit, ExitStack() as stack:
-        pool = _LazyPool(manifest.compute, stack)
-        return _run_stages(manifest, workspace, planned.sources, emit, pool, wait, stop)
+    # First of all: a look at a large model or corpus may take as long as a stage.
+    with _interruptible() as stop:
+        workspace = Workspace.of(manifest)
+        if resume:
+            workspace.require_unchanged()
+        sources = survey(manifest)
+        interruption.check()
+        manifest = resolved(manifest, sources)
+        planned = planning.make(manifest, workspace, sources)
+        planning.refuse(planned, manifest, workspace)
+        interruption.check()
+        workspace.claim(manifest.compute.single_writer)
+        interruption.check()
+        folder = workspace.new_run()
+        create(folder / PROCESS, canonical_json(leases.this_process().model_dump()) + b"\n")
+        with Watchers(folder) as emit, ExitStack() as stack:
+            pool = _LazyPool(manifest.compute, stack)
+            return _run_stages(manifest, workspace, planned.sources, emit, pool, wait, stop)
 
 
 def _run_stages(
@@ -275,7 +280,7 @@ class _LazyPool:
         # Ray has put in handlers of its own, which abort the process.
         if _stopper is not None:
             _stopper.arm()
-        return RayPool(compute.workers, compute.attempts)
+        return RayPool(compute.workers, compute.attempts, compute.unit_seconds, compute.rank_seconds)
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)

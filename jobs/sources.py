@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 from itertools import islice
 
+from cluster import interruption
 from cluster.storage import foreign, objects, probe
 from cluster.storage.attempts import patience
 from cluster.storage.path import StoragePath
@@ -47,6 +48,7 @@ def _corpus(manifest: Manifest, model: ModelFacts) -> CorpusFacts:
         read = 0
         with closing(corpus.documents(path, section.text_field)) as texts:
             for text in islice(texts, SAMPLE_DOCUMENTS):
+                interruption.check()
                 ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
                 tokens += sum(len(cut) for _, cut in sequences(ids, tokenizer, section))
                 characters += len(text)

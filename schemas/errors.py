@@ -60,6 +60,10 @@ class IntegrityError(KilobasisError):
     exit_code: ClassVar[int] = 4
 
 
+class OutrunError(IntegrityError):
+    """Somebody else trains the same dictionary under the same lease: most likely a gang that was given up for dead."""
+
+
 class StageFailedError(KilobasisError):
     """A stage could not be completed; what it had committed stays committed."""
 

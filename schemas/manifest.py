@@ -273,6 +273,17 @@ class Compute(Section):
         le=2**20,
         description="Times that a unit which fails by itself is tried. Lost workers are replaced without end.",
     )
+    unit_seconds: float = Field(
+        default=3600.0,
+        gt=0.0,
+        description="Time that a unit may take. Then its worker is killed, and the unit has failed once more.",
+    )
+    rank_seconds: float = Field(
+        default=600.0,
+        gt=0.0,
+        description="Time that training may stand still while a rank reads or saves. Then all ranks are started again "
+        "from the last checkpoint.",
+    )
     share_reads: bool = Field(
         default=True,
         description="Train dictionaries that see the same activations in the same order in one pass of the store, as "

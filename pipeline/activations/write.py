@@ -24,6 +24,9 @@ from schemas.records import ObjectEntry, Unit
 # rounding to the store's type.
 ROUNDING = {"float32": 2e-4, "float16": 2e-3, "bfloat16": 1.6e-2}
 
+# The same of a norm, which is a sum in float32 of a row's squares, and stored as it is.
+NORM_ROUNDING = 1e-5
+
 # Shards of a unit that are on their way at once.
 WRITERS = 4
 
@@ -71,7 +74,8 @@ def write_unit(
                 listed=True,
                 largest=len(body),
             )
-            values = _adopted(path / key, block[slots], values, layout.dtype, tolerance)
+            dtype = layout.dtype if values.ndim > 1 else "float32"
+            values = _adopted(path / key, block[slots], values, dtype, tolerance)
         objects[name] = ObjectEntry.of(key, body)
         return values
 
@@ -96,7 +100,8 @@ def write_unit(
                 blocks[hook_point] = future.result()
                 norms[hook_point] = _norms(blocks[hook_point], layout.dtype)
         measured = {
-            hook_point: executor.submit(put, norm_name(hook_point), norm_N) for hook_point, norm_N in norms.items()
+            hook_point: executor.submit(put, norm_name(hook_point), norm_N, NORM_ROUNDING)
+            for hook_point, norm_N in norms.items()
         }
         rows, tokens, positions = (future.result() for future in beside)
         hashes = {
@@ -138,7 +143,7 @@ def _adopted(
 ) -> npt.NDArray[Any]:
     """A shard that an earlier attempt left without a record, if it holds what this one would have written.
 
-    Activations may differ by what the order of a sum does to them: another batch, another kind of GPU.
+    Activations and norms may differ by what the order of a sum does to them: another batch, another kind of GPU.
 
     Raises:
         IntegrityError: it holds something else.
@@ -147,6 +152,7 @@ def _adopted(
         return there
     if tolerance:
         x_ND, expected_ND = restored(there, dtype).float(), restored(ours, dtype).float()
+        x_ND, expected_ND = x_ND.reshape(len(x_ND), -1), expected_ND.reshape(len(x_ND), -1)
         scale_N = expected_ND.norm(dim=1).clamp_min(1e-20)
         if bool(((x_ND - expected_ND).norm(dim=1) / scale_N <= tolerance).all()):
             return there

@@ -20,8 +20,8 @@ from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.optimizer import DictionaryOptimizer
 from pipeline.dictionary.ranks import Ranks
 from pipeline.stage import Checkpoints
-from schemas.errors import IntegrityError
-from schemas.records import ObjectEntry
+from schemas.errors import IntegrityError, OutrunError
+from schemas.records import CheckpointRecord, ObjectEntry
 
 STATE = "state.safetensors"
 # Tensors with a row for every feature; dense Adam's are called after their weights.
@@ -136,6 +136,20 @@ def parse_facts(numbers: Mapping[str, Any]) -> Progress:
         cursor=Cursor(**cursor),
         target_scale=float(numbers["target_scale"]),
     )
+
+
+def require_same(last: CheckpointRecord | None, ranks: Ranks, stage: str) -> None:
+    """Make sure that all ranks begin at the same checkpoint; each has looked by itself.
+
+    Raises:
+        OutrunError: they do not. It is raised on every rank.
+    """
+    found = ranks.texts("" if last is None else last.nonce)
+    if len(set(found)) > 1:
+        raise OutrunError(
+            f"{stage}: ranks found different newest checkpoints: one of an older gang came to light meanwhile",
+            "run only one trainer of a stage, and resume",
+        )
 
 
 class Saver:

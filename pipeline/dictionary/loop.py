@@ -120,13 +120,16 @@ class Trainer:
         self.engine.backward(made.total)
         rows = self.optimizer if isinstance(self.optimizer, RowAdam) else None
         norm = self.engine.gradient_norm() if rows is None else rows.norm_bound()
-        if not (torch.isfinite(made.total) and norm < float("inf")):
+        finite = bool(torch.isfinite(made.total)) and norm < float("inf")
+        # Decided together: whoever left alone would leave the others in a collective.
+        if not self.ranks.least(float(finite)):
+            where = ", not finite on another rank" if finite else ""
             raise NonFiniteError(
-                f"train: loss {made.total.item()}, gradient norm {norm} in step {index}",
+                f"train: loss {made.total.item()}, gradient norm {norm} in step {index}{where}",
                 "lower train.learning_rate; the last good checkpoint is kept",
             )
         unexplained = self._unexplained(index, bool(int(dead)))
-        self.skipped = 0 if self.engine.step() else self.skipped + 1
+        self.skipped = 0 if self.ranks.least(float(self.engine.step())) else self.skipped + 1
         if self.skipped >= MOST_SKIPPED:
             raise NonFiniteError(
                 f"train: DeepSpeed skipped {self.skipped} steps in a row, the last one step {index} on rank "
@@ -258,9 +261,10 @@ def train(
     Returns:
         Which ones have failed, on every rank. Their last good checkpoints are kept, and the others were trained.
     """
-    gang.beat(0, "data")
+    gang.beat(0, "meeting")
     failed: dict[int, NonFiniteError] = {}
     with parallel.joined(gang.rank, gang.world_size, features, gang.init_method) as ranks, ExitStack() as stack:
+        gang.beat(0, "data")
         fresh = any(each.checkpoints.latest() is None for each in wanted)
         sample_ND = stream.sample() if fresh else None
         going = {
@@ -324,6 +328,7 @@ class Training:
         dictionary = self._empty(shape.features // ranks.features).to(parallel.device(ranks.rank))
         self.progress, self._curves, state = Progress(0, 0, 1.0, Cursor(), 1.0), list[list[float]](), None
         last = wanted.checkpoints.latest()
+        checkpoint.require_same(last, ranks, wanted.stage)
         if last is not None:
             first = ranks.feature_rank * dictionary.features
             self.progress, state = self._read(last, first, dictionary.features)

@@ -6,13 +6,15 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from cluster import failures, interruption
 from cluster.pool import Pool, Rank, Resources
 from schemas import events
-from schemas.errors import BusyError, InterruptedRunError, NonFiniteError, StageFailedError
+from schemas.errors import BusyError, InterruptedRunError, NonFiniteError, OutrunError, StageFailedError
 from tests.cluster.test_pool import gone, of
 
 pytestmark = pytest.mark.ray
@@ -91,6 +93,34 @@ def rank_raises(commits: int, lives: int, folder: Path, rank: Rank) -> int:
     if number < lives:
         raise OSError(5, "Input/output error")
     return number
+
+
+def rank_dies(lives: int, folder: Path, rank: Rank) -> int:
+    """Dies in each of its first lives."""
+    number = life(folder, rank)
+    if number < lives:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def rank_finds_another_trainer(lives: int, folder: Path, rank: Rank) -> int:
+    """In each of its first lives, rank 1 hears of it late, and only of rank 0's end."""
+    number = life(folder, rank)
+    if number < lives and rank.rank == 0:
+        raise OutrunError("another trainer under the same lease", "resume")
+    if number < lives:
+        raise OSError(5, "connection closed by peer")
+    return number
+
+
+def rank_waits_while_another_hangs(folder: Path, rank: Rank) -> str:
+    """In the gang's first life rank 1 never comes to the step that rank 0 waits in, though both say the same."""
+    first = life(folder, rank) == 0
+    join(rank)
+    rank.beat(0, "step")
+    if first and rank.rank == 1:
+        time.sleep(600)
+    return "done" if rank_sum(rank) == 3.0 else "wrong"
 
 
 def rank_saves_slowly(folder: Path, rank: Rank) -> None:
@@ -184,6 +214,132 @@ def test_gang_whose_rank_hangs_names_it_and_starts_again(
     assert lost.doing == "rank 1"
     assert "hangs in the step at step 3: no rank moved for " in lost.reason
     assert diary.left == [[]]
+
+
+def test_gang_whose_rank_hangs_in_its_first_step_names_the_right_one_and_the_deadline(
+    pool: Pool, diary: Diary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cluster import watch
+
+    monkeypatch.setattr(watch, "NAME_SECONDS", 5.0)
+    monkeypatch.setattr(watch, "WARM_UP_SECONDS", 8.0)
+    assert pool.gang(partial(rank_waits_while_another_hangs, tmp_path), 2, Resources(), diary, "s") == "done"
+    (lost,) = of(events.WorkerLost, diary.seen)
+    assert lost.doing == "rank 1"
+    assert "hangs in the step at step 0: no rank moved for " in lost.reason
+    assert ", last seen in tests.cluster.test_gang:" in lost.reason
+    named = [event.text for event in of(events.Note, diary.seen) if "has been" in event.text]
+    assert named
+    assert all(text.startswith("rank 1 has been in the step at step 0 for ") for text in named)
+    assert all(text.endswith("its gang is started again when no rank moves for 8 s") for text in named)
+    assert diary.left == [[]]
+
+
+@pytest.mark.parametrize(("crashed", "lives"), [(True, 2), (False, 4)], ids=["by itself", "from outside"])
+def test_gang_is_given_up_for_what_may_be_its_own_doing_only(
+    crashed: bool, lives: int, pool: Pool, diary: Diary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who killed the process is told in words of Ray's; a node's death takes a cluster (see test_node_loss)."""
+    from cluster import ray_gang, ray_worker
+
+    monkeypatch.setattr(ray_gang, "FAILURES", 2)
+    monkeypatch.setattr(failures, "LONGEST", 0.2)
+    if not crashed:
+        monkeypatch.setattr(ray_worker, "_FROM_OUTSIDE", ("its worker process has died",))
+    work = partial(rank_dies, 4, tmp_path)
+    if crashed:
+        with pytest.raises(StageFailedError, match="failed 2 times in a row without a new checkpoint"):
+            pool.gang(work, 1, Resources(), diary, "s")
+    else:
+        assert pool.gang(work, 1, Resources(), diary, "s") == 4
+    assert [event.attempt for event in of(events.WorkerLost, diary.seen)] == list(range(1, lives + 1))
+
+
+@pytest.mark.parametrize(
+    ("detail", "crashed"),
+    [
+        ("its worker process has died. Worker unexpectedly exits with a connection error code 2. End of file.", True),
+        ("its worker process has died. Worker exits with an exit code 3.", True),
+        ("its worker process has died. Exit code: 1. The process receives a SIGTERM.", False),
+        ("its node has died. Node Id: 77", False),
+    ],
+)
+def test_worker_that_was_ended_from_outside_did_not_crash(
+    detail: str, crashed: bool, two_cpus: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's own words, as they were seen."""
+    import ray
+
+    from cluster.ray_worker import Gone, fetch
+
+    class Died(ray.exceptions.ActorDiedError):  # type: ignore[misc]
+        def __str__(self) -> str:
+            return f"The actor is dead because {detail}"
+
+    def get(_reference: object, timeout: float) -> None:
+        raise Died
+
+    monkeypatch.setattr(ray, "get", get)
+    outcome = fetch(None)
+    assert isinstance(outcome, Gone)
+    assert outcome.crashed is crashed
+
+
+class Cluster:
+    """What Ray says of its nodes: the driver's, and another one, which turns out to be dead at the third look."""
+
+    def __init__(self, dies: bool) -> None:
+        self.dies, self.looks = dies, 0
+
+    def get_runtime_context(self) -> Any:
+        return SimpleNamespace(get_node_id=lambda: "here")
+
+    def nodes(self) -> list[dict[str, Any]]:
+        self.looks += 1
+        alive = not (self.dies and self.looks >= 3)
+        return [{"NodeID": "here", "Alive": True}, {"NodeID": "there", "Alive": alive}]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "dies", "own", "noted"),
+    [
+        (frozenset({"here", "there"}), True, 0, 1),
+        (frozenset({"here", "there"}), False, 5, 1),
+        (frozenset({"here"}), True, 5, 0),
+    ],
+    ids=["node dies", "node lives", "this node"],
+)
+def test_gang_that_lost_a_node_is_not_to_blame_although_others_were_heard_first(
+    nodes: frozenset[str], dies: bool, own: int, noted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cluster import ray_gang
+
+    monkeypatch.setattr(ray_gang, "ray", Cluster(dies))
+    monkeypatch.setattr(ray_gang, "NODE_SECONDS", 2.0)
+    seen: list[events.Event] = []
+    assert ray_gang._own([nodes] * 5, seen.append, "s") == own
+    assert len(seen) == noted
+    assert all("looking for 2 s whether a node died" in event.text for event in of(events.Note, seen))
+
+
+def test_gang_that_is_outrun_by_an_older_one_starts_again(
+    pool: Pool, diary: Diary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(failures, "LONGEST", 0.2)
+    assert pool.gang(partial(rank_finds_another_trainer, 1, tmp_path), 2, Resources(), diary, "s") == 1
+    (lost,) = of(events.WorkerLost, diary.seen)
+    assert "another trainer under the same lease" in lost.reason or "connection closed" in lost.reason
+
+
+def test_gang_that_is_always_outrun_is_given_up(
+    pool: Pool, diary: Diary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cluster import ray_gang
+
+    monkeypatch.setattr(ray_gang, "FAILURES", 2)
+    monkeypatch.setattr(failures, "LONGEST", 0.2)
+    with pytest.raises(StageFailedError, match="failed 2 times in a row without a new checkpoint"):
+        pool.gang(partial(rank_finds_another_trainer, 9, tmp_path), 1, Resources(), diary, "s")
 
 
 def test_gang_raises_what_one_rank_knows_although_another_failed_first(pool: Pool, diary: Diary) -> None:

@@ -102,12 +102,12 @@ class Nodes:
 
 def scenario(verb: str, folder: Path) -> None:
     """Runs in a process of its own; asserts what has to hold."""
-    from cluster import failures
+    from cluster import failures, ray_gang
     from cluster.ray_pool import RayPool
     from tests.cluster.test_pool import gone
 
-    # Were the node's death the unit's fault, it would be quarantined at once.
-    failures.CRASHES = 1
+    # Were the node's death the unit's fault, it would be quarantined at once, and the gang be given up.
+    failures.CRASHES = ray_gang.FAILURES = 1
     for name in ("begun", "done"):
         (folder / name).mkdir()
     nodes = Nodes()

@@ -70,6 +70,14 @@ def stop_at_first(folder: Path, value: int) -> int:
     return value
 
 
+def hang_at_three(folder: Path, value: int) -> int:
+    """A three waits for something that never comes, with a process that is well otherwise."""
+    times(folder, value)
+    if value == 3:
+        time.sleep(600)
+    return value
+
+
 def meet(folder: Path, value: int) -> int:
     """Ends when two processes are here."""
     (folder / str(os.getpid())).touch()
@@ -293,6 +301,30 @@ class TestRayPool(PoolContract):
             "no unit ended for 1 s", "no unit ended for 2 s"
         ]  # fmt: skip
         assert "; in flight: 2.5 for 1 s (pid " in notes[0].text
+        assert notes[0].text.endswith("; each has 3600 s (compute.unit_seconds)")
+
+    def test_map_quarantines_a_unit_that_never_ends_although_its_worker_answers(
+        self, pool: Pool, tmp_path: Path
+    ) -> None:
+        from cluster.ray_pool import RayPool
+
+        pool.close()
+        hurried = RayPool(workers=2, attempts=2, unit_seconds=2.0)
+        try:
+            found, seen, error = run(hurried, partial(hang_at_three, tmp_path), [1, 3, 2, 4])
+        finally:
+            hurried.close()
+        assert found == {0: 1, 2: 2, 3: 4}
+        assert isinstance(error, StageFailedError)
+        assert (
+            "1 of 4 units failed for good: 3; first cause, unit 3: TimeoutError: did not end within 2 s" in error.what
+        )
+        failed = of(events.UnitFailed, seen)
+        assert [(event.unit, event.attempt, event.attempts) for event in failed] == [("3", 1, 2), ("3", 2, 2)]
+        pids = [int(path.name.rpartition("-")[2]) for path in tmp_path.glob("3-*")]
+        assert len(set(pids)) == 2
+        assert all(map(gone, pids))
+        assert all(f"(compute.unit_seconds); its worker, pid {pid} on " in str(failed) for pid in pids)
 
     def test_map_goes_on_with_the_workers_that_there_is_room_for(self, pool: Pool) -> None:
         began = time.monotonic()

@@ -1,32 +1,46 @@
 """The judgement over a gang, on a clock that the test turns."""
 
 import re
-from collections.abc import Sequence
+import threading
+import time
+import types
+from collections.abc import Collection, Sequence
 
 import pytest
 
 from cluster.failures import Backoff, Reminder
 from cluster.pool import Phase
-from cluster.watch import Beat, Lost, Pace, Watch
+from cluster.watch import STORE_SECONDS, Beat, Lost, Pace, Watch, doing
 
 
 class Clock:
     """A gang of which the test says how long it does what. Time goes in looks of half a second, beats every two."""
 
-    def __init__(self, ranks: int, pace: Pace | None = None) -> None:
-        self.pace, self.now = pace or Pace(), 100.0
-        self.watch = Watch(ranks, self.pace, self.now)
+    def __init__(self, ranks: int, pace: Pace | None = None, store_seconds: float = STORE_SECONDS) -> None:
+        self.pace, self.now, self.ranks = pace or Pace(), 100.0, ranks
+        self.watch = Watch(ranks, self.pace, self.now, store_seconds)
 
-    def go(self, seconds: float, places: Sequence[tuple[int, Phase] | None]) -> Lost | None:
+    def go(
+        self, seconds: float, places: Sequence[tuple[int, Phase] | None], waiting: Collection[int] = ()
+    ) -> Lost | None:
         """Let time pass while each rank beats from one place, or not at all; stops when somebody is accused."""
         end = self.now + seconds
         while self.now < end:
             self.now += 0.5
             speak = self.now % 2.0 == 0
-            beats = [Beat(rank, *place, self.now) for rank, place in enumerate(places) if place is not None and speak]
+            beats = [
+                Beat(rank, *place, self.now, "here:1" if waiting else "", rank in waiting)
+                for rank, place in enumerate(places)
+                if place is not None and speak
+            ]
             if lost := self.watch.look(beats, self.now):
                 return lost
         return None
+
+    def train_all(self, steps: int) -> None:
+        """All ranks take steps of two seconds."""
+        for step in range(steps):
+            assert self.go(2.0, [(step, "step")] * self.ranks) is None
 
     def train(self, steps: int, seconds: float) -> None:
         """Two ranks that take steps."""
@@ -87,17 +101,100 @@ def test_watch_first_step_may_take_ten_minutes_and_later_gangs_know_better() -> 
 
 
 @pytest.mark.parametrize("phase", ["data", "saving"])
-def test_watch_rank_that_waits_for_the_store_is_told_but_not_accused(phase: Phase) -> None:
+def test_watch_rank_that_waits_for_the_store_is_named_soon_and_accused_after_ten_minutes(phase: Phase) -> None:
     clock = Clock(2)
     clock.train(3, 2.0)
-    told = []
-    for _ in range(900):
-        assert clock.go(1, [(3, phase), (3, "step")]) is None
+    told: list[str] = []
+    began = clock.now
+    while (lost := clock.go(1, [(3, phase), (4, "step")])) is None:
         told += clock.watch.slow()
     words = {"data": "waiting for data", "saving": "saving"}
-    ours = [line for line in told if line.startswith("rank 0")]
-    assert re.fullmatch(rf"rank 0 has been {words[phase]} at step 3 for 6\d s", ours[0])
-    assert 14 <= len(ours) <= 15
+    assert re.fullmatch(
+        rf"rank 0 has been {words[phase]} at step 3 for 3\d s; "
+        r"its gang is started again when no rank moves for 600 s \(compute.rank_seconds\)",
+        told[0],
+    )
+    assert 10 <= len(told) <= 11
+    assert all(line.startswith("rank 0 ") for line in told)
+    assert lost.rank == 0
+    assert lost.reason.startswith(f"hangs {words[phase]} at step 3: no rank moved for 60")
+    assert 600 <= clock.now - began < 610
+
+
+@pytest.mark.parametrize(
+    ("place", "words", "limit"),
+    [
+        (None, "not been heard of", 180),
+        ((0, "starting"), "been starting at step 0", 600),
+        ((0, "meeting"), "been meeting the others at step 0", 600),
+        ((0, "step"), "been in the step at step 0", 600),
+        ((7, "data"), "been waiting for data at step 7", 600),
+        ((7, "saving"), "been saving at step 7", 600),
+    ],
+)
+def test_watch_rank_that_hangs_anywhere_is_named_within_a_minute_with_its_deadline(
+    place: tuple[int, Phase] | None, words: str, limit: int
+) -> None:
+    clock = Clock(2)
+    # The other one waits for it in a collective.
+    other: tuple[int, Phase] = (place[0], "step") if place else (0, "meeting")
+    told: list[str] = []
+    began, named = clock.now, 0.0
+    while (lost := clock.go(1, [other, place], waiting={0})) is None:
+        told += clock.watch.slow()
+        named = named or (clock.now - began if told else 0.0)
+    assert 0 < named < 60
+    assert told[0].startswith(f"rank 1 has {words} ")
+    assert f" {limit} s" in told[0]
+    assert all(line.startswith("rank 1 ") for line in told)
+    assert lost.rank == 1
+    assert limit <= clock.now - began < limit + 10
+
+
+def test_watch_deadline_of_reading_and_saving_is_what_the_manifest_says() -> None:
+    clock = Clock(1, store_seconds=50.0)
+    began = clock.now
+    assert clock.go(200, [(3, "saving")]) is not None
+    assert 50 <= clock.now - began < 55
+
+
+def test_watch_rank_that_does_not_wait_for_others_is_named_before_the_one_behind() -> None:
+    clock = Clock(3)
+    clock.train_all(3)
+    lost = clock.go(200, [(4, "step"), (4, "step"), (4, "step")], waiting={0, 2})
+    assert lost is not None
+    assert lost.rank == 1
+    assert lost.reason.endswith("(limit 45 s), last seen in here:1")
+
+
+def test_watch_many_ranks_that_hang_are_not_all_named() -> None:
+    clock = Clock(64)
+    assert clock.go(40, [(0, "step")] * 64) is None
+    assert len(clock.watch.slow()) == 4
+
+
+def test_doing_tells_the_line_and_whether_it_waits_for_other_ranks() -> None:
+    def work() -> None:
+        started.set()
+        over.wait()
+
+    for module, told, waits in [
+        ("pipeline.dictionary.ranks", r"pipeline\.dictionary\.ranks:\d+", False),
+        ("torch.distributed.fake", r"threading:\d+", True),
+        ("somewhere", r"threading:\d+", False),
+    ]:
+        started, over = threading.Event(), threading.Event()
+        scope = {"__name__": module, "started": started, "over": over}
+        thread = threading.Thread(target=types.FunctionType(work.__code__, scope, closure=work.__closure__))
+        thread.start()
+        started.wait()
+        time.sleep(0.05)
+        line, waited = doing(thread.ident or 0)
+        over.set()
+        thread.join()
+        assert re.fullmatch(told, line), line
+        assert waited is waits
+    assert doing(0) == ("", False)
 
 
 def test_watch_time_in_another_phase_does_not_count_for_the_step() -> None:

@@ -113,9 +113,11 @@ COMPUTE = {
     "rank_threads": "3",
     "memory": "8GiB",
     "attempts": "7",
+    "unit_seconds": "60",
+    "rank_seconds": "60",
+    "share_reads": "false",
     "checkpoint_seconds": "9",
     "lease_seconds": "30",
-    "share_reads": "false",
     "single_writer": "true",
     "deterministic": "false",
 }

@@ -384,6 +384,26 @@ def test_write_unit_over_rows_of_another_rounding_adopts_them(tmp_path: Path) ->
     assert write_unit(made.path, made.layout, 0, close, made.tokens_N, made.positions_N) == made.units[0]
 
 
+@pytest.mark.parametrize(("factor", "adopted"), [(1 + 3e-7, True), (1.001, False)])
+def test_write_unit_over_norms_of_another_summation_adopts_them(factor: float, adopted: bool, tmp_path: Path) -> None:
+    """Torch adds up a row's squares in another order on another processor, although the row is the same."""
+    made = numbered(tmp_path, layout_of(20, 2, 10))
+
+    def scale(block_N: Any) -> None:
+        block_N *= np.float32(factor)
+
+    rewritten(made, norm_name(HOOK), 0, scale)
+    if not adopted:
+        with pytest.raises(IntegrityError, match="is there without a record, and holds other rows"):
+            write_unit(made.path, made.layout, 0, made.x_ND, made.tokens_N, made.positions_N)
+        return
+    again = write_unit(made.path, made.layout, 0, made.x_ND, made.tokens_N, made.positions_N)
+    key = shard_key(norm_name(HOOK), 0, 1)
+    (entry,) = [each for each in again.objects if each.key == key]
+    assert entry == ObjectEntry.of(key, (made.path / key).local.read_bytes())
+    assert again.content_hash != made.units[0].content_hash
+
+
 # Damage
 
 
