@@ -25,7 +25,7 @@ from pipeline.dictionary.model import DictionaryConfig, TopKDictionary
 from pipeline.dictionary.objective import DenseObjective, Made, RowObjective
 from pipeline.dictionary.optimizer import RowAdam, SphereAdam, peak_rate, rate
 from pipeline.dictionary.pace import Pace
-from pipeline.dictionary.parallel import Engine
+from pipeline.dictionary.parallel import Dense, Engine
 from pipeline.dictionary.ranks import Ranks
 from pipeline.dictionary.resampling import resample
 from pipeline.stage import Gang
@@ -64,15 +64,21 @@ class Trainer:
         settings: The manifest's `train`.
         steps: Steps of the whole run, for the schedule.
         ranks: This rank's place.
+        dense: How DeepSpeed works on what a dense optimizer needs.
     """
 
-    def __init__(self, dictionary: TopKDictionary, settings: Train, steps: int, ranks: Ranks) -> None:
+    def __init__(
+        self, dictionary: TopKDictionary, settings: Train, steps: int, ranks: Ranks, dense: Dense | None = None
+    ) -> None:
+        self._dense = dense or Dense()
         self.dictionary, self.settings, self.steps, self.ranks = dictionary, settings, steps, ranks
         self.features = dictionary.features * ranks.features
         self._peak = peak_rate(settings, self.features)
         aux_k = settings.auxiliary(dictionary.width)
         dictionary.to(parallel.device(ranks.rank))
+        self.since_fired_F = torch.zeros(dictionary.features, dtype=torch.int64, device=dictionary.W_enc.device)
         self.optimizer: RowAdam | SphereAdam
+        self._objective: DenseObjective | None = None
         if settings.optimizer == "row_adam":
             rows = RowObjective(dictionary, aux_k, settings.aux_weight, ranks, settings.prefixes)
             self._rows: RowObjective | None = rows
@@ -81,12 +87,11 @@ class Trainer:
             self.optimizer = RowAdam(rows, self._peak, settings.beta2, settings.clip, row_wise, settings.seed)
             self.engine = Engine(rows, self.optimizer, settings.batch, 0.0, ranks)
         else:
-            dense, self._rows = DenseObjective(dictionary, aux_k, settings.aux_weight), None
-            self.optimizer = SphereAdam(
-                dictionary, self._peak, (0.9 if settings.beta1 is None else settings.beta1, settings.beta2)
-            )
-            self.engine = Engine(dense, self.optimizer, settings.batch, settings.clip, ranks)
-        self.since_fired_F = torch.zeros(dictionary.features, dtype=torch.int64, device=self.engine.device)
+            self._objective, self._rows = DenseObjective(dictionary, aux_k, settings.aux_weight, ranks), None
+            betas = (0.9 if settings.beta1 is None else settings.beta1, settings.beta2)
+            self.optimizer = SphereAdam(dictionary, self._peak, betas, ranks)
+            # From here on ZeRO may hold shares of the weights in place of the dictionary's.
+            self.engine = Engine(self._objective, self.optimizer, settings.batch, settings.clip, ranks, self._dense)
         self.skipped = 0
 
     def step(self, index: int, x_BD: torch.Tensor, y_BD: torch.Tensor | None = None) -> Callable[[], StepScalars]:
@@ -111,17 +116,18 @@ class Trainer:
         if self._rows is not None:
             self._rows.sparsity = sparsity_weight(index, self.steps, self.settings)
         dead = self.ranks.total(dead_F.sum(), "scalars")
-        made: Made = self.engine(x_BD, dead_F if int(dead) else None, *([] if y_BD is None else [y_BD]))
-        self.engine.backward(made.total)
+        made = self._passed(x_BD, dead_F if int(dead) else None, y_BD)
         rows = self.optimizer if isinstance(self.optimizer, RowAdam) else None
-        norm = self.engine.gradient_norm() if rows is None else rows.norm_bound()
-        if not (torch.isfinite(made.total) and norm < float("inf")):
-            raise NonFiniteError(
-                f"train: loss {made.total.item()}, gradient norm {norm} in step {index}",
-                "lower train.learning_rate; the last good checkpoint is kept",
-            )
+        if rows is not None:
+            norm = rows.norm_bound()
+        else:
+            norm = 0.0 if self.engine.shards else self.engine.gradient_norm()
+        _refuse_unless_finite(made.total, norm, index)
         unexplained = self._unexplained(index, bool(int(dead)))
         self.skipped = 0 if self.engine.step() else self.skipped + 1
+        if self.engine.shards:
+            norm = self.engine.gradient_norm()
+            _refuse_unless_finite(made.total, norm, index)
         if self.skipped >= MOST_SKIPPED:
             raise NonFiniteError(
                 f"train: DeepSpeed skipped {self.skipped} steps in a row, the last one step {index} on rank "
@@ -132,7 +138,6 @@ class Trainer:
         if self._rows is not None:
             # A mean of all steps at first, later of the last hundred or so.
             self.dictionary.settle(self._rows.least, max(1 / (index + 1), THRESHOLD_WEIGHT))
-        self.optimizer.zero_grad(set_to_none=True)
         self._count(made.z_BK, made.indices_BK)
         if rows is not None and unexplained is not None:
             residual_BD, seen_BD = unexplained
@@ -162,6 +167,29 @@ class Trainer:
 
         return scalars
 
+    def _passed(self, x_BD: torch.Tensor, dead_F: torch.Tensor | None, y_BD: torch.Tensor | None) -> Made:
+        """Forward and backward: of all tokens at once, or of a part of them after the other."""
+        parts = torch.split(x_BD, len(x_BD) // self._dense.accumulate)
+        if len(parts) == 1:
+            made: Made = self.engine(x_BD, dead_F, *([] if y_BD is None else [y_BD]))
+            self.engine.backward(made.total)
+            return made
+        assert self._objective is not None
+        if dead_F is not None and self._objective.aux_k:
+            # It normalises the auxiliary loss of every part, so all parts have to be seen before the first counts.
+            with torch.no_grad():
+                squares = [self.engine(part_BD, None).main for part_BD in parts]
+            self._objective.residual = self.ranks.mean(torch.stack(squares).mean())
+        every = []
+        for part_BD in parts:
+            each = self.engine(part_BD, dead_F)
+            self.engine.backward(each.total)
+            every.append(Made(*(value.detach() for value in each)))
+        self._objective.residual = None
+        totals, mains, auxiliaries, z, indices = zip(*every, strict=True)
+        scalars = (torch.stack(values).mean() for values in (totals, mains, auxiliaries))
+        return Made(*scalars, torch.cat(z), torch.cat(indices))
+
     def _unexplained(self, index: int, dead: bool) -> tuple[torch.Tensor, torch.Tensor] | None:
         """In a step behind which dead features start again: what is left of the whole batch, and what was encoded."""
         every, batch = self.settings.resample, self.settings.batch
@@ -180,6 +208,14 @@ class Trainer:
         fired_F = self.ranks.any(fired_F)
         self.since_fired_F += self.settings.batch
         self.since_fired_F[fired_F.bool()] = 0
+
+
+def _refuse_unless_finite(loss: torch.Tensor, norm: float, index: int) -> None:
+    if not (torch.isfinite(loss) and norm < float("inf")):
+        raise NonFiniteError(
+            f"train: loss {loss.item()}, gradient norm {norm} in step {index}",
+            "lower train.learning_rate; the last good checkpoint is kept",
+        )
 
 
 def sparsity_weight(step: int, steps: int, settings: Train) -> float:
