@@ -17,11 +17,12 @@ from pipeline.activations.read import Stream
 from pipeline.activations.source import open_store
 from pipeline.dictionary import loop, model
 from pipeline.dictionary.model import DictionaryConfig
+from pipeline.dictionary.parallel import Dense
 from pipeline.stage import Committed, Estimate, Gang, Out, Params, Sources, Task
 from pipeline.tokenize import parquet_body
 from schemas.errors import ManifestError
 from schemas.layouts import CURVES, DICTIONARY, DICTIONARY_CONFIG
-from schemas.manifest import Dictionary, Manifest
+from schemas.manifest import Dictionary, Manifest, Zero
 from schemas.records import ObjectEntry, Outputs
 from schemas.tables import CURVES as CURVES_SCHEMA
 from schemas.training import Train
@@ -53,6 +54,8 @@ class TrainTask(Task):
     stage: str
     checkpoint_seconds: float
     feature_ranks: int
+    zero: Zero
+    accumulate: int
     deterministic: bool
 
 
@@ -153,6 +156,8 @@ def run(inputs: Mapping[str, Committed], params: TrainParams, out: Out) -> Outpu
         stage=out.stage,
         checkpoint_seconds=out.compute.checkpoint_seconds,
         feature_ranks=out.compute.sharding.features,
+        zero=out.compute.zero,
+        accumulate=out.compute.accumulate,
         deterministic=out.compute.deterministic,
     )
     resources = Resources(threads=out.compute.rank_threads, gpus=out.compute.gpus)
@@ -182,8 +187,10 @@ def train_rank(task: TrainTask, path: StoragePath, gang: Gang) -> Outputs | None
         model=settings.model,
         model_digest=settings.model_digest,
     )
+    in_bfloat16 = settings.settings.weights == "bfloat16"
+    dense = Dense(task.zero.stage, task.zero.offload, task.accumulate, in_bfloat16)
     trained = loop.train(
-        task.stage, stream, config, settings.settings, task.checkpoint_seconds, task.feature_ranks, gang
+        task.stage, stream, config, settings.settings, task.checkpoint_seconds, task.feature_ranks, gang, dense
     )
     if trained is None:
         return None

@@ -375,10 +375,11 @@ class Manifest(Section):
                 f"{where}.train.batch {train.batch} is not divisible by compute.sharding.data times "
                 f"compute.accumulate, {parts}; set it to {_multiples(train.batch, parts)}"
             )
-        if train.weights == "bfloat16" and compute.zero.stage == 0:
+        if train.weights == "bfloat16" and compute.zero.stage < 2:
+            # Stage 1 would keep the whole gradient in float32, and take more memory than bfloat16 saves.
             raise ValueError(
-                f"{where}.train.weights bfloat16 with adam needs the float32 copy that ZeRO keeps; found "
-                "compute.zero.stage 0, expected 1, 2 or 3"
+                f"{where}.train.weights bfloat16 with adam needs the float32 copy that ZeRO shards; found "
+                f"compute.zero.stage {compute.zero.stage}, expected 2 or 3"
             )
 
     def identity(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ what is saved takes raw activations.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +26,7 @@ from pipeline.dictionary.objective import DenseObjective, Made, RowObjective
 from pipeline.dictionary.optimizer import RowAdam, SphereAdam, peak_rate, rate
 from pipeline.dictionary.pace import Pace
 from pipeline.dictionary.parallel import Dense, Engine
+from pipeline.dictionary.passes import accumulated
 from pipeline.dictionary.ranks import Ranks
 from pipeline.dictionary.resampling import resample
 from pipeline.stage import Gang
@@ -70,7 +71,8 @@ class Trainer:
     def __init__(
         self, dictionary: TopKDictionary, settings: Train, steps: int, ranks: Ranks, dense: Dense | None = None
     ) -> None:
-        self._dense = dense or Dense()
+        dense = dense or Dense()
+        self._accumulate = dense.accumulate
         self.dictionary, self.settings, self.steps, self.ranks = dictionary, settings, steps, ranks
         self.features = dictionary.features * ranks.features
         self._peak = peak_rate(settings, self.features)
@@ -90,8 +92,11 @@ class Trainer:
             self._objective, self._rows = DenseObjective(dictionary, aux_k, settings.aux_weight, ranks), None
             betas = (0.9 if settings.beta1 is None else settings.beta1, settings.beta2)
             self.optimizer = SphereAdam(dictionary, self._peak, betas, ranks)
+            if dense.bfloat16:
+                # Those that DeepSpeed keeps in float32 are copies of what it has rounded.
+                self.optimizer.keep_weights()
             # From here on ZeRO may hold shares of the weights in place of the dictionary's.
-            self.engine = Engine(self._objective, self.optimizer, settings.batch, settings.clip, ranks, self._dense)
+            self.engine = Engine(self._objective, self.optimizer, settings.batch, settings.clip, ranks, dense)
         self.skipped = 0
 
     def step(self, index: int, x_BD: torch.Tensor, y_BD: torch.Tensor | None = None) -> Callable[[], StepScalars]:
@@ -118,10 +123,7 @@ class Trainer:
         dead = self.ranks.total(dead_F.sum(), "scalars")
         made = self._passed(x_BD, dead_F if int(dead) else None, y_BD)
         rows = self.optimizer if isinstance(self.optimizer, RowAdam) else None
-        if rows is not None:
-            norm = rows.norm_bound()
-        else:
-            norm = 0.0 if self.engine.shards else self.engine.gradient_norm()
+        norm = self._norm_bound()
         _refuse_unless_finite(made.total, norm, index)
         unexplained = self._unexplained(index, bool(int(dead)))
         self.skipped = 0 if self.engine.step() else self.skipped + 1
@@ -167,28 +169,27 @@ class Trainer:
 
         return scalars
 
+    def snapshot(self, curves: list[list[float]]) -> dict[str, torch.Tensor]:
+        """A copy of this rank's part of the state, see `checkpoint.state`. Collective."""
+        # Under ZeRO the dictionary has what the next pass sees of the weights, if anything; the optimizer moves others.
+        weights: Mapping[str, torch.Tensor] = self.dictionary.state_dict()
+        if isinstance(self.optimizer, SphereAdam) and self.engine.shards:
+            weights = self.optimizer.weights()
+        return checkpoint.state(weights, self.optimizer.tensors(), self.since_fired_F, curves, self.ranks)
+
     def _passed(self, x_BD: torch.Tensor, dead_F: torch.Tensor | None, y_BD: torch.Tensor | None) -> Made:
-        """Forward and backward: of all tokens at once, or of a part of them after the other."""
-        parts = torch.split(x_BD, len(x_BD) // self._dense.accumulate)
-        if len(parts) == 1:
-            made: Made = self.engine(x_BD, dead_F, *([] if y_BD is None else [y_BD]))
-            self.engine.backward(made.total)
-            return made
-        assert self._objective is not None
-        if dead_F is not None and self._objective.aux_k:
-            # It normalises the auxiliary loss of every part, so all parts have to be seen before the first counts.
-            with torch.no_grad():
-                squares = [self.engine(part_BD, None).main for part_BD in parts]
-            self._objective.residual = self.ranks.mean(torch.stack(squares).mean())
-        every = []
-        for part_BD in parts:
-            each = self.engine(part_BD, dead_F)
-            self.engine.backward(each.total)
-            every.append(Made(*(value.detach() for value in each)))
-        self._objective.residual = None
-        totals, mains, auxiliaries, z, indices = zip(*every, strict=True)
-        scalars = (torch.stack(values).mean() for values in (totals, mains, auxiliaries))
-        return Made(*scalars, torch.cat(z), torch.cat(indices))
+        """Forward and backward."""
+        if self._objective is not None and self._accumulate > 1:
+            return accumulated(self.engine, self._objective, x_BD, dead_F, self._accumulate)
+        made: Made = self.engine(x_BD, dead_F, *([] if y_BD is None else [y_BD]))
+        self.engine.backward(made.total)
+        return made
+
+    def _norm_bound(self) -> float:
+        """No less than the gradient's norm, as far as that is known before the step. Collective."""
+        if isinstance(self.optimizer, RowAdam):
+            return self.optimizer.norm_bound()
+        return 0.0 if self.engine.shards else self.engine.gradient_norm()
 
     def _unexplained(self, index: int, dead: bool) -> tuple[torch.Tensor, torch.Tensor] | None:
         """In a step behind which dead features start again: what is left of the whole batch, and what was encoded."""
@@ -260,6 +261,7 @@ def train(
     checkpoint_seconds: float,
     features: int,
     gang: Gang,
+    dense: Dense | None = None,
 ) -> Trained | None:
     """Train to the end, from the last checkpoint if there is one.
 
@@ -271,6 +273,7 @@ def train(
         checkpoint_seconds: Time between checkpoints.
         features: Ranks that share the features.
         gang: This rank's place, and where checkpoints go.
+        dense: How DeepSpeed works on what a dense optimizer needs.
 
     Returns:
         On rank 0 the dictionary of raw activations, the tokens since each feature fired, the curves (rows of
@@ -281,7 +284,10 @@ def train(
     with parallel.joined(gang.rank, gang.world_size, features, gang.init_method) as ranks:
         count = shape.features // features
         activation = kind(shape.activation, shape.k, settings.sparsity)
-        dictionary = TopKDictionary(shape.width, count, activation, target_width=shape.target_width)
+        # DeepSpeed makes its own bfloat16 of a dense optimizer's weights.
+        low = settings.weights == "bfloat16" and settings.optimizer == "row_adam"
+        rows = torch.bfloat16 if low else torch.float32
+        dictionary = TopKDictionary(shape.width, count, activation, rows, shape.target_width)
         last = gang.checkpoints.latest()
         progress, curves = Progress(0, 0, 1.0, Cursor(), 1.0), list[list[float]]()
         state = None
@@ -294,13 +300,18 @@ def train(
             dictionary.initialize(x_ND * progress.scale, settings.seed, ranks, target_ND)
             del x_ND, y_ND, target_ND
         gang.beat(progress.step, "starting")
-        trainer = Trainer(dictionary, settings, steps, ranks)
+        since_fired_F = None
+        # Weights come before the engine, which may shard them; moments behind it.
+        with parsing(f"{stage}: slot {last.slot if last else 0} of the log", "checkpoint"):
+            if state is not None:
+                since_fired_F, curves = checkpoint.restore(state, dictionary)
+        trainer = Trainer(dictionary, settings, steps, ranks, dense)
         if gang.rank == 0 and trainer.engine.device.type == "cpu" and native.library() is None:
             gang.emit(events.Note(stage, NO_KERNELS))
         with trainer.engine:
-            if state is not None:
+            if state is not None and since_fired_F is not None:
                 with parsing(f"{stage}: slot {last.slot if last else 0} of the log", "checkpoint"):
-                    since_fired_F, curves = checkpoint.restore(state, dictionary, trainer.optimizer)
+                    checkpoint.remind(state, trainer.optimizer)
                 trainer.since_fired_F = since_fired_F.to(trainer.engine.device)
                 del state
             if progress.step < steps:
@@ -309,14 +320,13 @@ def train(
             since_fired_F = trainer.since_fired_F.cpu()
         if gang.rank != 0:
             return None
-        dictionary.cpu()
-        if features > 1:
+        if features > 1 or trainer.engine.shards:
             last = gang.checkpoints.latest()
             assert last is not None
             _, state = _read(stage, last, gang, 0, shape.features, moments=False)
-            dictionary = TopKDictionary(shape.width, shape.features, activation, target_width=shape.target_width)
-            since_fired_F, _ = checkpoint.restore(state, dictionary, None)
-        dictionary.rescale(progress.scale, progress.target_scale)
+            dictionary = TopKDictionary(shape.width, shape.features, activation, rows, shape.target_width)
+            since_fired_F, _ = checkpoint.restore(state, dictionary)
+        dictionary.cpu().rescale(progress.scale, progress.target_scale)
         return Trained(dictionary, since_fired_F, curves, progress)
 
 
@@ -350,7 +360,7 @@ def _loop(
     batches = stream.batches(progress.cursor)
 
     def snapshot() -> dict[str, torch.Tensor]:
-        return checkpoint.state(trainer.dictionary, trainer.optimizer, trainer.since_fired_F, curves)
+        return trainer.snapshot(curves)
 
     def committed(step: int, seconds: float) -> None:
         gang.emit(events.CheckpointCommitted(stage, step, seconds))

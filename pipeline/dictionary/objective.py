@@ -43,9 +43,7 @@ class DenseObjective(nn.Module):
         ranks: This rank's place.
     """
 
-    def __init__(
-        self, dictionary: TopKDictionary, aux_k: int, aux_weight: float, ranks: Ranks | None = None
-    ) -> None:
+    def __init__(self, dictionary: TopKDictionary, aux_k: int, aux_weight: float, ranks: Ranks | None = None) -> None:
         super().__init__()
         self.dictionary, self.aux_k, self.aux_weight, self.ranks = dictionary, aux_k, aux_weight, ranks or Ranks()
         # Mean square of the whole batch's residual, where a pass sees only some of this rank's tokens.

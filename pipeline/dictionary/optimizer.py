@@ -32,6 +32,7 @@ class DictionaryOptimizer(Protocol):
 
 
 EPSILON = 1e-8
+DENSE_MOMENTS = ("exp_avg", "exp_avg_sq")
 # What a row remembers besides its weights: fields of `Rows`.
 MOMENTS = ("encoder_v", "decoder_v", "bias_v", "stamps_F")
 
@@ -64,6 +65,7 @@ class SphereAdam(torch.optim.Adam):
         # What is moved: the parameters, or this rank's shares of them, which only a step gets to see.
         self._moved: dict[str, torch.Tensor] = dict(self._parameters)
         self._loaded: dict[str, dict[str, torch.Tensor]] = {}
+        self._kept: dict[str, torch.Tensor] = {}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What it remembers, by name. Collective."""
@@ -79,18 +81,31 @@ class SphereAdam(torch.optim.Adam):
         return {name: self._share(name).whole(moved.detach()) for name, moved in self._moved.items()}
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Remember `tensors` of another one, from the next step on."""
-        for key, value in tensors.items():
-            name, _, field = key.partition(".")
-            self._loaded.setdefault(name, {})[field] = value
+        """Remember `tensors` of another one, from the next step on.
+
+        Raises:
+            KeyError: something is missing.
+            ValueError: something has another shape.
+        """
+        for name, shape in self._shapes.items():
+            self._loaded[name] = {field: tensors[f"{name}.{field}"] for field in ("step", *DENSE_MOMENTS)}
+            found = [tuple(self._loaded[name][field].shape) for field in DENSE_MOMENTS]
+            if found != [tuple(shape)] * len(found):
+                raise ValueError(f"moments of {name} have shapes {found}, expected {tuple(shape)}")
+
+    def keep_weights(self) -> None:
+        """Move these weights in the next step, whatever somebody rounds them to before it."""
+        self._kept = {name: each.detach().clone() for name, each in self._parameters.items()}
 
     def _share(self, name: str) -> Share:
         is_shared = self._moved[name] is not self._parameters[name]
         return Share(self._shapes[name], self._ranks if is_shared else Ranks(), self._device)
 
     def _take_over(self, name: str, own: torch.Tensor) -> None:
-        """See what is moved in place of a parameter, and remember what was loaded for it."""
+        """See what is moved in place of a parameter, and remember what was kept and loaded for it."""
         self._moved[name] = own
+        if name in self._kept:
+            own.copy_(self._share(name).of(self._kept.pop(name), own))
         for field, value in self._loaded.pop(name, {}).items():
             self.state[own][field] = value if field == "step" else self._share(name).of(value, own)
 

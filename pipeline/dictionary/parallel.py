@@ -125,11 +125,9 @@ class Engine:
         import deepspeed
 
         self._dense = dense = dense or Dense()
-        parameters = [each for each in module.parameters() if each.requires_grad]
-        started = [each.detach().clone() for each in parameters] if dense.bfloat16 else []
         self._engine, *_ = deepspeed.initialize(
             model=module,
-            model_parameters=parameters,
+            model_parameters=[each for each in module.parameters() if each.requires_grad],
             optimizer=optimizer,
             mpu=Mesh(ranks) if ranks.features > 1 else None,
             config={
@@ -142,9 +140,6 @@ class Engine:
                 **_zero(dense),
             },
         )
-        # Its copy in float32 was made of weights that had been rounded.
-        for each, value in zip(parameters, started, strict=dense.bfloat16):
-            deepspeed.utils.safe_set_full_fp32_param(each, value)
 
     @property
     def shards(self) -> bool:

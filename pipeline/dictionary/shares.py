@@ -71,8 +71,7 @@ def remove_radial(gradient: torch.Tensor, own: torch.Tensor, share: Share) -> No
     """Take away the part of a matrix's gradient along each of its rows, in place. Collective."""
     rows, gradients = share.rows(own), share.rows(gradient)
     along = [
-        (span, torch.linalg.vecdot(grad_fD, W_fD))
-        for (span, W_fD), (_, grad_fD) in zip(rows, gradients, strict=True)
+        (span, torch.linalg.vecdot(grad_fD, W_fD)) for (span, W_fD), (_, grad_fD) in zip(rows, gradients, strict=True)
     ]
     along_F1 = share.summed(along, own).unsqueeze(1)
     for (span, W_fD), (_, grad_fD) in zip(rows, gradients, strict=True):

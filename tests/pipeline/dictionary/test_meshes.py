@@ -72,7 +72,7 @@ def go_on(mesh: Sharding, until: int, folder: Path) -> int:
             raise
     last = TrainingLog(StoragePath.parse(folder / "train")).latest()
     assert last is not None
-    assert len(last.objects) == mesh.features
+    assert len(last.objects) == mesh.ranks
     return last.step
 
 
