@@ -16,6 +16,7 @@ from pipeline import harvest
 from pipeline.activations.read import Stream
 from pipeline.activations.source import open_store
 from pipeline.dictionary import loop, model
+from pipeline.dictionary.footprint import footprint
 from pipeline.dictionary.model import DictionaryConfig
 from pipeline.dictionary.parallel import Dense
 from pipeline.stage import Committed, Estimate, Gang, Out, Params, Sources, Task
@@ -110,15 +111,14 @@ def check(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -
 def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -> Estimate:
     """See `Stage.estimate`.
 
-    A rank holds weights and what the optimizer adds to them in float32 (dense Adam a gradient and two moments,
-    RowAdam one moment), a checkpoint being packed, three slabs (one streamed, one read ahead, one being permuted), and
-    the step: scores of a block of features, candidates, the gather, and the whole batch in a few forms.
+    A rank holds weights and what the optimizer adds to them, and a checkpoint being packed, see `footprint`; three
+    slabs (one streamed, one read ahead, one being permuted); and the step: scores of a block of features, candidates,
+    the gather, and the tokens of a pass in a few forms.
     """
     assert dictionary is not None
     settings = params(manifest, dictionary, sources)
     width, target = sources.model.widths[dictionary.encoded], sources.model.widths[dictionary.explained]
     layout = harvest.store_layout(harvest.params(manifest, None, sources), sources.corpus.train_rows)
-    weights = (width + target + 1) * settings.features * 4
     read = {dictionary.encoded, dictionary.explained}
     slab = max(layout.geometry.slab_count(0), 1) * (sum(layout.row_bytes(each) for each in read) + 16)
     sample = layout.geometry.slab_count(0) * sum(sources.model.widths[each] for each in read) * 4
@@ -126,24 +126,23 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
     aux = train.auxiliary(width)
     sharding = manifest.compute.sharding
     share = train.batch // sharding.data
-    step = (train.batch * (8 * (width + target) + 24 * (settings.k + aux)) + share * 1024) * 4 + SEARCH_MEMORY
-    # Kept, and saved: weights and moments. A gradient is kept only.
-    kept, saved = {("adam", "full"): (4, 3), ("row_adam", "full"): (2, 2), ("row_adam", "row"): (1, 1)}[
-        train.optimizer, train.second_moment
-    ]
-    # The dictionary is put together on rank 0, from one part of the checkpoint after the other.
-    whole = 3 * weights + 2 * (1 + saved) * weights // sharding.features if sharding.features > 1 else 0
+    # RowAdam's gradient is of the whole batch; dense passes see a part each, and curves all that is explained.
+    dense = train.optimizer == "adam"
+    tokens = share // manifest.compute.accumulate if dense else train.batch
+    step = (tokens * (8 * (width + target) + 24 * (settings.k + aux)) + min(tokens, share) * 1024) * 4 + SEARCH_MEMORY
+    step += train.batch * 8 * target * 4 if dense and tokens < train.batch else 0
+    held = footprint(train, manifest.compute, settings.features, width + target)
     steps = -(-settings.settings.tokens // settings.settings.batch)
+    how = f", ZeRO {manifest.compute.zero.stage}" if manifest.compute.zero.stage else ""
     mesh = f", mesh {sharding.features} x {sharding.data}" if sharding.ranks > 1 else ""
     return Estimate(
         units=1,
         rows=settings.settings.tokens,
-        stored_bytes=(1 + saved) * weights,
+        stored_bytes=held.weights + held.state,
         objects=5,
-        # What is saved is packed twice over (tensors and bytes).
-        memory=RANK_MEMORY + (kept + 2 * saved) * weights // sharding.features + whole + 3 * slab + 3 * sample + step,
+        memory=RANK_MEMORY + held.peak + 3 * slab + 3 * sample + step,
         workers=sharding.ranks,
-        note=f"F {settings.features} (F/d {settings.features / width:g}), k {settings.k}, {steps} steps{mesh}",
+        note=f"F {settings.features} (F/d {settings.features / width:g}), k {settings.k}, {steps} steps{mesh}{how}",
     )
 
 

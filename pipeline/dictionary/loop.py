@@ -124,12 +124,14 @@ class Trainer:
         made = self._passed(x_BD, dead_F if int(dead) else None, y_BD)
         rows = self.optimizer if isinstance(self.optimizer, RowAdam) else None
         norm = self._norm_bound()
-        _refuse_unless_finite(made.total, norm, index)
+        # Under ZeRO nobody has seen the whole gradient yet: ranks have to agree before they step together.
+        whole = self.ranks.mean(made.total.detach().clone()) if self.engine.shards else made.total
+        _refuse_unless_finite(whole, norm, index)
         unexplained = self._unexplained(index, bool(int(dead)))
         self.skipped = 0 if self.engine.step() else self.skipped + 1
         if self.engine.shards:
             norm = self.engine.gradient_norm()
-            _refuse_unless_finite(made.total, norm, index)
+            _refuse_unless_finite(whole, norm, index)
         if self.skipped >= MOST_SKIPPED:
             raise NonFiniteError(
                 f"train: DeepSpeed skipped {self.skipped} steps in a row, the last one step {index} on rank "

@@ -1,3 +1,4 @@
+import json
 import shutil
 import time
 from pathlib import Path
@@ -120,6 +121,49 @@ def test_training_learns_and_its_curves_say_so(tiny_tree: dict[str, Any], tmp_pa
     assert curves["fvu"][-1] < 0.6 * curves["fvu"][0]
     assert curves["l0"][-1] <= 4.0
     assert curves["learning_rate"][-1] < 0.1 * max(curves["learning_rate"])
+
+
+def test_training_in_bfloat16_reaches_what_float32_reaches(tiny_tree: dict[str, Any], tmp_path: Path) -> None:
+    tiny_tree["dictionaries"][0]["train"]["tokens"] = 40_000
+    reached = {}
+    for kind in ("float32", "bfloat16"):
+        manifest = write_manifest(tmp_path / f"{kind}.yaml", {**tiny_tree, "root": str(tmp_path / kind)})
+        run_inline(manifest, f"dictionaries.0.train.weights={kind}")
+        assert weights(tmp_path / kind)["W_enc"].dtype == getattr(torch, kind)
+        evaluated = next((tmp_path / kind / "dictionaries" / "tiny" / "evaluate").glob("*/metrics.json"))
+        reached[kind] = json.loads(evaluated.read_text())
+    assert fvu_of(reached["bfloat16"]) == pytest.approx(fvu_of(reached["float32"]), rel=0.05)
+
+
+def fvu_of(metrics: dict[str, Any]) -> float:
+    """Of the dictionary, on held-out tokens."""
+    return float(metrics["dictionary"]["fvu"])
+
+
+def test_training_goes_on_under_zero_and_without_it(
+    tiny_tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest's options reach the trainer, and change nothing that counts."""
+    tiny_tree["compute"]["checkpoint_seconds"] = 1e-9
+    tiny_tree["dictionaries"][0]["train"]["optimizer"] = "adam"
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run_inline(write_manifest(tmp_path / "a.yaml", {**tiny_tree, "root": str(whole)}))
+    manifest = write_manifest(tmp_path / "b.yaml", {**tiny_tree, "root": str(broken)})
+    stages: list[int] = []
+    inner = loop.Dense
+
+    def dense(*arguments: Any) -> Any:
+        stages.append(arguments[0])
+        return inner(*arguments)
+
+    monkeypatch.setattr("pipeline.train.Dense", dense)
+    crash_at(monkeypatch, 12, slots=3, root=broken)
+    with pytest.raises(DiesAtStepError):
+        run_inline(manifest, "compute.zero.stage=3", "compute.zero.offload=cpu")
+    run_inline(manifest, "compute.zero.stage=1", "compute.accumulate=2")
+    assert stages == [3, 1]
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(weights(broken)[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_dictionary_takes_raw_activations(tiny_tree: dict[str, Any], tmp_path: Path) -> None:
