@@ -24,7 +24,7 @@ from pipeline.dictionary.ranks import Ranks
 # watches, and above every save and every read of a slab, for which the other ranks wait in a collective.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 # Numbers of gradients that are put together to be sent.
-BUCKET = 2**22
+BUCKET = 2**20
 
 
 @contextlib.contextmanager
