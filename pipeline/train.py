@@ -30,6 +30,8 @@ from schemas.training import Train
 
 # Measured: a rank that has imported torch, deepspeed, zarr and pyarrow and joined its group.
 RANK_MEMORY = 750 * 2**20
+# Measured: what DeepSpeed imports for ZeRO alone, torch's compiler among it.
+ZERO_MEMORY = 200 * 2**20
 # Scores of a block of features for a block of tokens, where torch alone searches.
 SEARCH_MEMORY = 2**27
 
@@ -133,6 +135,7 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
     step += train.batch * 8 * target * 4 if dense and tokens < train.batch else 0
     held = footprint(train, manifest.compute, settings.features, width + target)
     steps = -(-settings.settings.tokens // settings.settings.batch)
+    rank = RANK_MEMORY + (ZERO_MEMORY if manifest.compute.zero.stage else 0)
     how = f", ZeRO {manifest.compute.zero.stage}" if manifest.compute.zero.stage else ""
     mesh = f", mesh {sharding.features} x {sharding.data}" if sharding.ranks > 1 else ""
     return Estimate(
@@ -140,7 +143,7 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
         rows=settings.settings.tokens,
         stored_bytes=held.weights + held.state,
         objects=5,
-        memory=RANK_MEMORY + held.peak + 3 * slab + 3 * sample + step,
+        memory=rank + held.peak + 3 * slab + 3 * sample + step,
         workers=sharding.ranks,
         note=f"F {settings.features} (F/d {settings.features / width:g}), k {settings.k}, {steps} steps{mesh}{how}",
     )

@@ -110,7 +110,7 @@ class Engine:
         batch: Rows in a step over all ranks.
         clip: Largest gradient norm; 0 does not clip.
         ranks: This rank's place.
-        dense: How, where the optimizer is dense.
+        dense: How, where the optimizer is dense. Otherwise gradients are those of the whole batch as they are.
     """
 
     def __init__(
@@ -124,7 +124,10 @@ class Engine:
     ) -> None:
         import deepspeed
 
+        averaged = dense is not None and (dense.stage > 0 or ranks.data > 1)
         self._dense = dense = dense or Dense()
+        # It would say in every run that it knows nothing of this optimizer; tests do.
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         self._engine, *_ = deepspeed.initialize(
             model=module,
             model_parameters=[each for each in module.parameters() if each.requires_grad],
@@ -137,9 +140,14 @@ class Engine:
                 "gradient_clipping": clip,
                 "zero_allow_untested_optimizer": True,
                 "steps_per_print": 10**9,
+                # It would wait for the device in every step.
+                "timers": {"throughput": {"enabled": False}},
                 **_zero(dense),
             },
         )
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # Otherwise every gradient would be packed, sent to nobody and unpacked.
+        self._engine.enable_backward_allreduce = averaged
 
     @property
     def shards(self) -> bool:

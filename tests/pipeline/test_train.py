@@ -140,6 +140,8 @@ def fvu_of(metrics: dict[str, Any]) -> float:
     return float(metrics["dictionary"]["fvu"])
 
 
+# DeepSpeed's ZeRO calls, and imports with torch's compiler, what torch has deprecated.
+@pytest.mark.filterwarnings("ignore:.torch.*is deprecated")
 def test_training_goes_on_under_zero_and_without_it(
     tiny_tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
