@@ -59,12 +59,14 @@ def _dense(numbers: int, low: int, compute: Compute) -> int:
 
     Without ZeRO a rank has a gradient and two moments beside the weights, and sends a copy of the gradient. ZeRO
     keeps a share of weights, moments and gradients in float32, and a gradient that is being moved. In stage 1 a whole
-    gradient waits for the step; afterwards only that of encoder or decoder exists at once. In stage 3 weights are
-    shared between passes, but a pass needs all of them.
+    gradient waits for the step, in several copies; afterwards only that of encoder or decoder exists at once. In stage 3
+    weights are shared between passes, but a pass needs all of them. What copies DeepSpeed makes of gradients, and more
+    of them where it offloads, has been measured.
     """
     stage, ranks = compute.zero.stage, compute.sharding.data
+    whole = 4 * numbers
     if not stage:
-        return 4 * numbers * (5 if ranks > 1 else 4)
-    share = 4 * numbers // ranks
-    gradients = numbers * low if stage == 1 else numbers * 4 // 2
-    return numbers * low + gradients + 5 * share
+        return whole * (5 if ranks > 1 else 4)
+    gradients = 4 * whole if stage == 1 else whole // 2
+    offloaded = 3 * whole if compute.zero.offload == "cpu" else 0
+    return numbers * low + gradients + 5 * whole // ranks + offloaded

@@ -20,7 +20,7 @@ from schemas.training import Train
 WIDTH, FEATURES, BATCH = 256, 32768, 64
 WAYS = [
     *[("adam", Dense(stage)) for stage in (0, 1, 2, 3)],  # type: ignore[arg-type]
-    ("adam", Dense(2, "cpu")),
+    *[("adam", Dense(stage, "cpu")) for stage in (1, 2, 3)],  # type: ignore[arg-type]
     ("adam", Dense(3, bfloat16=True)),
     ("row_adam", Dense()),
     ("row_adam", Dense(bfloat16=True)),
@@ -55,12 +55,16 @@ def rank(index: int, ports: Sequence[int], folder: Path) -> None:
             x_BD = torch.randn(BATCH, WIDTH, generator=torch.Generator().manual_seed(0))
             dictionary.initialize(x_BD, 0, ranks)
             trainer = Trainer(dictionary, settings(optimizer, dense), 8, ranks, dense)
+            packed = None
             with trainer.engine:
                 for step in range(3):
+                    # A checkpoint is written while training goes on, and the next one not before it is.
                     trainer.step(step, x_BD[index * 32 : index * 32 + 32])
-                    body = safetensors.torch.save(trainer.snapshot([]))
+                    packed = None
+                    state = trainer.snapshot([])
+                    packed = (state, safetensors.torch.save(state))
             found.append(memory("VmHWM") - before)
-            del trainer, dictionary, body
+            del trainer, dictionary, packed, state
     torch.save(found[1:], folder / f"{index}.pt")
 
 
@@ -68,11 +72,11 @@ def rank(index: int, ports: Sequence[int], folder: Path) -> None:
 def test_footprint_is_no_less_than_what_a_rank_was_seen_to_keep(tmp_path: Path) -> None:
     processes.spawn(rank, ([free_port() for _ in range(len(WAYS) + 1)], tmp_path), nprocs=2, join=True)
     every = zip(*(torch.load(tmp_path / f"{index}.pt") for index in range(2)), strict=True)
+    wrong = []
     for (optimizer, dense), seen in zip(WAYS, every, strict=True):
-        zero = Zero(stage=dense.stage, offload=dense.offload)
-        compute = Compute(sharding=Sharding(data=2), zero=zero)
+        compute = Compute(sharding=Sharding(data=2), zero=Zero(stage=dense.stage, offload=dense.offload))
         bound = footprint(settings(optimizer, dense), compute, FEATURES, 2 * WIDTH).peak
-        print(optimizer, dense, [round(each / MATRIX, 2) for each in seen], round(bound / MATRIX, 2))
         # What has nothing to do with the number of features: buffers of a step, threads of gloo.
-        assert max(seen) <= bound + 64 * 2**20, (optimizer, dense)
-        assert max(seen) >= bound / 3, (optimizer, dense)
+        if not bound / 3 <= max(seen) <= bound + 64 * 2**20:
+            wrong.append((optimizer, dense, [round(each / MATRIX, 2) for each in seen], round(bound / MATRIX, 2)))
+    assert not wrong
