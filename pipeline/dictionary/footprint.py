@@ -59,9 +59,9 @@ def _dense(numbers: int, low: int, compute: Compute) -> int:
 
     Without ZeRO a rank has a gradient and two moments beside the weights, and sends a copy of the gradient. ZeRO
     keeps a share of weights, moments and gradients in float32, and a gradient that is being moved. In stage 1 a whole
-    gradient waits for the step, in several copies; afterwards only that of encoder or decoder exists at once. In stage 3
-    weights are shared between passes, but a pass needs all of them. What copies DeepSpeed makes of gradients, and more
-    of them where it offloads, has been measured.
+    gradient waits for the step, in several copies; afterwards only that of encoder or decoder exists at once. In stage
+    3 weights are shared between passes, but a pass needs all of them. How many copies of gradients DeepSpeed makes, and
+    how many more where it offloads, has been measured.
     """
     stage, ranks = compute.zero.stage, compute.sharding.data
     whole = 4 * numbers
