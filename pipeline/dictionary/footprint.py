@@ -69,4 +69,6 @@ def _dense(numbers: int, low: int, compute: Compute) -> int:
         return whole * (5 if ranks > 1 else 4)
     gradients = 4 * whole if stage == 1 else whole // 2
     offloaded = 3 * whole if compute.zero.offload == "cpu" else 0
-    return numbers * low + gradients + 5 * whole // ranks + offloaded
+    # The weights as they were before they were rounded, until the first step, and float32 of what is bfloat16.
+    rounded = 5 * whole // 2 if low == 2 else 0
+    return numbers * low + gradients + 5 * whole // ranks + offloaded + rounded
