@@ -19,7 +19,10 @@ LEVERS: dict[str, tuple[str, ...]] = {
     "train": (
         "harvest.loader_memory",
         "compute.sharding.features",
+        "compute.zero.stage",
+        "compute.accumulate",
         ".train.second_moment",
+        ".train.weights",
         ".train.batch",
         ".features",
         ".expansion",
@@ -90,7 +93,11 @@ def _smaller(path: str, now: Any, parts: int) -> Iterator[Any]:
     """Values of a lever that make its stage smaller, the nearest first."""
     if path.endswith("second_moment"):
         yield "row"
-    elif path.endswith("sharding.features"):
+    elif path.endswith("train.weights"):
+        yield "bfloat16"
+    elif path.endswith("zero.stage"):
+        yield from range(now + 1, 4)
+    elif path.endswith(("sharding.features", "accumulate")):
         yield from (now * 2**power for power in range(1, 11))
     elif now is not None:
         # In sixteenths down to a half, and again from there: large steps for what is far too large.

@@ -64,7 +64,7 @@ def _mesh(manifest: Manifest, sources: Sources, parts: int, count: int) -> Shard
         if parts > 1 and dictionary.train.optimizer == "adam":
             return None
     data = count // parts
-    while any(dictionary.train.batch % data for dictionary in manifest.dictionaries):
+    while any(dictionary.train.batch % (data * manifest.compute.accumulate) for dictionary in manifest.dictionaries):
         data -= 1
     return Sharding(features=parts, data=data)
 

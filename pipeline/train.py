@@ -15,18 +15,21 @@ from pipeline.activations.layout import StoreLayout
 from pipeline.activations.read import Stream
 from pipeline.activations.source import open_store
 from pipeline.dictionary import loop, model, parallel
+from pipeline.dictionary.footprint import footprint
 from pipeline.dictionary.model import DictionaryConfig
 from pipeline.stage import Committed, Estimate, Gang, Job, Member, Out, Params, Sources, Task
 from pipeline.tokenize import parquet_body
 from schemas.errors import KilobasisError, ManifestError
 from schemas.layouts import CURVES, DICTIONARY, DICTIONARY_CONFIG
-from schemas.manifest import Dictionary, Manifest
+from schemas.manifest import Dictionary, Manifest, Zero
 from schemas.records import ObjectEntry, Outputs
 from schemas.tables import CURVES as CURVES_SCHEMA
 from schemas.training import Train
 
 # Measured: a rank that has imported torch, deepspeed, zarr and pyarrow and joined its group.
 RANK_MEMORY = 750 * 2**20
+# Measured: what DeepSpeed imports for ZeRO alone, torch's compiler among it.
+ZERO_MEMORY = 200 * 2**20
 # Scores of a block of features for a block of tokens, where torch alone searches.
 SEARCH_MEMORY = 2**27
 
@@ -52,6 +55,8 @@ class TrainTask(Task):
     stage: str
     checkpoint_seconds: float
     feature_ranks: int
+    zero: Zero
+    accumulate: int
     deterministic: bool
 
 
@@ -106,15 +111,14 @@ def check(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -
 def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -> Estimate:
     """See `Stage.estimate`.
 
-    A rank holds weights and what the optimizer adds to them in float32 (dense Adam a gradient and two moments,
-    RowAdam one moment), a checkpoint being packed, three slabs (one streamed, one read ahead, one being permuted), and
-    the step: scores of a block of features, candidates, the gather, and the whole batch in a few forms.
+    A rank holds weights and what the optimizer adds to them, and a checkpoint being packed, see `footprint`; three
+    slabs (one streamed, one read ahead, one being permuted); and the step: scores of a block of features, candidates,
+    the gather, and the tokens of a pass in a few forms.
     """
     assert dictionary is not None
     settings = params(manifest, dictionary, sources)
     width, target = sources.model.widths[dictionary.encoded], sources.model.widths[dictionary.explained]
     layout = harvest.store_layout(harvest.params(manifest, None, sources), sources.corpus.train_rows)
-    weights = (width + target + 1) * settings.features * 4
     read = {dictionary.encoded, dictionary.explained}
     slab = max(layout.geometry.slab_count(0), 1) * (sum(layout.row_bytes(each) for each in read) + 16)
     sample = layout.geometry.slab_count(0) * sum(sources.model.widths[each] for each in read) * 4
@@ -122,26 +126,26 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
     aux = train.auxiliary(width)
     sharding = manifest.compute.sharding
     share = train.batch // sharding.data
-    step = (train.batch * (8 * (width + target) + 24 * (settings.k + aux)) + share * 1024) * 4 + SEARCH_MEMORY
-    # Kept, and saved: weights and moments. A gradient is kept only.
-    kept, saved = {("adam", "full"): (4, 3), ("row_adam", "full"): (2, 2), ("row_adam", "row"): (1, 1)}[
-        train.optimizer, train.second_moment
-    ]
-    # The dictionary is put together on rank 0, from one part of the checkpoint after the other.
-    whole = 3 * weights + 2 * (1 + saved) * weights // sharding.features if sharding.features > 1 else 0
+    # RowAdam's gradient is of the whole batch; dense passes see a part each, and curves all that is explained.
+    dense = train.optimizer == "adam"
+    tokens = share // manifest.compute.accumulate if dense else train.batch
+    step = (tokens * (8 * (width + target) + 24 * (settings.k + aux)) + min(tokens, share) * 1024) * 4 + SEARCH_MEMORY
+    step += train.batch * 8 * target * 4 if dense and tokens < train.batch else 0
+    held = footprint(train, manifest.compute, settings.features, width + target)
     steps = -(-settings.settings.tokens // settings.settings.batch)
+    rank = RANK_MEMORY + (ZERO_MEMORY if manifest.compute.zero.stage else 0)
+    how = f", ZeRO {manifest.compute.zero.stage}" if manifest.compute.zero.stage else ""
     mesh = f", mesh {sharding.features} x {sharding.data}" if sharding.ranks > 1 else ""
-    once = RANK_MEMORY + 3 * slab + 3 * sample
+    once = rank + 3 * slab + 3 * sample
     return Estimate(
         units=1,
         rows=settings.settings.tokens,
-        stored_bytes=(1 + saved) * weights,
+        stored_bytes=held.weights + held.state,
         objects=5,
-        # What is saved is packed twice over (tensors and bytes).
-        memory=once + (kept + 2 * saved) * weights // sharding.features + whole + step,
+        memory=once + held.peak + step,
         shared=once,
         workers=sharding.ranks,
-        note=f"F {settings.features} (F/d {settings.features / width:g}), k {settings.k}, {steps} steps{mesh}",
+        note=f"F {settings.features} (F/d {settings.features / width:g}), k {settings.k}, {steps} steps{mesh}{how}",
     )
 
 
@@ -169,6 +173,8 @@ def run_together(jobs: Sequence[Job]) -> Sequence[Outputs | KilobasisError]:
             stage=job.out.stage,
             checkpoint_seconds=job.out.compute.checkpoint_seconds,
             feature_ranks=job.out.compute.sharding.features,
+            zero=job.out.compute.zero,
+            accumulate=job.out.compute.accumulate,
             deterministic=job.out.compute.deterministic,
         )
         for job in jobs
@@ -192,13 +198,7 @@ def train_ranks(members: Sequence[Member[TrainTask]], gang: Gang) -> Sequence[Ou
     read = (first.params.hook_point,) if first.params.target is None else (first.params.hook_point, first.params.target)
     expected = sum(int(first.harvest.facts["hashes"][hook_point], 16) for hook_point in read)
     stream = Stream(store, read, settings.seed, settings.batch, settings.filter, expected)
-    wanted = [
-        loop.Wanted(
-            member.task.stage, _config(member.task.params, store.layout), member.task.params.settings,
-            member.checkpoints,
-        )
-        for member in members
-    ]  # fmt: skip
+    wanted = [_wanted(member, store.layout) for member in members]
     made: dict[int, Outputs | KilobasisError] = {}
 
     def done(index: int, trained: loop.Trained) -> None:
@@ -206,6 +206,12 @@ def train_ranks(members: Sequence[Member[TrainTask]], gang: Gang) -> Sequence[Ou
 
     made |= loop.train(wanted, stream, first.checkpoint_seconds, first.feature_ranks, gang, done)
     return [made[index] for index in range(len(members))] if gang.rank == 0 else []
+
+
+def _wanted(member: Member[TrainTask], layout: StoreLayout) -> loop.Wanted:
+    task, settings = member.task, member.task.params.settings
+    dense = parallel.Dense(task.zero.stage, task.zero.offload, task.accumulate, settings.weights == "bfloat16")
+    return loop.Wanted(task.stage, _config(task.params, layout), settings, member.checkpoints, dense)
 
 
 def _config(params: TrainParams, layout: StoreLayout) -> DictionaryConfig:

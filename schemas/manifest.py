@@ -250,6 +250,23 @@ class Sharding(Section):
         return self.features * self.data
 
 
+class Zero(Section):
+    """What DeepSpeed shards of a dense optimizer over the ranks that share a batch."""
+
+    stage: Literal[0, 1, 2, 3] = Field(
+        default=0, description="1 shards moments, 2 gradients as well, 3 weights as well; 0 nothing."
+    )
+    offload: Literal["none", "cpu"] = Field(
+        default="none", description="Where moments and the weights that the optimizer moves are kept."
+    )
+
+    @model_validator(mode="after")
+    def _something_to_offload(self) -> Self:
+        if self.offload == "cpu" and self.stage == 0:
+            raise ValueError("offload cpu needs stage 1, 2 or 3; found 0")
+        return self
+
+
 class Compute(Section):
     """Where the run happens. Nothing here can change a result, so nothing here enters a fingerprint."""
 
@@ -263,6 +280,10 @@ class Compute(Section):
     threads: Processes = Field(default=1, description="CPU threads of each worker.")
     gpus: float = Field(default=0.0, ge=0.0, description="GPUs of each worker and training rank.")
     sharding: Sharding = Sharding()
+    zero: Zero = Zero()
+    accumulate: Processes = Field(
+        default=1, description="Parts of a rank's share of a batch whose gradients adam adds up, one after the other."
+    )
     rank_threads: Processes = Field(default=2, description="CPU threads of each training rank.")
     memory: Bytes | None = Field(
         default=None, description="Memory that the run may take; that of the machine if left out."
@@ -352,12 +373,42 @@ class Manifest(Section):
                     f"{where}.train.batch {dictionary.train.batch} is not divisible by compute.sharding.data "
                     f"{sharding.data}; set it to {_multiples(dictionary.train.batch, sharding.data)}"
                 )
-            if dictionary.train.optimizer == "adam" and sharding.features > 1:
-                raise ValueError(
-                    f"{where}.train.optimizer adam is dense; "
-                    f"compute.sharding.features {sharding.features} needs row_adam"
-                )
+            self._optimizer_fits(where, dictionary.train)
         return self
+
+    def _optimizer_fits(self, where: str, train: Train) -> None:
+        compute = self.compute
+        if train.optimizer == "row_adam":
+            if compute.zero.stage:
+                raise ValueError(
+                    f"{where}.train.optimizer row_adam has no dense gradient, and its state is sharded with the "
+                    f"features; found compute.zero.stage {compute.zero.stage}, expected 0: set "
+                    "compute.sharding.features instead, or use adam"
+                )
+            if compute.accumulate > 1:
+                raise ValueError(
+                    f"{where}.train.optimizer row_adam has no gradient to add up, it keeps codes and errors of the "
+                    f"whole batch; found compute.accumulate {compute.accumulate}, expected 1: lower train.batch "
+                    "instead, or use adam"
+                )
+            return
+        if compute.sharding.features > 1:
+            raise ValueError(
+                f"{where}.train.optimizer adam is dense; "
+                f"compute.sharding.features {compute.sharding.features} needs row_adam"
+            )
+        parts = compute.sharding.data * compute.accumulate
+        if train.batch % parts:
+            raise ValueError(
+                f"{where}.train.batch {train.batch} is not divisible by compute.sharding.data times "
+                f"compute.accumulate, {parts}; set it to {_multiples(train.batch, parts)}"
+            )
+        if train.weights == "bfloat16" and compute.zero.stage < 2:
+            # Stage 1 would keep the whole gradient in float32, and take more memory than bfloat16 saves.
+            raise ValueError(
+                f"{where}.train.weights bfloat16 with adam needs the float32 copy that ZeRO shards; found "
+                f"compute.zero.stage {compute.zero.stage}, expected 2 or 3"
+            )
 
     def identity(self) -> dict[str, Any]:
         """The manifest without what cannot change a result."""

@@ -54,6 +54,10 @@ class Train(Section):
     second_moment: Literal["full", "row"] = Field(
         default="full", description="row: a feature's row shares one number, which takes a third of the memory away."
     )
+    weights: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="Of encoder and decoder rows. row_adam rounds bfloat16 at random; adam keeps a copy in float32.",
+    )
     beta1: float | None = Field(default=None, ge=0.0, lt=1.0, description="Of adam; 0.9 if left out.")
     beta2: float = Field(default=0.999, gt=0.0, lt=1.0)
     clip: float = Field(default=1.0, ge=0.0, description="Largest norm of the gradient; 0 does not clip.")

@@ -62,6 +62,17 @@ def load(monkeypatch: pytest.MonkeyPatch):
         ("harvest.py", [], {"harvest/quickstart/ratio", "harvest/last-layer/ratio"}),
         ("commits.py", [], {"commits/quickstart/ratio"}),
         (
+            "engine.py",
+            [],
+            {
+                "engine/row_adam/times",
+                "engine/adam/times",
+                "engine/zero0/gradients",
+                "engine/zero3-cpu/times",
+                "engine/zero2/moments",
+            },
+        ),
+        (
             "train.py",
             ["--only", "encoder-gemm"],
             {

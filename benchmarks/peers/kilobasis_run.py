@@ -10,10 +10,11 @@ from torch import Tensor
 from training import Course
 
 from cluster.pool import free_port
-from pipeline.dictionary.loop import Trainer, scale_of
+from pipeline.dictionary.loop import scale_of
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.optimizer import peak_rate
 from pipeline.dictionary.parallel import be_deterministic, joined
+from pipeline.dictionary.trainer import Trainer
 from schemas.training import Train
 
 course = Course()

@@ -16,9 +16,10 @@ from protocol import Session
 from torch import Tensor
 
 from cluster.pool import free_port
-from pipeline.dictionary.loop import Trainer, scale_of
+from pipeline.dictionary.loop import scale_of
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.parallel import be_deterministic, joined
+from pipeline.dictionary.trainer import Trainer
 from schemas.training import Train
 
 STEPS = 10**6

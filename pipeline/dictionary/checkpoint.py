@@ -1,7 +1,7 @@
 """What training must remember to go on with the same bits: weights, moments, counters, curves, cursor.
 
-Ranks that share the features save a part each; the parts are read back by any number of ranks. A checkpoint is written
-behind training's back, from a copy of the state.
+Every rank saves the state of a part of the features, those that hold the same ones as large a part each; the parts are
+read back by any number of ranks. A checkpoint is written behind training's back, from a copy of the state.
 """
 
 from __future__ import annotations
@@ -46,20 +46,34 @@ class Progress:
 
 
 def state(
-    dictionary: TopKDictionary, optimizer: DictionaryOptimizer, since_fired_F: torch.Tensor, curves: list[list[float]]
+    weights: Mapping[str, torch.Tensor],
+    moments: Mapping[str, torch.Tensor],
+    since_fired_F: torch.Tensor,
+    curves: list[list[float]],
+    ranks: Ranks,
 ) -> dict[str, torch.Tensor]:
-    """Every tensor of this rank's state, copied.
+    """What this rank writes of the state of its features, copied: as much of them as every rank with the same ones.
 
     Args:
-        dictionary: Weights.
-        optimizer: Its moments and step count.
+        weights: Of the dictionary.
+        moments: The optimizer's, and its step count.
         since_fired_F: Tokens since each feature fired last.
         curves: Rows of `schemas.tables.CURVES`.
+        ranks: This rank's place.
     """
-    tensors = {f"model.{name}": value for name, value in dictionary.state_dict().items()}
-    tensors |= {f"adam.{name}": value for name, value in optimizer.tensors().items()}
+    tensors = {f"model.{name}": value for name, value in weights.items()}
+    tensors |= {f"adam.{name}": value for name, value in moments.items()}
     tensors |= {SINCE_FIRED: since_fired_F, CURVES: torch.tensor(curves, dtype=torch.float64)}
-    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+    features = len(since_fired_F)
+    mine = slice(features * ranks.data_rank // ranks.data, features * (ranks.data_rank + 1) // ranks.data)
+    return {
+        name: (value[mine] if _has_rows(name) else value).detach().to("cpu", copy=True).contiguous()
+        for name, value in tensors.items()
+    }
+
+
+def _has_rows(name: str) -> bool:
+    return name in (*ROWS, *THRESHOLD_ROWS, SINCE_FIRED) or name.startswith(DENSE_ROWS)
 
 
 def read(bodies: Iterable[bytes], first: int, count: int, moments: bool = True) -> dict[str, torch.Tensor]:
@@ -84,7 +98,7 @@ def read(bodies: Iterable[bytes], first: int, count: int, moments: bool = True) 
         for name, value in part.items():
             if name.startswith("adam.") and not moments:
                 continue
-            if name in (*ROWS, *THRESHOLD_ROWS, SINCE_FIRED) or name.startswith(DENSE_ROWS):
+            if _has_rows(name):
                 rows = value[wanted]
                 pieces.setdefault(name, []).append(rows if len(rows) == size else rows.clone())
             else:
@@ -100,10 +114,8 @@ def read(bodies: Iterable[bytes], first: int, count: int, moments: bool = True) 
     return made
 
 
-def restore(
-    tensors: Mapping[str, torch.Tensor], dictionary: TopKDictionary, optimizer: DictionaryOptimizer | None
-) -> tuple[torch.Tensor, list[list[float]]]:
-    """Put a state back into the dictionary and the optimizer; returns the counters and the curves.
+def restore(tensors: Mapping[str, torch.Tensor], dictionary: TopKDictionary) -> tuple[torch.Tensor, list[list[float]]]:
+    """Put a state back into the dictionary; returns the counters and the curves.
 
     Raises:
         IntegrityError: the state belongs to another dictionary.
@@ -113,9 +125,12 @@ def restore(
         dictionary.load_state_dict(weights)
     except RuntimeError as error:
         raise IntegrityError(f"the checkpoint does not fit: {error}", "delete the train stage's folder") from error
-    if optimizer is not None:
-        optimizer.load({key.removeprefix("adam."): each for key, each in tensors.items() if key.startswith("adam.")})
     return tensors[SINCE_FIRED], tensors[CURVES].tolist()
+
+
+def remind(tensors: Mapping[str, torch.Tensor], optimizer: DictionaryOptimizer) -> None:
+    """Put a state back into the optimizer."""
+    optimizer.load({key.removeprefix("adam."): each for key, each in tensors.items() if key.startswith("adam.")})
 
 
 def facts(progress: Progress) -> dict[str, Any]:
@@ -155,7 +170,7 @@ def require_same(last: CheckpointRecord | None, ranks: Ranks, stage: str) -> Non
 class Saver:
     """Writes checkpoints in a thread, one at a time. Collective: what is called on one rank is called on all.
 
-    The first rank of every part of the features writes its state; when all have, rank 0 commits them together.
+    Every rank writes its part of the state; when all have, rank 0 commits them together.
 
     Args:
         checkpoints: Where to.
@@ -179,7 +194,7 @@ class Saver:
 
         Args:
             progress: Where training is.
-            snapshot: Copies the state.
+            snapshot: Copies this rank's part of the state. Collective.
             last: Training is over: write this state, and wait for it.
 
         Raises:
@@ -198,14 +213,13 @@ class Saver:
 
     def _begin(self, progress: Progress, snapshot: Callable[[], dict[str, torch.Tensor]]) -> None:
         self._began, self._progress = time.monotonic(), progress
-        state_ = snapshot() if self._ranks.data_rank == 0 else None
-        self._writing = self._thread.submit(self._write, progress.step, state_)
+        self._writing = self._thread.submit(self._write, progress.step, snapshot())
 
-    def _write(self, step: int, tensors: dict[str, torch.Tensor] | None) -> str:
-        if tensors is None:
-            return ""
-        part = self._ranks.feature_rank
-        name = STATE if self._ranks.features == 1 else f"state-{part:05d}-of-{self._ranks.features:05d}.safetensors"
+    def _write(self, step: int, tensors: dict[str, torch.Tensor]) -> str:
+        ranks = self._ranks
+        # In the order of features.
+        part = ranks.feature_rank * ranks.data + ranks.data_rank
+        name = STATE if ranks.world_size == 1 else f"state-{part:05d}-of-{ranks.world_size:05d}.safetensors"
         return self._checkpoints.write(step, name, safetensors.torch.save(tensors)).model_dump_json()
 
     def _commit(self, progress: Progress, entries: list[ObjectEntry]) -> Progress:
@@ -217,7 +231,8 @@ class Saver:
             done = wait or self._writing.done()
             said = self._writing.result() if done else ""
             if self._ranks.least(float(done)):
-                entries = [ObjectEntry.model_validate_json(each) for each in self._ranks.texts(said) if each]
+                entries = [ObjectEntry.model_validate_json(each) for each in self._ranks.texts(said)]
+                entries.sort(key=lambda entry: entry.key.rsplit("/", 1)[-1])
                 self._writing = None
                 if self._ranks.rank == 0:
                     assert self._progress is not None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,182 +23,23 @@ from pipeline.dictionary.activation import kind
 from pipeline.dictionary.checkpoint import Progress, Saver
 from pipeline.dictionary.kernels import native
 from pipeline.dictionary.model import DictionaryConfig, TopKDictionary
-from pipeline.dictionary.objective import DenseObjective, Made, RowObjective
-from pipeline.dictionary.optimizer import RowAdam, SphereAdam, peak_rate, rate
 from pipeline.dictionary.pace import Pace
-from pipeline.dictionary.parallel import Engine
+from pipeline.dictionary.parallel import Dense
 from pipeline.dictionary.ranks import Ranks
-from pipeline.dictionary.resampling import resample
 from pipeline.dictionary.topk import has_triton
+from pipeline.dictionary.trainer import StepScalars, Trainer
 from pipeline.stage import Checkpoints, Gang
 from schemas import events
 from schemas.errors import NonFiniteError
 from schemas.records import CheckpointRecord
-from schemas.training import Sparsity, Train
+from schemas.training import Train
 
 CURVE_POINTS = 400
 EVENT_SECONDS = 1.0
-# Skipped one after the other; more is no overflow that passes, it is a run that looks healthy and learns nothing.
-MOST_SKIPPED = 10
-# Of one batch's, in the running mean of thresholds that are not learned.
-THRESHOLD_WEIGHT = 0.01
 NO_KERNELS = {
     "cpu": "no compiled kernels: torch alone takes several times as long -> install g++, then kilobasis again",
     "cuda": "no triton: torch alone takes several times as long -> pip install triton",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class StepScalars:
-    """What one step measured, over all ranks."""
-
-    loss: float
-    fvu: float
-    l0: float
-    dead: float
-    aux_loss: float
-    learning_rate: float
-    gradient_norm: float
-
-
-class Trainer:
-    """One dictionary, its optimizer and its engine: everything of a step but the data.
-
-    Args:
-        dictionary: This rank's features, with initialized weights, the same on every rank of a data group.
-        settings: The manifest's `train`.
-        steps: Steps of the whole run, for the schedule.
-        ranks: This rank's place.
-    """
-
-    def __init__(self, dictionary: TopKDictionary, settings: Train, steps: int, ranks: Ranks) -> None:
-        self.dictionary, self.settings, self.steps, self.ranks = dictionary, settings, steps, ranks
-        self.features = dictionary.features * ranks.features
-        self._peak = peak_rate(settings, self.features)
-        aux_k = settings.auxiliary(dictionary.width)
-        dictionary.to(parallel.device(ranks.rank))
-        self.optimizer: RowAdam | SphereAdam
-        if settings.optimizer == "row_adam":
-            rows = RowObjective(dictionary, aux_k, settings.aux_weight, ranks, settings.prefixes)
-            self._rows: RowObjective | None = rows
-            row_wise = settings.second_moment == "row"
-            # It clips by itself, because the engine sees no gradient but that of b_dec.
-            self.optimizer = RowAdam(rows, self._peak, settings.beta2, settings.clip, row_wise, settings.seed)
-            self.engine = Engine(rows, self.optimizer, settings.batch, 0.0, ranks)
-        else:
-            dense, self._rows = DenseObjective(dictionary, aux_k, settings.aux_weight), None
-            self.optimizer = SphereAdam(
-                dictionary, self._peak, (0.9 if settings.beta1 is None else settings.beta1, settings.beta2)
-            )
-            self.engine = Engine(dense, self.optimizer, settings.batch, settings.clip, ranks)
-        self.since_fired_F = torch.zeros(dictionary.features, dtype=torch.int64, device=self.engine.device)
-        self.skipped = 0
-
-    def step(self, index: int, x_BD: torch.Tensor, y_BD: torch.Tensor | None = None) -> Callable[[], StepScalars]:
-        """Train on this rank's share of a batch.
-
-        Args:
-            index: The step, from 0; decides the learning rate.
-            x_BD: Scaled activations, float32, on the engine's device.
-            y_BD: The same of what a transcoder explains.
-
-        Returns:
-            A function that gives the step's scalars. It is collective: call it on every rank or on none.
-
-        Raises:
-            NonFiniteError: the loss or the gradient is not finite, or DeepSpeed has skipped too many steps in
-                a row (`skipped` counts them); nothing was updated.
-        """
-        dead_F = self.since_fired_F > self.settings.dead_after
-        learning_rate = rate(index, self.steps, self._peak, self.settings.warmup, self.settings.decay)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        if self._rows is not None:
-            self._rows.sparsity = sparsity_weight(index, self.steps, self.settings)
-        dead = self.ranks.total(dead_F.sum(), "scalars")
-        made: Made = self.engine(x_BD, dead_F if int(dead) else None, *([] if y_BD is None else [y_BD]))
-        self.engine.backward(made.total)
-        rows = self.optimizer if isinstance(self.optimizer, RowAdam) else None
-        norm = self.engine.gradient_norm() if rows is None else rows.norm_bound()
-        finite = bool(torch.isfinite(made.total)) and norm < float("inf")
-        # Decided together: whoever left alone would leave the others in a collective.
-        if not self.ranks.least(float(finite)):
-            where = ", not finite on another rank" if finite else ""
-            raise NonFiniteError(
-                f"train: loss {made.total.item()}, gradient norm {norm} in step {index}{where}",
-                "lower train.learning_rate; the last good checkpoint is kept",
-            )
-        unexplained = self._unexplained(index, bool(int(dead)))
-        self.skipped = 0 if self.ranks.least(float(self.engine.step())) else self.skipped + 1
-        if self.skipped >= MOST_SKIPPED:
-            raise NonFiniteError(
-                f"train: DeepSpeed skipped {self.skipped} steps in a row, the last one step {index} on rank "
-                f"{self.ranks.rank}: gradients overflow",
-                "lower train.learning_rate; the last good checkpoint is kept",
-            )
-        norm = norm if rows is None else rows.gradient_norm
-        if self._rows is not None:
-            # A mean of all steps at first, later of the last hundred or so.
-            self.dictionary.settle(self._rows.least, max(1 / (index + 1), THRESHOLD_WEIGHT))
-        self.optimizer.zero_grad(set_to_none=True)
-        self._count(made.z_BK, made.indices_BK)
-        if rows is not None and unexplained is not None:
-            residual_BD, seen_BD = unexplained
-            started = resample(
-                rows.rows, dead_F, residual_BD, self.settings.seed, index, self.ranks, None if y_BD is None else seen_BD
-            )
-            self.since_fired_F[started] = 0
-
-        def scalars() -> StepScalars:
-            # Of the whole batch, about its own mean: in float64, however many ranks share it, it is the same number.
-            whole_BD = self.ranks.gather(x_BD if y_BD is None else y_BD, "curves").double()
-            variance = float((whole_BD - whole_BD.mean(0)).square().mean())
-            active = (made.z_BK > 0).double().sum() / len(x_BD)
-            losses = [each.detach().double() for each in (made.total, made.main, made.auxiliary)]
-            loss, main, auxiliary, l0 = self.ranks.mean(torch.stack([*losses, active])).tolist()
-            l0 = float(self.ranks.total(torch.tensor(l0, dtype=torch.float64), "scalars"))
-            dead = self.ranks.total((self.since_fired_F > self.settings.dead_after).sum(), "scalars")
-            return StepScalars(
-                loss=loss,
-                fvu=main / max(variance, 1e-12),
-                l0=l0,
-                dead=int(dead) / self.features,
-                aux_loss=auxiliary,
-                learning_rate=learning_rate,
-                gradient_norm=norm,
-            )
-
-        return scalars
-
-    def _unexplained(self, index: int, dead: bool) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """In a step behind which dead features start again: what is left of the whole batch, and what was encoded."""
-        every, batch = self.settings.resample, self.settings.batch
-        if self._rows is None or every is None or not dead or index >= self.steps * (1 - self.settings.decay):
-            return None
-        if (index + 1) * batch // every == index * batch // every:
-            return None
-        pending = self._rows.pending
-        assert pending is not None
-        return -pending.errors[len(self.settings.prefixes)], pending.x_BD
-
-    def _count(self, z_BK: torch.Tensor, indices_BK: torch.Tensor) -> None:
-        """Tokens since each feature fired, over the batches of all ranks."""
-        fired_F = torch.zeros(len(self.since_fired_F), dtype=torch.uint8, device=z_BK.device)
-        fired_F[indices_BK[z_BK > 0]] = 1
-        fired_F = self.ranks.any(fired_F)
-        self.since_fired_F += self.settings.batch
-        self.since_fired_F[fired_F.bool()] = 0
-
-
-def sparsity_weight(step: int, steps: int, settings: Train) -> float:
-    """Weight of the loss that keeps features few: rises from zero, linearly.
-
-    >>> settings = Train(tokens=10, batch=1, sparsity={"weight": 2.0, "warmup": 0.5})
-    >>> [sparsity_weight(step, 10, settings) for step in (0, 2, 4, 9)]
-    [0.4, 1.2, 2.0, 2.0]
-    """
-    sparsity = settings.sparsity or Sparsity()
-    return sparsity.weight * min(1.0, (step + 1) / max(1.0, sparsity.warmup * steps))
 
 
 def scale_of(sample_ND: torch.Tensor) -> float:
@@ -216,12 +57,16 @@ def sides(x_BD: torch.Tensor, shape: DictionaryConfig) -> tuple[torch.Tensor, to
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A dictionary that is to be trained: its label for events, its shape, how, and where its checkpoints are."""
+    """A dictionary that is to be trained: its label for events, its shape, how, and where its checkpoints are.
+
+    `dense` is how DeepSpeed works on what a dense optimizer needs.
+    """
 
     stage: str
     shape: DictionaryConfig
     settings: Train
     checkpoints: Checkpoints
+    dense: Dense = field(default_factory=Dense)
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,13 +181,18 @@ class Training:
             assert sample_ND is not None
             self._begin(dictionary, sample_ND)
         gang.beat(self.progress.step, "starting")
-        self._trainer = Trainer(dictionary, settings, self._steps, ranks)
+        since_fired_F, where = None, f"{wanted.stage}: slot {last.slot if last else 0} of the log"
+        if state is not None:
+            # Weights come before the engine, which may shard them; moments behind it.
+            with parsing(where, "checkpoint"):
+                since_fired_F, self._curves = checkpoint.restore(state, dictionary)
+        self._trainer = Trainer(dictionary, settings, self._steps, ranks, wanted.dense)
         device = self._trainer.engine.device
         if gang.rank == 0 and (note := _without_kernels(device)):
             gang.emit(events.Note(wanted.stage, note))
-        if state is not None:
-            with parsing(f"{wanted.stage}: slot {last.slot if last else 0} of the log", "checkpoint"):
-                since_fired_F, self._curves = checkpoint.restore(state, dictionary, self._trainer.optimizer)
+        if state is not None and since_fired_F is not None:
+            with parsing(where, "checkpoint"):
+                checkpoint.remind(state, self._trainer.optimizer)
             self._trainer.since_fired_F = since_fired_F.to(device)
         self._told = time.monotonic()
         self._pace = Pace(shape, device, ranks.world_size, self.progress.tokens)
@@ -385,18 +235,18 @@ class Training:
     def finish(self) -> Trained | None:
         """Give everything back; what came of it, on rank 0."""
         self._gang.beat(self.progress.step, "saving")
-        since_fired_F, dictionary = self._trainer.since_fired_F.cpu(), self._trainer.dictionary.cpu()
+        since_fired_F, dictionary = self._trainer.since_fired_F.cpu(), self._trainer.dictionary
+        is_part = self._ranks.features > 1 or self._trainer.engine.shards
         self.close()
         if self._gang.rank != 0:
             return None
-        shape = self.wanted.shape
-        if dictionary.features < shape.features:
+        if is_part:
             last = self.wanted.checkpoints.latest()
             assert last is not None
-            _, state = self._read(last, 0, shape.features, moments=False)
-            dictionary = self._empty(shape.features)
-            since_fired_F, _ = checkpoint.restore(state, dictionary, None)
-        dictionary.rescale(self.progress.scale, self.progress.target_scale)
+            _, state = self._read(last, 0, self.wanted.shape.features, moments=False)
+            dictionary = self._empty(self.wanted.shape.features)
+            since_fired_F, _ = checkpoint.restore(state, dictionary)
+        dictionary.cpu().rescale(self.progress.scale, self.progress.target_scale)
         return Trained(dictionary, since_fired_F, self._curves, self.progress)
 
     def close(self) -> None:
@@ -416,8 +266,12 @@ class Training:
 
     def _empty(self, features: int) -> TopKDictionary:
         shape = self.wanted.shape
-        activation = kind(shape.activation, shape.k, self.wanted.settings.sparsity)
-        return TopKDictionary(shape.width, features, activation, target_width=shape.target_width)
+        settings = self.wanted.settings
+        activation = kind(shape.activation, shape.k, settings.sparsity)
+        # DeepSpeed makes its own bfloat16 of a dense optimizer's weights.
+        low = settings.weights == "bfloat16" and settings.optimizer == "row_adam"
+        rows = torch.bfloat16 if low else torch.float32
+        return TopKDictionary(shape.width, features, activation, rows, shape.target_width)
 
     def _begin(self, dictionary: TopKDictionary, sample_ND: torch.Tensor) -> None:
         x_ND, y_ND = sides(sample_ND, self.wanted.shape)
@@ -438,8 +292,7 @@ class Training:
             return progress, checkpoint.read(bodies, first, count, moments)
 
     def _snapshot(self) -> dict[str, torch.Tensor]:
-        trainer = self._trainer
-        return checkpoint.state(trainer.dictionary, trainer.optimizer, trainer.since_fired_F, self._curves)
+        return self._trainer.snapshot(self._curves)
 
     def _committed(self, step: int, seconds: float) -> None:
         self._gang.emit(events.CheckpointCommitted(self.wanted.stage, step, seconds))

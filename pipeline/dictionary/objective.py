@@ -40,16 +40,22 @@ class DenseObjective(nn.Module):
         dictionary: What is trained.
         aux_k: Most dead features that try to predict a token's residual.
         aux_weight: Of their loss.
+        ranks: This rank's place.
     """
 
-    def __init__(self, dictionary: TopKDictionary, aux_k: int, aux_weight: float) -> None:
+    def __init__(self, dictionary: TopKDictionary, aux_k: int, aux_weight: float, ranks: Ranks | None = None) -> None:
         super().__init__()
-        self.dictionary, self.aux_k, self.aux_weight = dictionary, aux_k, aux_weight
+        self.dictionary, self.aux_k, self.aux_weight, self.ranks = dictionary, aux_k, aux_weight, ranks or Ranks()
+        # Mean square of the whole batch's residual, where a pass sees only some of this rank's tokens.
+        self.residual: torch.Tensor | None = None
 
     def forward(self, x_BD: torch.Tensor, dead_F: torch.Tensor | None) -> Made:
         """The loss of a batch; `dead_F` says which features are dead, None that there are none."""
         code = self.dictionary(x_BD, dead_F, self.aux_k)
-        main, auxiliary = loss.reconstruction(x_BD, code.x_hat_BD), loss.auxiliary(x_BD, code)
+        main, residual = loss.reconstruction(x_BD, code.x_hat_BD), self.residual
+        if residual is None and code.error_hat_BD is not None:
+            residual = self.ranks.mean(main.detach().clone())
+        auxiliary = loss.auxiliary(x_BD, code, residual)
         return Made(main + self.aux_weight * auxiliary, main, auxiliary, code.z_BK, code.indices_BK)
 
 

@@ -11,6 +11,8 @@ import torch
 from pipeline.dictionary.kernels.portable import Adam, RowGradient, Rows
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.objective import RowObjective
+from pipeline.dictionary.ranks import Ranks
+from pipeline.dictionary.shares import Share, normalize, remove_radial
 from pipeline.dictionary.topk import kernels
 from schemas.training import Train
 
@@ -28,57 +30,98 @@ class DictionaryOptimizer(Protocol):
         """Remember `tensors` of another one."""
         ...
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
-        ...
-
 
 EPSILON = 1e-8
+DENSE_MOMENTS = ("exp_avg", "exp_avg_sq")
 # What a row remembers besides its weights: fields of `Rows`.
 MOMENTS = ("encoder_v", "decoder_v", "bias_v", "stamps_F")
 
 
 class SphereAdam(torch.optim.Adam):
-    """Adam whose decoder rows stay unit vectors.
+    """Adam whose decoder rows stay unit vectors, of whole parameters or of this rank's shares of them.
 
     Before a step the part of the gradient along each row is removed (it could only change the row's
     length), after it the rows are normalised. Without the first, Adam's second moment would remember
     motion that never happens.
 
+    ZeRO puts a flat share in float32 in the place of every parameter, see `shares`. Parameters are groups of their own,
+    so that no share holds numbers of two.
+
     Args:
         dictionary: What to train.
         learning_rate: Initial rate.
         betas: Decay of both moments.
+        ranks: This rank's place.
     """
 
-    def __init__(self, dictionary: TopKDictionary, learning_rate: float, betas: tuple[float, float]) -> None:
-        super().__init__(dictionary.parameters(), lr=learning_rate, betas=betas, eps=EPSILON, fused=True)
-        self._dictionary, self._W_dec = dictionary, dictionary.W_dec
+    def __init__(
+        self, dictionary: TopKDictionary, learning_rate: float, betas: tuple[float, float], ranks: Ranks | None = None
+    ) -> None:
+        self._parameters = dict(dictionary.named_parameters())
+        groups = [{"params": [each], "weight": name} for name, each in self._parameters.items()]
+        super().__init__(groups, lr=learning_rate, betas=betas, eps=EPSILON, fused=True)
+        self._shapes = {name: each.shape for name, each in self._parameters.items()}
+        self._ranks, self._device = ranks or Ranks(), dictionary.W_dec.device
+        # What is moved: the parameters, or this rank's shares of them, which only a step gets to see.
+        self._moved: dict[str, torch.Tensor] = dict(self._parameters)
+        self._loaded: dict[str, dict[str, torch.Tensor]] = {}
+        self._kept: dict[str, torch.Tensor] = {}
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What it remembers, by name."""
-        return {
-            f"{name}.{field}": torch.as_tensor(value)
-            for name, parameter in self._dictionary.named_parameters()
-            for field, value in self.state.get(parameter, {}).items()
-        }
+        """What it remembers, by name. Collective."""
+        made = {}
+        for name, moved in self._moved.items():
+            share = self._share(name)
+            for field, value in self.state.get(moved, {}).items():
+                made[f"{name}.{field}"] = value if field == "step" else share.whole(value)
+        return made
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The parameters as it moves them, whole, by name. Collective."""
+        return {name: self._share(name).whole(moved.detach()) for name, moved in self._moved.items()}
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Remember `tensors` of another one."""
-        for name, parameter in self._dictionary.named_parameters():
-            fields = {key.partition(".")[2]: value for key, value in tensors.items() if key.startswith(f"{name}.")}
+        """Remember `tensors` of another one, from the next step on.
+
+        Raises:
+            KeyError: something is missing.
+            ValueError: something has another shape.
+        """
+        for name, shape in self._shapes.items():
+            self._loaded[name] = {field: tensors[f"{name}.{field}"] for field in ("step", *DENSE_MOMENTS)}
+            found = [tuple(self._loaded[name][field].shape) for field in DENSE_MOMENTS]
+            if found != [tuple(shape)] * len(found):
+                raise ValueError(f"moments of {name} have shapes {found}, expected {tuple(shape)}")
+
+    def keep_weights(self) -> None:
+        """Move these weights in the next step, whatever somebody rounds them to before it."""
+        self._kept = {name: each.detach().clone() for name, each in self._parameters.items()}
+
+    def _share(self, name: str) -> Share:
+        is_shared = self._moved[name] is not self._parameters[name]
+        return Share(self._shapes[name], self._ranks if is_shared else Ranks(), self._device)
+
+    def _take_over(self, name: str, own: torch.Tensor) -> None:
+        """See what is moved in place of a parameter, and remember what was kept and loaded for it."""
+        self._moved[name] = own
+        if name in self._kept:
+            own.copy_(self._share(name).of(self._kept.pop(name), own))
+        for field, value in self._loaded.pop(name, {}).items():
             # The count of steps too: a fused step on a GPU reads it there.
-            self.state[parameter] = {key: value.to(parameter.device) for key, value in fields.items()}
+            self.state[own][field] = value.to(own.device) if field == "step" else self._share(name).of(value, own)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """One update."""
-        W_FD, grad_FD = self._W_dec, self._W_dec.grad
-        if grad_FD is not None:
-            along_F1 = torch.linalg.vecdot(grad_FD, W_FD).unsqueeze(1)
-            grad_FD.addcmul_(along_F1, W_FD, value=-1.0)
+        """One update of the parameters that groups have. Collective."""
+        held = {group["weight"]: own for group in self.param_groups for own in group["params"]}
+        for name, own in held.items():
+            self._take_over(name, own)
+        W_dec = held.get("W_dec")
+        if W_dec is not None and W_dec.grad is not None:
+            remove_radial(W_dec.grad, W_dec, self._share("W_dec"))
         result = super().step(closure)
-        W_FD.div_(torch.linalg.vector_norm(W_FD, dim=1, keepdim=True).clamp_min_(1e-12))
+        if W_dec is not None:
+            normalize(W_dec, self._share("W_dec"))
         return result
 
 

@@ -1,7 +1,7 @@
 """The gang: torch.distributed, its mesh, and the DeepSpeed engine. The only importer of deepspeed.
 
-DeepSpeed owns gradient averaging over the data axis, clipping and the step (ZeRO stage 0); this file owns how it is
-started, so that nothing is compiled on the way and its defaults do not change training unseen.
+DeepSpeed owns gradient averaging over the data axis, accumulation, clipping, ZeRO and the step; this file owns how it
+is started, so that nothing is compiled on the way and its defaults do not change training unseen.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,8 @@ from pipeline.dictionary.ranks import Ranks
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 # What sends tensors, by where the rank computes. Words and numbers of the host go through gloo, which NCCL cannot send.
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+# Numbers of gradients that are put together to be sent.
+BUCKET = 2**20
 
 
 @contextlib.contextmanager
@@ -83,6 +86,23 @@ class Mesh:
         return self._ranks.data_group
 
 
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """How DeepSpeed works on the gradients of a dense optimizer.
+
+    Args:
+        stage: Of ZeRO; 0 shards nothing.
+        offload: Where the optimizer's state is, with ZeRO.
+        accumulate: Passes whose gradients make a step.
+        bfloat16: Whether passes see weights in bfloat16; ZeRO keeps them in float32.
+    """
+
+    stage: Literal[0, 1, 2, 3] = 0
+    offload: Literal["none", "cpu"] = "none"
+    accumulate: int = 1
+    bfloat16: bool = False
+
+
 class Engine:
     """A module and its optimizer under DeepSpeed, on every rank of a gang. A context manager.
 
@@ -92,28 +112,49 @@ class Engine:
         batch: Rows in a step over all ranks.
         clip: Largest gradient norm; 0 does not clip.
         ranks: This rank's place.
+        dense: How, where the optimizer is dense. Otherwise gradients are those of the whole batch as they are.
     """
 
     def __init__(
-        self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: int, clip: float, ranks: Ranks
+        self,
+        module: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batch: int,
+        clip: float,
+        ranks: Ranks,
+        dense: Dense | None = None,
     ) -> None:
         import deepspeed
 
+        averaged = dense is not None and (dense.stage > 0 or ranks.data > 1)
+        self._dense = dense = dense or Dense()
+        # It would say in every run that it knows nothing of this optimizer; tests do.
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         self._engine, *_ = deepspeed.initialize(
             model=module,
             model_parameters=[each for each in module.parameters() if each.requires_grad],
             optimizer=optimizer,
             mpu=Mesh(ranks) if ranks.features > 1 else None,
             config={
-                "train_micro_batch_size_per_gpu": batch // ranks.data,
-                "gradient_accumulation_steps": 1,
+                "train_micro_batch_size_per_gpu": batch // ranks.data // dense.accumulate,
+                "gradient_accumulation_steps": dense.accumulate,
                 # DeepSpeed clips at 1.0 unless told otherwise.
                 "gradient_clipping": clip,
-                "zero_optimization": {"stage": 0},
                 "zero_allow_untested_optimizer": True,
                 "steps_per_print": 10**9,
+                # It would wait for the device in every step.
+                "timers": {"throughput": {"enabled": False}},
+                **_zero(dense),
             },
         )
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # Otherwise every gradient would be packed, sent to nobody and unpacked.
+        self._engine.enable_backward_allreduce = averaged
+
+    @property
+    def shards(self) -> bool:
+        """Whether a rank has a share of the optimizer's state only."""
+        return self._dense.stage > 0
 
     @property
     def device(self) -> torch.device:
@@ -125,16 +166,25 @@ class Engine:
         return self._engine(*args)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Gradients, averaged over ranks."""
+        """Gradients; behind the last pass of a step they are averaged over passes and ranks."""
         self._engine.backward(loss)
+        if not self._engine.is_gradient_accumulation_boundary():
+            # It counts passes by their steps.
+            self._engine.step()
 
     def gradient_norm(self) -> float:
-        """Norm of the averaged gradient, before clipping. After `backward`, before `step`."""
+        """Norm of the averaged gradient, before clipping.
+
+        After `backward`, before `step`. With ZeRO, which looks at gradients in a step, behind it: a step that found
+        one that is not finite has updated nothing.
+        """
+        if self.shards:
+            return float(self._engine.get_global_grad_norm())
         squares = [p.grad.square().sum() for p in self._engine.module.parameters() if p.grad is not None]
         return float(torch.stack(squares).sum().sqrt())
 
     def step(self) -> bool:
-        """Clip and update.
+        """Clip and update, and forget the gradients.
 
         Returns:
             Whether it did: DeepSpeed passes over a step, without a word, when a gradient overflows in the
@@ -142,6 +192,7 @@ class Engine:
         """
         skipped = self._engine.skipped_steps
         self._engine.step()
+        self._engine.zero_grad()
         return bool(self._engine.was_step_applied()) and self._engine.skipped_steps == skipped
 
     def close(self) -> None:
@@ -164,6 +215,30 @@ def be_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
     # Comes with it, as a help for finding reads of what was never written, and takes a fifth of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _zero(dense: Dense) -> dict[str, Any]:
+    """DeepSpeed's settings of what is sharded, where it is, and in which precision."""
+    if not dense.stage:
+        return {"zero_optimization": {"stage": 0}}
+    made: dict[str, Any] = {
+        "zero_optimization": {
+            "stage": dense.stage,
+            # Otherwise buffers of 2 GB each. What is larger goes by itself, without a copy.
+            "reduce_bucket_size": BUCKET,
+            "offload_optimizer": {"device": dense.offload},
+        },
+        # Its own Adam for offloading would have to be compiled.
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if dense.bfloat16:
+        # Sums of bfloat16 numbers in bfloat16 lose what they are about.
+        made |= {
+            "bf16": {"enabled": True, "check_grad_overflow": True},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",
+        }
+    return made
 
 
 def device(rank: int) -> torch.device:

@@ -212,6 +212,26 @@ FIELDS: dict[str, tuple[Change, tuple[str, ...]]] = {
         both(at("compute.sharding.features", 2), at("compute.pool", "ray"), at(FIRST + "train.optimizer", "adam")),
         ("optimizer adam is dense", "needs row_adam"),
     ),
+    "zero_of_row_adam": (
+        at("compute.zero.stage", 2),
+        ("row_adam has no dense gradient", "found compute.zero.stage 2, expected 0", "compute.sharding.features"),
+    ),
+    "offload_without_zero": (
+        both(at("compute.zero.offload", "cpu"), at(FIRST + "train.optimizer", "adam")),
+        ("offload cpu needs stage 1, 2 or 3; found 0",),
+    ),
+    "accumulation_of_row_adam": (
+        at("compute.accumulate", 2),
+        ("row_adam has no gradient to add up", "found compute.accumulate 2, expected 1", "lower train.batch"),
+    ),
+    "accumulation_that_does_not_divide": (
+        both(at("compute.accumulate", 3), at(FIRST + "train.optimizer", "adam")),
+        ("train.batch 256 is not divisible by compute.sharding.data times compute.accumulate, 3", "255 or 258"),
+    ),
+    "bfloat16_without_a_float32_copy": (
+        both(at(FIRST + "train.weights", "bfloat16"), at(FIRST + "train.optimizer", "adam")),
+        ("train.weights bfloat16 with adam", "found compute.zero.stage 0, expected 2 or 3"),
+    ),
     "first_moment_of_row_adam": (at(FIRST + "train.beta1", 0.9), ("row_adam has none", "use adam")),
     "row_moments_of_adam": (
         both(at(FIRST + "train.optimizer", "adam"), at(FIRST + "train.second_moment", "row")),

@@ -73,6 +73,7 @@ IDENTITY: dict[str, tuple[str, str]] = {
     FIRST + "train.decay": ("0.3", "train"),
     FIRST + "train.optimizer": ("adam", "train"),
     FIRST + "train.second_moment": ("row", "train"),
+    FIRST + "train.weights": ("bfloat16", "train"),
     FIRST + "train.beta1": ("0.0", "train"),
     FIRST + "train.beta2": ("0.99", "train"),
     FIRST + "train.clip": ("0.5", "train"),
@@ -110,6 +111,9 @@ COMPUTE = {
     "sharding.features": "2",
     "sharding.data": "2",
     "sharding.auto": "true",
+    "zero.stage": "1",
+    "zero.offload": "cpu",
+    "accumulate": "2",
     "rank_threads": "3",
     "memory": "8GiB",
     "attempts": "7",
@@ -161,6 +165,10 @@ def test_fingerprint_of_an_identity_field_changes_with_it(field: str, tiny_tree:
 @pytest.mark.parametrize("field", COMPUTE)
 def test_fingerprint_does_not_know_compute(field: str, tiny_tree: Tree, tmp_path: Path) -> None:
     tiny_tree["compute"] = {"pool": "ray"} if field != "pool" else {"pool": "inline"}
+    if field.startswith(("zero", "accumulate")):
+        tiny_tree["dictionaries"][0]["train"]["optimizer"] = "adam"
+    if field == "zero.offload":
+        tiny_tree["compute"]["zero"] = {"stage": 2}
     path = write_manifest(tmp_path / "m.yaml", tiny_tree)
     override = f"compute.{field}={COMPUTE[field]}"
     value = operator.attrgetter(field)

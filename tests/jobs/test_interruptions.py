@@ -27,7 +27,7 @@ from jobs.sources import survey
 from jobs.state import StageFolder
 from jobs.workspace import Workspace
 from pipeline import train
-from pipeline.dictionary import loop
+from pipeline.dictionary.trainer import Trainer
 from pipeline.stage import Gang, Member
 from schemas.events import Event, WorkerLost
 from schemas.manifest import Compute, Sharding
@@ -86,8 +86,8 @@ def struck_ranks(strike: Strike, marker: Path, members: Sequence[Member[Any]], g
     """A rank in whose way something is put. Runs in a worker."""
     if gang.rank == strike.rank and not marker.exists():
         if strike.moment == "step":
-            inner = loop.Trainer.step
-            loop.Trainer.step = lambda self, index, *batch: (  # type: ignore[method-assign]
+            inner = Trainer.step
+            Trainer.step = lambda self, index, *batch: (  # type: ignore[method-assign]
                 once(marker) if index >= strike.step else None,
                 inner(self, index, *batch),
             )[1]

@@ -46,8 +46,8 @@ def test_ranks_share_the_batch_where_a_dictionary_has_room(
 
 def test_features_are_shared_by_as_few_as_have_room(tiny_tree: dict[str, Any], tmp_path: Path) -> None:
     manifest = auto(tiny_tree, tmp_path, "dictionaries.0.features=50331648")
-    room = needed(manifest, Sharding(features=6))
-    assert needed(manifest, Sharding(features=4)) > room
+    room = needed(manifest, Sharding(features=6, data=2))
+    assert needed(manifest, Sharding(features=4, data=4)) > room
     made = resolved(manifest, survey(manifest), lambda compute: Devices(16, room)).compute.sharding
     # 5 do not divide the features.
     assert (made.features, made.data) == (6, 2)

@@ -20,6 +20,7 @@ from jobs.runner import run
 from pipeline.activations.read import Stream
 from pipeline.dictionary import loop, model
 from pipeline.dictionary.model import DictionaryConfig
+from pipeline.dictionary.trainer import Trainer
 from pipeline.stage import Gang
 from schemas.errors import BusyError, NonFiniteError
 from schemas.manifest import Sharding
@@ -132,21 +133,21 @@ def test_those_that_are_further_wait_for_the_others(
 def test_dictionary_that_diverges_leaves_the_others_going(
     alone: dict[str, str], sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inner = loop.Trainer.step
+    inner = Trainer.step
 
-    def step(self: loop.Trainer, index: int, *batch: Any) -> Any:
+    def step(self: Trainer, index: int, *batch: Any) -> Any:
         if self.dictionary.k == 2 and index == 5:
             raise NonFiniteError("train: loss nan in step 5", "lower train.learning_rate")
         return inner(self, index, *batch)
 
-    monkeypatch.setattr(loop.Trainer, "step", step)
+    monkeypatch.setattr(Trainer, "step", step)
     result = invoke("run", sweep)
     assert result.code == NonFiniteError.exit_code
     assert result.err.strip().splitlines()[-1].startswith("kilobasis: train: loss nan in step 5")
     folders = {name: tmp_path / "root" / "dictionaries" / name / "train" for name in SWEEP}
     whole = {name for name, folder in folders.items() if list(folder.glob("*/COMMITTED.json"))}
     assert whole == {"tiny", "long"}
-    monkeypatch.setattr(loop.Trainer, "step", inner)
+    monkeypatch.setattr(Trainer, "step", inner)
     assert run_inline(sweep) == alone
 
 

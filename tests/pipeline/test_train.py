@@ -1,3 +1,4 @@
+import json
 import shutil
 import time
 from pathlib import Path
@@ -13,9 +14,10 @@ from cluster.pool import InlinePool, Rank, Resources
 from jobs import manifest as manifests
 from jobs.log import TrainingLog
 from jobs.runner import run
-from pipeline.dictionary import loop
+from pipeline.dictionary import loop, parallel
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.parallel import joined
+from pipeline.dictionary.trainer import Trainer
 from schemas.errors import IntegrityError, NonFiniteError
 from schemas.training import Train
 from tests.support.fixtures import write_manifest
@@ -37,18 +39,18 @@ class DiesAtStepError(Exception):
 
 def crash_at(monkeypatch: pytest.MonkeyPatch, step: int, slots: int = 0, root: Path | None = None) -> None:
     """The trainer stops dead at a step, once; at a later one, if its log is to have some slots first."""
-    inner = loop.Trainer.step
+    inner = Trainer.step
 
-    def step_or_die(self: loop.Trainer, index: int, *batch: Any) -> Any:
+    def step_or_die(self: Trainer, index: int, *batch: Any) -> Any:
         if root is not None:
             # Checkpoints are written behind training's back: give them time.
             time.sleep(0.02)
         if index >= step and (root is None or len(list((train_folder(root) / "log").glob("*.json"))) >= slots):
-            monkeypatch.setattr(loop.Trainer, "step", inner)
+            monkeypatch.setattr(Trainer, "step", inner)
             raise DiesAtStepError
         return inner(self, index, *batch)
 
-    monkeypatch.setattr(loop.Trainer, "step", step_or_die)
+    monkeypatch.setattr(Trainer, "step", step_or_die)
 
 
 @pytest.mark.parametrize("step", [1, 7, 20, 31])
@@ -122,6 +124,51 @@ def test_training_learns_and_its_curves_say_so(tiny_tree: dict[str, Any], tmp_pa
     assert curves["learning_rate"][-1] < 0.1 * max(curves["learning_rate"])
 
 
+def test_training_in_bfloat16_reaches_what_float32_reaches(tiny_tree: dict[str, Any], tmp_path: Path) -> None:
+    tiny_tree["dictionaries"][0]["train"]["tokens"] = 40_000
+    reached = {}
+    for kind in ("float32", "bfloat16"):
+        manifest = write_manifest(tmp_path / f"{kind}.yaml", {**tiny_tree, "root": str(tmp_path / kind)})
+        run_inline(manifest, f"dictionaries.0.train.weights={kind}")
+        assert weights(tmp_path / kind)["W_enc"].dtype == getattr(torch, kind)
+        evaluated = next((tmp_path / kind / "dictionaries" / "tiny" / "evaluate").glob("*/metrics.json"))
+        reached[kind] = json.loads(evaluated.read_text())
+    assert fvu_of(reached["bfloat16"]) == pytest.approx(fvu_of(reached["float32"]), rel=0.05)
+
+
+def fvu_of(metrics: dict[str, Any]) -> float:
+    """Of the dictionary, on held-out tokens."""
+    return float(metrics["dictionary"]["fvu"])
+
+
+# DeepSpeed's ZeRO calls, and imports with torch's compiler, what torch has deprecated.
+@pytest.mark.filterwarnings("ignore:.torch.*is deprecated")
+def test_training_goes_on_under_zero_and_without_it(
+    tiny_tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest's options reach the trainer, and change nothing that counts."""
+    tiny_tree["compute"]["checkpoint_seconds"] = 1e-9
+    tiny_tree["dictionaries"][0]["train"]["optimizer"] = "adam"
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run_inline(write_manifest(tmp_path / "a.yaml", {**tiny_tree, "root": str(whole)}))
+    manifest = write_manifest(tmp_path / "b.yaml", {**tiny_tree, "root": str(broken)})
+    stages: list[int] = []
+    inner = parallel.Dense
+
+    def dense(*arguments: Any) -> Any:
+        stages.append(arguments[0])
+        return inner(*arguments)
+
+    monkeypatch.setattr("pipeline.train.parallel.Dense", dense)
+    crash_at(monkeypatch, 12, slots=3, root=broken)
+    with pytest.raises(DiesAtStepError):
+        run_inline(manifest, "compute.zero.stage=3", "compute.zero.offload=cpu")
+    run_inline(manifest, "compute.zero.stage=1", "compute.accumulate=2")
+    assert stages == [3, 1]
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(weights(broken)[name], value, rtol=1e-4, atol=1e-5)
+
+
 def test_dictionary_takes_raw_activations(tiny_tree: dict[str, Any], tmp_path: Path) -> None:
     """The saved dictionary reconstructs what lies in the store, without knowing any scale."""
     import zarr
@@ -156,7 +203,7 @@ def dead_after_training(aux_k: int) -> float:
 
     def work(rank: Rank) -> None:
         with joined(0, 1, 1, rank.init_method) as ranks:
-            trainer = loop.Trainer(dictionary, settings, 400, ranks)
+            trainer = Trainer(dictionary, settings, 400, ranks)
             with trainer.engine:
                 for index in range(400):
                     rows = torch.randint(0, 8192, (256,), generator=generator)
@@ -181,7 +228,7 @@ def test_loss_that_is_not_finite_stops_before_the_update() -> None:
     def work(rank: Rank) -> None:
         settings = Train(tokens=64, batch=8)
         with joined(0, 1, 1, rank.init_method) as ranks:
-            trainer = loop.Trainer(dictionary, settings, 8, ranks)
+            trainer = Trainer(dictionary, settings, 8, ranks)
             with trainer.engine:
                 before = {name: value.clone() for name, value in dictionary.state_dict().items()}
                 x_BD = torch.randn(8, 4)

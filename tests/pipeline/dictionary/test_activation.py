@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from cluster.pool import free_port
 from pipeline.dictionary import parallel, sharding
 from pipeline.dictionary.activation import JumpReLU, kind
-from pipeline.dictionary.loop import Trainer
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.objective import RowObjective
 from pipeline.dictionary.optimizer import RowAdam
 from pipeline.dictionary.ranks import Ranks
+from pipeline.dictionary.trainer import Trainer
 from schemas.manifest import Sharding
 from schemas.training import Sparsity, Train
 from tests.pipeline.dictionary.test_sharding import batch, dense

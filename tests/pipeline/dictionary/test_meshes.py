@@ -17,6 +17,8 @@ from jobs.log import TrainingLog
 from pipeline.activations.read import Cursor
 from pipeline.dictionary import loop, model
 from pipeline.dictionary.model import DictionaryConfig
+from pipeline.dictionary.parallel import Dense
+from pipeline.dictionary.trainer import Trainer
 from pipeline.stage import Gang
 from schemas.manifest import Sharding
 from schemas.training import Train
@@ -41,20 +43,20 @@ class Batches:
             yield x_SBD[step % len(x_SBD)], Cursor(0, 0, step + 1)
 
 
-def train(rank: int, mesh: Sharding, init_method: str, until: int, folder: Path) -> None:
+def train(rank: int, mesh: Sharding, init_method: str, until: int, folder: Path, settings: Train, dense: Dense) -> None:
     """One rank; all of them break off before a step."""
     torch.set_num_threads(1)
-    inner = loop.Trainer.step
+    inner = Trainer.step
 
-    def step(self: loop.Trainer, index: int, *batch: Any) -> Any:
+    def step(self: Trainer, index: int, *batch: Any) -> Any:
         if index == until:
             raise InterruptedError
         # Checkpoints are written behind training's back: give them time.
         time.sleep(0.05)
         return inner(self, index, *batch)
 
-    loop.Trainer.step = step  # type: ignore[method-assign]
-    wanted = [loop.Wanted("train", SHAPE, SETTINGS, TrainingLog(StoragePath.parse(folder / "train")))]
+    Trainer.step = step  # type: ignore[method-assign]
+    wanted = [loop.Wanted("train", SHAPE, settings, TrainingLog(StoragePath.parse(folder / "train")), dense)]
     gang = Gang(rank, mesh.ranks, init_method, lambda event: None, lambda at, phase: None)
     made: list[loop.Trained] = []
     failed = loop.train(
@@ -69,11 +71,13 @@ def train(rank: int, mesh: Sharding, init_method: str, until: int, folder: Path)
     assert bool(made) == (rank == 0)
     for each in made:
         (folder / "dictionary.safetensors").write_bytes(model.to_bytes(each.dictionary))
+        torch.save(torch.tensor(each.curves, dtype=torch.float64), folder / "curves.pt")
 
 
-def go_on(mesh: Sharding, until: int, folder: Path) -> int:
+def go_on(mesh: Sharding, until: int, folder: Path, settings: Train = SETTINGS, dense: Dense | None = None) -> int:
     """Train up to a step, or to the end; the step of the newest checkpoint."""
-    arguments = (mesh, f"tcp://127.0.0.1:{free_port()}", until, folder)
+    folder.mkdir(exist_ok=True)
+    arguments = (mesh, f"tcp://127.0.0.1:{free_port()}", until, folder, settings, dense or Dense())
     try:
         processes.spawn(train, arguments, nprocs=mesh.ranks, join=True)
     except processes.ProcessRaisedException as error:
@@ -81,15 +85,13 @@ def go_on(mesh: Sharding, until: int, folder: Path) -> int:
             raise
     last = TrainingLog(StoragePath.parse(folder / "train")).latest()
     assert last is not None
-    assert len(last.objects) == mesh.features
+    assert len(last.objects) == mesh.ranks
     return last.step
 
 
 @pytest.mark.timeout(600)
 def test_training_goes_on_with_any_mesh_to_the_same_weights(tmp_path: Path) -> None:
     whole, changed = tmp_path / "whole", tmp_path / "changed"
-    for folder in (whole, changed):
-        folder.mkdir()
     assert go_on(Sharding(), STEPS, whole) == STEPS
     seen = [
         go_on(Sharding(features=2), 8, changed),
@@ -102,3 +104,41 @@ def test_training_goes_on_with_any_mesh_to_the_same_weights(tmp_path: Path) -> N
     made = safetensors.torch.load_file(changed / "dictionary.safetensors")
     for name, value in expected.items():
         torch.testing.assert_close(made[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.timeout(600)
+def test_training_goes_on_at_any_stage_of_zero_to_the_same_losses(tmp_path: Path) -> None:
+    """A checkpoint knows nothing of the stage and the ranks that made it."""
+    settings = SETTINGS.model_copy(update={"optimizer": "adam"})
+    whole, changed = tmp_path / "whole", tmp_path / "changed"
+    assert go_on(Sharding(), STEPS, whole, settings) == STEPS
+    seen = [
+        go_on(Sharding(data=2), 8, changed, settings, Dense(2)),
+        go_on(Sharding(), 16, changed, settings),
+        go_on(Sharding(data=2), STEPS, changed, settings, Dense(3, "cpu")),
+    ]
+    assert 0 < seen[0] < seen[1] < seen[2] == STEPS
+    expected, made = torch.load(whole / "curves.pt"), torch.load(changed / "curves.pt")
+    torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-5)
+    weights = safetensors.torch.load_file(changed / "dictionary.safetensors")
+    for name, value in safetensors.torch.load_file(whole / "dictionary.safetensors").items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.timeout(600)
+def test_training_in_bfloat16_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"weights": "bfloat16"})
+    whole, broken, exact = (tmp_path / name for name in ("whole", "broken", "exact"))
+    assert go_on(Sharding(), STEPS, whole, settings) == STEPS
+    assert 0 < go_on(Sharding(), 9, broken, settings) < STEPS
+    assert go_on(Sharding(data=2), STEPS, broken, settings) == STEPS
+    expected = safetensors.torch.load_file(whole / "dictionary.safetensors")
+    assert expected["W_enc"].dtype == expected["W_dec"].dtype == torch.bfloat16
+    made = safetensors.torch.load_file(broken / "dictionary.safetensors")
+    for name, value in expected.items():
+        assert torch.equal(made[name], value), name
+    curves = torch.load(whole / "curves.pt")
+    assert torch.equal(torch.load(broken / "curves.pt"), curves)
+    go_on(Sharding(), STEPS, exact)
+    losses = [torch.load(folder / "curves.pt")[-8:, 2].mean().item() for folder in (whole, exact)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.03)

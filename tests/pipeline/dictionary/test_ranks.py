@@ -9,9 +9,9 @@ import torch.multiprocessing as processes
 
 from cluster.pool import free_port
 from pipeline.dictionary import parallel
-from pipeline.dictionary.loop import StepScalars, Trainer
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.parallel import joined
+from pipeline.dictionary.trainer import StepScalars, Trainer
 from schemas.manifest import Sharding
 from schemas.training import Train
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from cluster.pool import InlinePool, Rank, Resources
-from pipeline.dictionary import loop
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.parallel import joined
+from pipeline.dictionary.trainer import Trainer
 from schemas.errors import NonFiniteError
 from schemas.training import Train
 
@@ -49,9 +49,9 @@ def steps_taken(skips: Callable[[int], bool], steps: int = 40) -> tuple[int, Non
 
     def work(rank: Rank) -> None:
         with joined(0, 1, 1, rank.init_method) as ranks:
-            train(loop.Trainer(dictionary, Train(tokens=8 * steps, batch=8), steps, ranks))
+            train(Trainer(dictionary, Train(tokens=8 * steps, batch=8), steps, ranks))
 
-    def train(trainer: loop.Trainer) -> None:
+    def train(trainer: Trainer) -> None:
         with trainer.engine:
             trainer.engine._engine = SkippingEngine(trainer.engine._engine, skips)
             for index in range(steps):

@@ -13,12 +13,13 @@ from cluster.pool import free_port
 from pipeline.dictionary import checkpoint, loop
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.parallel import joined
+from pipeline.dictionary.trainer import Trainer
 from schemas.errors import NonFiniteError, OutrunError
 from schemas.records import CheckpointRecord
 from schemas.training import Train
 
 
-def overflows(trainer: loop.Trainer) -> None:
+def overflows(trainer: Trainer) -> None:
     """The loss of this rank's share alone is infinite; what it sends to the other one is not."""
     inner = trainer.engine._engine
 
@@ -33,21 +34,21 @@ def overflows(trainer: loop.Trainer) -> None:
     trainer.engine._engine = Overflowing()
 
 
-def skips(trainer: loop.Trainer) -> None:
+def skips(trainer: Trainer) -> None:
     """DeepSpeed passes over this rank's steps alone."""
     loop.MOST_SKIPPED = 1
     inner = trainer.engine.step
     trainer.engine.step = lambda: inner() and False  # type: ignore[method-assign]
 
 
-def step(rank: int, init_method: str, happens: Callable[[loop.Trainer], None], folder: Path) -> None:
+def step(rank: int, init_method: str, happens: Callable[[Trainer], None], folder: Path) -> None:
     """One rank of two: a step in which something happens to rank 1; leaves what came of it."""
     torch.set_num_threads(1)
     loop.MOST_SKIPPED = 1
     dictionary = TopKDictionary(4, 8, 2)
     with joined(rank, 2, 1, init_method) as ranks:
         dictionary.initialize(torch.randn(64, 4, generator=torch.Generator().manual_seed(0)), 0, ranks)
-        trainer = loop.Trainer(dictionary, Train(tokens=64, batch=8, optimizer="adam"), 8, ranks)
+        trainer = Trainer(dictionary, Train(tokens=64, batch=8, optimizer="adam"), 8, ranks)
         with trainer.engine:
             if rank == 1:
                 happens(trainer)
@@ -67,7 +68,7 @@ def step(rank: int, init_method: str, happens: Callable[[loop.Trainer], None], f
     ],
 )
 def test_what_one_rank_finds_in_a_step_stops_all_of_them_in_that_step(
-    happens: Callable[[loop.Trainer], None], own: str, others: str, tmp_path: Path
+    happens: Callable[[Trainer], None], own: str, others: str, tmp_path: Path
 ) -> None:
     processes.spawn(step, (f"tcp://127.0.0.1:{free_port()}", happens, tmp_path), nprocs=2, join=True)
     assert (tmp_path / "1").read_text().startswith(own)

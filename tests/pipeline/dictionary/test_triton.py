@@ -111,7 +111,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
 TRAINS = """
 import torch
 from cluster.pool import free_port
-from pipeline.dictionary.loop import Trainer
+from pipeline.dictionary.trainer import Trainer
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.parallel import joined
 from schemas.training import Train

@@ -1,0 +1,74 @@
+"""Bytes that training a dictionary keeps on a rank: an upper bound, by what is sharded."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from schemas.manifest import Compute
+from schemas.training import Train
+
+
+class Footprint(NamedTuple):
+    """Of weights and what belongs to them.
+
+    `weights` are those of the whole dictionary as it is saved, `state` has the optimizer's memory as well, as a
+    checkpoint has it; `peak` is what a rank holds of both at once, at worst.
+    """
+
+    weights: int
+    state: int
+    peak: int
+
+
+def footprint(train: Train, compute: Compute, features: int, width: int) -> Footprint:
+    """What training takes.
+
+    A rank steps, while a checkpoint is packed (its part of the state, as tensors and as bytes); or it goes on from one
+    that lies in a single object, which it has as bytes and as tensors beside the dictionary; or it makes the first
+    step behind that, and the engine takes over the optimizer's memory.
+
+    Args:
+        train: The manifest's `train`.
+        compute: The manifest's `compute`.
+        features: F.
+        width: Numbers of a feature's encoder and decoder rows together.
+    """
+    numbers = (width + 1) * features
+    dense = train.optimizer == "adam"
+    low = 2 if train.weights == "bfloat16" else 4
+    # Biases are float32 everywhere, and dense Adam's weights are saved as it moves them.
+    weights = 4 * numbers if dense else (low * width + 4) * features
+    moments = 4 * numbers * (2 if dense else 1)
+    if train.second_moment == "row":
+        moments = 16 * features
+    state = weights + moments
+    parts = compute.sharding.features
+    kept = _dense(numbers, low, compute) if dense else state // parts
+    gathered = 4 * numbers // 2 if dense and compute.zero.stage else 0
+    packing = kept + gathered + 2 * state // compute.sharding.ranks
+    resuming = weights // parts + 2 * state // parts
+    peak = max(packing, resuming, kept + state // parts)
+    if parts > 1:
+        # The dictionary is put together on rank 0, from one part of the checkpoint after the other.
+        peak += 3 * weights + 2 * (weights + state) // parts
+    return Footprint(weights, state, peak)
+
+
+def _dense(numbers: int, low: int, compute: Compute) -> int:
+    """Weights, gradients and the optimizer's memory in a step.
+
+    Without ZeRO a rank has a gradient and two moments beside the weights, and sends a copy of the gradient. ZeRO
+    keeps a share of weights, moments and gradients in float32, and a gradient that is being moved. In stage 1 a whole
+    gradient waits for the step, in several copies; afterwards only that of encoder or decoder exists at once. In stage
+    3 weights are shared between passes, but a pass needs all of them. How many copies of gradients DeepSpeed makes, and
+    how many more where it offloads, has been measured.
+    """
+    stage, ranks = compute.zero.stage, compute.sharding.data
+    whole = 4 * numbers
+    if not stage:
+        return whole * (5 if ranks > 1 else 4)
+    gradients = 4 * whole if stage == 1 else whole // 2
+    offloaded = 3 * whole if compute.zero.offload == "cpu" else 0
+    # The weights as they were before they were rounded, until the first step, and float32 of what is bfloat16.
+    rounded = 5 * whole // 2 if low == 2 else 0
+    return numbers * low + gradients + 5 * whole // ranks + offloaded + rounded

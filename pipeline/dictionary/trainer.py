@@ -1,0 +1,213 @@
+"""One step of training a dictionary on one rank: its objective, its optimizer, its engine, and what it measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.dictionary import checkpoint, parallel
+from pipeline.dictionary.model import TopKDictionary
+from pipeline.dictionary.objective import DenseObjective, Made, RowObjective
+from pipeline.dictionary.optimizer import RowAdam, SphereAdam, peak_rate, rate
+from pipeline.dictionary.parallel import Dense, Engine
+from pipeline.dictionary.passes import accumulated
+from pipeline.dictionary.ranks import Ranks
+from pipeline.dictionary.resampling import resample
+from schemas.errors import NonFiniteError
+from schemas.training import Sparsity, Train
+
+# Skipped one after the other; more is no overflow that passes, it is a run that looks healthy and learns nothing.
+MOST_SKIPPED = 10
+# Of one batch's, in the running mean of thresholds that are not learned.
+THRESHOLD_WEIGHT = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class StepScalars:
+    """What one step measured, over all ranks."""
+
+    loss: float
+    fvu: float
+    l0: float
+    dead: float
+    aux_loss: float
+    learning_rate: float
+    gradient_norm: float
+
+
+class Trainer:
+    """One dictionary, its optimizer and its engine: everything of a step but the data.
+
+    Args:
+        dictionary: This rank's features, with initialized weights, the same on every rank of a data group.
+        settings: The manifest's `train`.
+        steps: Steps of the whole run, for the schedule.
+        ranks: This rank's place.
+        dense: How DeepSpeed works on what a dense optimizer needs.
+    """
+
+    def __init__(
+        self, dictionary: TopKDictionary, settings: Train, steps: int, ranks: Ranks, dense: Dense | None = None
+    ) -> None:
+        dense = dense or Dense()
+        self._accumulate = dense.accumulate
+        self.dictionary, self.settings, self.steps, self.ranks = dictionary, settings, steps, ranks
+        self.features = dictionary.features * ranks.features
+        self._peak = peak_rate(settings, self.features)
+        aux_k = settings.auxiliary(dictionary.width)
+        dictionary.to(parallel.device(ranks.rank))
+        self.since_fired_F = torch.zeros(dictionary.features, dtype=torch.int64, device=dictionary.W_enc.device)
+        self.optimizer: RowAdam | SphereAdam
+        self._objective: DenseObjective | None = None
+        if settings.optimizer == "row_adam":
+            rows = RowObjective(dictionary, aux_k, settings.aux_weight, ranks, settings.prefixes)
+            self._rows: RowObjective | None = rows
+            row_wise = settings.second_moment == "row"
+            # It clips by itself, because the engine sees no gradient but that of b_dec.
+            self.optimizer = RowAdam(rows, self._peak, settings.beta2, settings.clip, row_wise, settings.seed)
+            self.engine = Engine(rows, self.optimizer, settings.batch, 0.0, ranks)
+        else:
+            self._objective, self._rows = DenseObjective(dictionary, aux_k, settings.aux_weight, ranks), None
+            betas = (0.9 if settings.beta1 is None else settings.beta1, settings.beta2)
+            self.optimizer = SphereAdam(dictionary, self._peak, betas, ranks)
+            if dense.bfloat16:
+                # Those that DeepSpeed keeps in float32 are copies of what it has rounded.
+                self.optimizer.keep_weights()
+            # From here on ZeRO may hold shares of the weights in place of the dictionary's.
+            self.engine = Engine(self._objective, self.optimizer, settings.batch, settings.clip, ranks, dense)
+        self.skipped = 0
+
+    def step(self, index: int, x_BD: torch.Tensor, y_BD: torch.Tensor | None = None) -> Callable[[], StepScalars]:
+        """Train on this rank's share of a batch.
+
+        Args:
+            index: The step, from 0; decides the learning rate.
+            x_BD: Scaled activations, float32, on the engine's device.
+            y_BD: The same of what a transcoder explains.
+
+        Returns:
+            A function that gives the step's scalars. It is collective: call it on every rank or on none.
+
+        Raises:
+            NonFiniteError: the loss or the gradient is not finite, or DeepSpeed has skipped too many steps in
+                a row (`skipped` counts them); nothing was updated.
+        """
+        dead_F = self.since_fired_F > self.settings.dead_after
+        learning_rate = rate(index, self.steps, self._peak, self.settings.warmup, self.settings.decay)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self._rows is not None:
+            self._rows.sparsity = sparsity_weight(index, self.steps, self.settings)
+        dead = self.ranks.total(dead_F.sum(), "scalars")
+        made = self._passed(x_BD, dead_F if int(dead) else None, y_BD)
+        rows = self.optimizer if isinstance(self.optimizer, RowAdam) else None
+        norm = self._norm_bound()
+        self._refuse_unless_finite(made.total, norm, index)
+        unexplained = self._unexplained(index, bool(int(dead)))
+        self.skipped = 0 if self.ranks.least(float(self.engine.step())) else self.skipped + 1
+        if self.engine.shards:
+            # Only now the whole gradient was seen.
+            norm = self.engine.gradient_norm()
+            self._refuse_unless_finite(made.total, norm, index)
+        if self.skipped >= MOST_SKIPPED:
+            raise NonFiniteError(
+                f"train: DeepSpeed skipped {self.skipped} steps in a row, the last one step {index} on rank "
+                f"{self.ranks.rank}: gradients overflow",
+                "lower train.learning_rate; the last good checkpoint is kept",
+            )
+        norm = norm if rows is None else rows.gradient_norm
+        if self._rows is not None:
+            # A mean of all steps at first, later of the last hundred or so.
+            self.dictionary.settle(self._rows.least, max(1 / (index + 1), THRESHOLD_WEIGHT))
+        self._count(made.z_BK, made.indices_BK)
+        if rows is not None and unexplained is not None:
+            residual_BD, seen_BD = unexplained
+            started = resample(
+                rows.rows, dead_F, residual_BD, self.settings.seed, index, self.ranks, None if y_BD is None else seen_BD
+            )
+            self.since_fired_F[started] = 0
+
+        def scalars() -> StepScalars:
+            # Of the whole batch, about its own mean: in float64, however many ranks share it, it is the same number.
+            whole_BD = self.ranks.gather(x_BD if y_BD is None else y_BD, "curves").double()
+            variance = float((whole_BD - whole_BD.mean(0)).square().mean())
+            active = (made.z_BK > 0).double().sum() / len(x_BD)
+            losses = [each.detach().double() for each in (made.total, made.main, made.auxiliary)]
+            loss, main, auxiliary, l0 = self.ranks.mean(torch.stack([*losses, active])).tolist()
+            l0 = float(self.ranks.total(torch.tensor(l0, dtype=torch.float64), "scalars"))
+            dead = self.ranks.total((self.since_fired_F > self.settings.dead_after).sum(), "scalars")
+            return StepScalars(
+                loss=loss,
+                fvu=main / max(variance, 1e-12),
+                l0=l0,
+                dead=int(dead) / self.features,
+                aux_loss=auxiliary,
+                learning_rate=learning_rate,
+                gradient_norm=norm,
+            )
+
+        return scalars
+
+    def snapshot(self, curves: list[list[float]]) -> dict[str, torch.Tensor]:
+        """A copy of this rank's part of the state, see `checkpoint.state`. Collective."""
+        # Under ZeRO the dictionary has what the next pass sees of the weights, if anything; the optimizer moves others.
+        weights: Mapping[str, torch.Tensor] = self.dictionary.state_dict()
+        if isinstance(self.optimizer, SphereAdam) and self.engine.shards:
+            weights = self.optimizer.weights()
+        return checkpoint.state(weights, self.optimizer.tensors(), self.since_fired_F, curves, self.ranks)
+
+    def _passed(self, x_BD: torch.Tensor, dead_F: torch.Tensor | None, y_BD: torch.Tensor | None) -> Made:
+        """Forward and backward."""
+        if self._objective is not None and self._accumulate > 1:
+            return accumulated(self.engine, self._objective, x_BD, dead_F, self._accumulate)
+        made: Made = self.engine(x_BD, dead_F, *([] if y_BD is None else [y_BD]))
+        self.engine.backward(made.total)
+        return made
+
+    def _norm_bound(self) -> float:
+        """No less than the gradient's norm, as far as that is known before the step. Collective."""
+        if isinstance(self.optimizer, RowAdam):
+            return self.optimizer.norm_bound()
+        return 0.0 if self.engine.shards else self.engine.gradient_norm()
+
+    def _refuse_unless_finite(self, loss: torch.Tensor, norm: float, index: int) -> None:
+        """Decided together: whoever left alone would leave the others in a collective."""
+        finite = bool(torch.isfinite(loss)) and norm < float("inf")
+        if not self.ranks.least(float(finite)):
+            where = ", not finite on another rank" if finite else ""
+            raise NonFiniteError(
+                f"train: loss {loss.item()}, gradient norm {norm} in step {index}{where}",
+                "lower train.learning_rate; the last good checkpoint is kept",
+            )
+
+    def _unexplained(self, index: int, dead: bool) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """In a step behind which dead features start again: what is left of the whole batch, and what was encoded."""
+        every, batch = self.settings.resample, self.settings.batch
+        if self._rows is None or every is None or not dead or index >= self.steps * (1 - self.settings.decay):
+            return None
+        if (index + 1) * batch // every == index * batch // every:
+            return None
+        pending = self._rows.pending
+        assert pending is not None
+        return -pending.errors[len(self.settings.prefixes)], pending.x_BD
+
+    def _count(self, z_BK: torch.Tensor, indices_BK: torch.Tensor) -> None:
+        """Tokens since each feature fired, over the batches of all ranks."""
+        fired_F = torch.zeros(len(self.since_fired_F), dtype=torch.uint8, device=z_BK.device)
+        fired_F[indices_BK[z_BK > 0]] = 1
+        fired_F = self.ranks.any(fired_F)
+        self.since_fired_F += self.settings.batch
+        self.since_fired_F[fired_F.bool()] = 0
+
+
+def sparsity_weight(step: int, steps: int, settings: Train) -> float:
+    """Weight of the loss that keeps features few: rises from zero, linearly.
+
+    >>> settings = Train(tokens=10, batch=1, sparsity={"weight": 2.0, "warmup": 0.5})
+    >>> [sparsity_weight(step, 10, settings) for step in (0, 2, 4, 9)]
+    [0.4, 1.2, 2.0, 2.0]
+    """
+    sparsity = settings.sparsity or Sparsity()
+    return sparsity.weight * min(1.0, (step + 1) / max(1.0, sparsity.warmup * steps))
