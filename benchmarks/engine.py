@@ -39,7 +39,6 @@ from rich.table import Table
 from synthetic import GroundTruth
 
 from cluster.pool import free_port
-from pipeline.dictionary import trainer
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.parallel import Dense, joined
 from pipeline.dictionary.ranks import Ranks
@@ -159,7 +158,7 @@ def cost(case: Case, optimizer: str) -> list[tuple[Seconds, Seconds]]:
     x_NBD, found = batches(case), []
     with joined(0, 1, 1, f"tcp://127.0.0.1:{free_port()}") as ranks:
         with_engine = trainer(case, optimizer, ranks, Dense())
-        with mock.patch.object(trainer, "Engine", Plain):
+        with mock.patch("pipeline.dictionary.trainer.Engine", Plain):
             without = trainer(case, optimizer, ranks, Dense())
         sides = (with_engine, without)
         with with_engine.engine, without.engine:
