@@ -1,4 +1,4 @@
-"""One Ray of two CPUs for all tests of pools and gangs."""
+"""A Ray of two CPUs for each module that asks for one; the others have Rays of their own, or none."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ import pytest
 from cluster.ray_cluster import ray_session
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def two_cpus() -> Iterator[None]:
     with ray_session(None, 2):
         yield
