@@ -13,6 +13,7 @@ from cluster.storage.listing import Listed, absent, listing
 from cluster.storage.objects import names, read_checked, read_recorded, require_within
 from cluster.storage.parsing import parsing
 from cluster.storage.path import StoragePath
+from jobs.log import LIVE_CHECKPOINTS
 from jobs.workspace import events_of
 from schemas.errors import IntegrityError
 from schemas.events import StageCommitted
@@ -32,8 +33,6 @@ from schemas.records import (
 
 R = TypeVar("R")
 
-# Older checkpoints may go: nothing reads them any more.
-LIVE_CHECKPOINTS = 2
 READERS = 8
 # A slot with a number so far beyond the one before it is no slot of the log: nobody looks for all those between.
 WIDEST_GAP = 1000

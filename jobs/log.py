@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from cluster.storage.create import create, create_or_adopt
+from cluster.storage.create import create, create_or_adopt, remove
 from cluster.storage.objects import names, read_checked, read_recorded
 from cluster.storage.path import StoragePath
 from schemas.errors import FencedError, IntegrityError, OutrunError
@@ -24,6 +24,9 @@ from schemas.records import (
     VoidRecord,
     parse_slot,
 )
+
+# Of a log, newest first: should the newest turn out to be damaged, there is one to fall back on.
+LIVE_CHECKPOINTS = 2
 
 AnySlot = LeaseRecord | CheckpointRecord | VoidRecord
 
@@ -162,6 +165,7 @@ class TrainingLog:
         self._log, self._lease = SlotLog(path), lease
         # Newest checkpoint of which the trainer knows.
         self._known: CheckpointRecord | None = None
+        self._forgotten: set[int] = set()
 
     def latest(self) -> CheckpointRecord | None:
         """The newest checkpoint that counts.
@@ -221,7 +225,22 @@ class TrainingLog:
             self._require_known()
             raise IntegrityError(f"{self._log.path / LOG}: a slot was refused, and nobody has taken it", REPAIR)
         self._known = record
+        self._forget()
         return record
+
+    def _forget(self) -> None:
+        """Delete checkpoints that newer ones have superseded, or a training of days would fill the store.
+
+        Whoever it is that deletes, and however late: what the log says is superseded stays superseded.
+        """
+        older = [slot for slot in self._log.checkpoints[:-LIVE_CHECKPOINTS] if slot.slot not in self._forgotten]
+        there = set(names(self._log.path / CHECKPOINTS)) if older else set()
+        for slot in older:
+            for folder, _, name in (entry.key.removeprefix(f"{CHECKPOINTS}/").partition("/") for entry in slot.objects):
+                # Nothing but what `write` has named, whatever a log says.
+                if name and folder in there:
+                    remove(self._log.path / CHECKPOINTS / folder / name)
+            self._forgotten.add(slot.slot)
 
     def _require_known(self) -> None:
         newest = self._newest

@@ -138,7 +138,7 @@ def replace(path: StoragePath, body: bytes) -> None:
 
 
 def remove(path: StoragePath) -> None:
-    """Delete an object. For repair, gc and the probe's own objects alone; an absent one is no error."""
+    """Delete an object; an absent one is no error. For repair, gc, the probe, and checkpoints that are superseded."""
     for _ in range(1 if path.is_local else SECOND_LOOKS):
         # What a bucket denies for a moment would stay.
         with contextlib.suppress(FileNotFoundError):
