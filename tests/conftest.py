@@ -15,11 +15,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 LONGEST = (
     "tests/test_ray_chaos.py",
     "tests/jobs/test_crashes.py",
-    "tests/jobs/test_storage_faults.py",
     "tests/test_end_to_end.py",
+    "tests/test_benchmarks.py",
+    "tests/pipeline/dictionary/test_meshes.py",
+    "tests/jobs/test_interruptions.py",
+    "tests/jobs/test_storage_faults.py",
     "tests/jobs/test_protocol.py",
     "tests/jobs/test_corruption.py",
-    "tests/jobs/test_interruptions.py",
+    "tests/cluster/test_gang.py",
 )
 
 pytest_plugins = [

@@ -205,7 +205,7 @@ class TopKDictionary(nn.Module):
         """One training pass: see `Code`."""
         # Kernels take rows in bfloat16, and nothing else.
         z_BK, indices_BK, aux_z_BA, aux_indices_BA = EncodeTopK.apply(  # type: ignore[no-untyped-call]
-            x_BD - self.b_dec, self.W_enc, self.b_enc.float(), self.k, dead_F, aux_k
+            x_BD - self.b_dec, self.W_enc, self.b_enc.to(x_BD.dtype), self.k, dead_F, aux_k
         )
         x_hat_BD = Decode.apply(z_BK, indices_BK, self.W_dec) + self.b_dec  # type: ignore[no-untyped-call]
         error_hat_BD = None

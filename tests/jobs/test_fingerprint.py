@@ -99,8 +99,9 @@ IDENTITY: dict[str, tuple[str, str]] = {
 
 # Judged by what is found there, not by what it is called; tests of their own below.
 BY_CONTENT = {"model.source", "model.revision", "model.trust_remote_code", "corpus.source"}
-# `expansion` is another way to write `features`; the manifest's name only says who owns a root.
-ELSEWHERE = {"name", "root", FIRST + "expansion"}
+# `expansion` is another way to write `features`, and `sweep` to write several dictionaries; the manifest's name only
+# says who owns a root.
+ELSEWHERE = {"name", "root", FIRST + "expansion", FIRST + "sweep"}
 
 COMPUTE = {
     "pool": "ray",

@@ -10,7 +10,8 @@ import torch
 import torch.multiprocessing as processes
 
 from cluster.pool import free_port
-from pipeline.dictionary import checkpoint, loop
+from pipeline.dictionary import checkpoint
+from pipeline.dictionary import trainer as trainers
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.parallel import joined
 from pipeline.dictionary.trainer import Trainer
@@ -36,7 +37,7 @@ def overflows(trainer: Trainer) -> None:
 
 def skips(trainer: Trainer) -> None:
     """DeepSpeed passes over this rank's steps alone."""
-    loop.MOST_SKIPPED = 1
+    trainers.MOST_SKIPPED = 1
     inner = trainer.engine.step
     trainer.engine.step = lambda: inner() and False  # type: ignore[method-assign]
 
@@ -44,7 +45,7 @@ def skips(trainer: Trainer) -> None:
 def step(rank: int, init_method: str, happens: Callable[[Trainer], None], folder: Path) -> None:
     """One rank of two: a step in which something happens to rank 1; leaves what came of it."""
     torch.set_num_threads(1)
-    loop.MOST_SKIPPED = 1
+    trainers.MOST_SKIPPED = 1
     dictionary = TopKDictionary(4, 8, 2)
     with joined(rank, 2, 1, init_method) as ranks:
         dictionary.initialize(torch.randn(64, 4, generator=torch.Generator().manual_seed(0)), 0, ranks)
