@@ -12,7 +12,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "train",
-        2,
+        3,
         ("harvest",),
         train.params,
         train.run,

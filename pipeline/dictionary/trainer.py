@@ -130,9 +130,11 @@ class Trainer:
             self.since_fired_F[started] = 0
 
         def scalars() -> StepScalars:
-            # Of the whole batch, about its own mean: in float64, however many ranks share it, it is the same number.
-            whole_BD = self.ranks.gather(x_BD if y_BD is None else y_BD, "curves").double()
-            variance = float((whole_BD - whole_BD.mean(0)).square().mean())
+            # Of the whole batch, about its own mean: added up in float64, column by column, it is the same number
+            # however many ranks and threads share it.
+            whole_BD = self.ranks.gather(x_BD if y_BD is None else y_BD, "curves")
+            centred_BD = whole_BD - whole_BD.mean(0, dtype=torch.float64).float()
+            variance = float(centred_BD.square_().sum(0, dtype=torch.float64).sum()) / centred_BD.numel()
             active = (made.z_BK > 0).double().sum() / len(x_BD)
             losses = [each.detach().double() for each in (made.total, made.main, made.auxiliary)]
             loss, main, auxiliary, l0 = self.ranks.mean(torch.stack([*losses, active])).tolist()
