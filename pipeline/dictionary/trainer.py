@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.dictionary import checkpoint, parallel
+from pipeline.dictionary.accumulation import accumulated
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.objective import DenseObjective, Made, RowObjective
 from pipeline.dictionary.optimizer import RowAdam, SphereAdam, peak_rate, rate
 from pipeline.dictionary.parallel import Dense, Engine
-from pipeline.dictionary.passes import accumulated
 from pipeline.dictionary.ranks import Ranks
 from pipeline.dictionary.resampling import resample
 from schemas.errors import NonFiniteError

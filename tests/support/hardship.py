@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import ctypes
 import errno
+import gc
 import os
 import re
 import resource
@@ -208,6 +209,8 @@ def kill() -> None:
 
 def take_descriptors(spare: int = 0) -> None:
     """Leave no file descriptor but `spare` ones."""
+    # What is garbage by now would give its own back later.
+    gc.collect()
     taken = []
     highest = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
     resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 8, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
