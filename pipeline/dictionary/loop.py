@@ -133,13 +133,17 @@ def train(
             while going:
                 gang.beat(step, "data")
                 began = time.monotonic()
-                x_BD, cursor = next(batches)
+                batch_BD, cursor = next(batches)
                 waited = time.monotonic() - began
+                # Once for all. Scales are applied in float32: in the store's type they would round.
+                share = len(batch_BD) // ranks.data
+                mine_BD = batch_BD[ranks.data_rank * share :][:share].to(parallel.device(ranks.rank), torch.float32)
+                x_BD, y_BD = sides(mine_BD, wanted[0].shape)
                 for index, each in list(going.items()):
                     if each.progress.step > step:
                         continue
                     try:
-                        each.step(x_BD, cursor, waited)
+                        each.step(x_BD, y_BD, cursor, waited)
                     except NonFiniteError as error:
                         failed[index] = error
                         going.pop(index).close()
@@ -169,7 +173,6 @@ class Training:
         self.wanted, self._ranks, self._gang = wanted, ranks, gang
         shape, settings = wanted.shape, wanted.settings
         self._steps = -(-settings.tokens // settings.batch)
-        self._share = settings.batch // ranks.data
         dictionary = self._empty(shape.features // ranks.features).to(parallel.device(ranks.rank))
         self.progress, self._curves, state = Progress(0, 0, 1.0, Cursor(), 1.0), list[list[float]](), None
         last = wanted.checkpoints.latest()
@@ -203,11 +206,12 @@ class Training:
         """Whether all steps are done."""
         return self.progress.step >= self._steps
 
-    def step(self, x_BD: torch.Tensor, cursor: Cursor, waited: float) -> None:
+    def step(self, x_BD: torch.Tensor, y_BD: torch.Tensor | None, cursor: Cursor, waited: float) -> None:
         """Train on a batch, and save what there is when it is time.
 
         Args:
-            x_BD: The whole batch, in the store's type.
+            x_BD: This rank's share of it, raw, in float32, where the rank computes.
+            y_BD: The same of what a transcoder explains.
             cursor: Where the stream is behind it.
             waited: Seconds that it was waited for.
 
@@ -217,11 +221,8 @@ class Training:
         gang, trainer, settings, index = self._gang, self._trainer, self.wanted.settings, self.progress.step
         self._pace.wait(waited)
         gang.beat(index, "step")
-        mine = x_BD[self._ranks.data_rank * self._share :][: self._share]
-        # Scales are applied in float32: in the store's type they would round.
-        share_BD, target_BD = sides(mine.to(trainer.engine.device, torch.float32), self.wanted.shape)
-        target_BD = None if target_BD is None else target_BD * self.progress.target_scale
-        scalars = trainer.step(index, share_BD * self.progress.scale, target_BD)
+        target_BD = None if y_BD is None else y_BD * self.progress.target_scale
+        scalars = trainer.step(index, x_BD * self.progress.scale, target_BD)
         if trainer.skipped and gang.rank == 0:
             gang.emit(events.Note(self.wanted.stage, f"DeepSpeed skipped step {index}, {trainer.skipped} in a row"))
         tokens = self.progress.tokens + settings.batch
@@ -230,7 +231,7 @@ class Training:
             self._tell(scalars())
         if self.is_over:
             gang.beat(self.progress.step, "saving")
-        self._saver.turn(self.progress, self._snapshot, last=self.is_over)
+        self._saver.turn(self.progress, lambda: trainer.snapshot(self._curves), last=self.is_over)
 
     def finish(self) -> Trained | None:
         """Give everything back; what came of it, on rank 0."""
@@ -265,8 +266,7 @@ class Training:
         self.close()
 
     def _empty(self, features: int) -> TopKDictionary:
-        shape = self.wanted.shape
-        settings = self.wanted.settings
+        shape, settings = self.wanted.shape, self.wanted.settings
         activation = kind(shape.activation, shape.k, settings.sparsity)
         # DeepSpeed makes its own bfloat16 of a dense optimizer's weights.
         low = settings.weights == "bfloat16" and settings.optimizer == "row_adam"
@@ -275,7 +275,8 @@ class Training:
 
     def _begin(self, dictionary: TopKDictionary, sample_ND: torch.Tensor) -> None:
         x_ND, y_ND = sides(sample_ND, self.wanted.shape)
-        scale, target_scale = scale_of(x_ND), scale_of(x_ND if y_ND is None else y_ND)
+        scale = scale_of(x_ND)
+        target_scale = scale if y_ND is None else scale_of(y_ND)
         self.progress = Progress(0, 0, scale, Cursor(), target_scale)
         target_ND = None if y_ND is None else y_ND * target_scale
         dictionary.initialize(x_ND * scale, self.wanted.settings.seed, self._ranks, target_ND)
@@ -290,9 +291,6 @@ class Training:
         bodies = (self.wanted.checkpoints.read(entry) for entry in last.objects)
         with parsing(f"{stage}: {last.objects[0].key}", "checkpoint"):
             return progress, checkpoint.read(bodies, first, count, moments)
-
-    def _snapshot(self) -> dict[str, torch.Tensor]:
-        return self._trainer.snapshot(self._curves)
 
     def _committed(self, step: int, seconds: float) -> None:
         self._gang.emit(events.CheckpointCommitted(self.wanted.stage, step, seconds))

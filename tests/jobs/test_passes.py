@@ -25,9 +25,7 @@ from pipeline.stage import Gang
 from schemas.errors import BusyError, NonFiniteError
 from schemas.manifest import Sharding
 from schemas.records import Owner
-from schemas.training import Train
-from tests.pipeline.dictionary.test_meshes import SETTINGS, SHAPE, STEPS, Batches
-from tests.pipeline.dictionary.test_ranks import BATCH
+from tests.pipeline.dictionary.test_meshes import SETTINGS, SHAPE, Batches
 from tests.support.command import invoke
 from tests.support.fixtures import manifest_tree, write_manifest
 from tests.support.runs import run_inline
@@ -235,7 +233,6 @@ def train(rank: int, mesh: Sharding, init_method: str, shapes: tuple[DictionaryC
 
 @pytest.mark.parametrize("mesh", [Sharding(features=2), Sharding(data=2)], ids=["2x1", "1x2"])
 def test_gang_trains_several_to_the_bits_of_each_alone(mesh: Sharding, tmp_path: Path) -> None:
-    assert Train(tokens=STEPS * BATCH, batch=BATCH).batch == SETTINGS.batch
     for name, groups in {"together": [SHAPES], "alone": [(shape,) for shape in SHAPES]}.items():
         folder = tmp_path / name
         folder.mkdir()
