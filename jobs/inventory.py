@@ -13,7 +13,7 @@ from cluster.storage.listing import Listed, absent, listing
 from cluster.storage.objects import names, read_checked, read_recorded, require_within
 from cluster.storage.parsing import parsing
 from cluster.storage.path import StoragePath
-from jobs.log import LIVE_CHECKPOINTS
+from jobs.log import standing
 from jobs.workspace import events_of
 from schemas.errors import IntegrityError
 from schemas.events import StageCommitted
@@ -322,10 +322,9 @@ def _read_log(found: Inventory) -> None:
         key = slot_key(stage.slots - 1)
         if tip != stage.tip and key not in {finding.key for finding in found.findings}:
             found.note(Kind.SLOT, key, str(stage.slots - 1), "absent" if tip is None else "it is another one")
-    void = {slot.voids for slot in slots if isinstance(slot, VoidRecord)}
-    kept = [slot for slot in slots if isinstance(slot, CheckpointRecord) and slot.slot not in void]
+    counting, _ = standing(slots)
     for slot in (slot for slot in slots if isinstance(slot, CheckpointRecord)):
-        if slot in kept[-LIVE_CHECKPOINTS:]:
+        if slot in counting:
             found.entries += [(Kind.CHECKPOINT, str(slot.slot), entry) for entry in slot.objects]
         else:
             found.superseded |= {entry.key for entry in slot.objects}

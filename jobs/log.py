@@ -7,7 +7,7 @@ gets the next slot, that nobody else has written in between; a lease in that slo
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from cluster.storage.create import create, create_or_adopt, remove
@@ -29,6 +29,26 @@ from schemas.records import (
 LIVE_CHECKPOINTS = 2
 
 AnySlot = LeaseRecord | CheckpointRecord | VoidRecord
+
+
+def standing(slots: Iterable[AnySlot]) -> tuple[list[CheckpointRecord], list[CheckpointRecord]]:
+    """Checkpoints that count and checkpoints that newer ones have superseded, each oldest first.
+
+    What is superseded stays superseded, whatever is voided later: its objects may be deleted from that moment on.
+
+    Args:
+        slots: A log from its beginning.
+    """
+    counting: list[CheckpointRecord] = []
+    superseded: list[CheckpointRecord] = []
+    for slot in slots:
+        if isinstance(slot, CheckpointRecord):
+            counting.append(slot)
+            superseded += counting[:-LIVE_CHECKPOINTS]
+            del counting[:-LIVE_CHECKPOINTS]
+        elif isinstance(slot, VoidRecord):
+            counting = [each for each in counting if each.slot != slot.voids]
+    return counting, superseded
 
 
 class SlotLog:
@@ -100,8 +120,12 @@ class SlotLog:
     @property
     def checkpoints(self) -> list[CheckpointRecord]:
         """The checkpoints that count, oldest first."""
-        void = {slot.voids for slot in self.slots if isinstance(slot, VoidRecord)}
-        return [slot for slot in self.slots if isinstance(slot, CheckpointRecord) and slot.slot not in void]
+        return standing(self.slots)[0]
+
+    @property
+    def superseded(self) -> list[CheckpointRecord]:
+        """The checkpoints that nobody needs any more, oldest first."""
+        return standing(self.slots)[1]
 
     def require_lease(self, nonce: str) -> None:
         """Make sure that a lease is the newest, as far as the log was read.
@@ -231,9 +255,9 @@ class TrainingLog:
     def _forget(self) -> None:
         """Delete checkpoints that newer ones have superseded, or a training of days would fill the store.
 
-        Whoever it is that deletes, and however late: what the log says is superseded stays superseded.
+        Whoever it is that deletes, and however late: see `standing`.
         """
-        older = [slot for slot in self._log.checkpoints[:-LIVE_CHECKPOINTS] if slot.slot not in self._forgotten]
+        older = [slot for slot in self._log.superseded if slot.slot not in self._forgotten]
         there = set(names(self._log.path / CHECKPOINTS)) if older else set()
         for slot in older:
             for folder, _, name in (entry.key.removeprefix(f"{CHECKPOINTS}/").partition("/") for entry in slot.objects):

@@ -9,14 +9,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Literal, Self
 
+import psutil
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from pipeline.dictionary.ranks import Ranks
 
@@ -268,13 +271,31 @@ def _start(rank: int, world_size: int, init_method: str) -> None:
     # Otherwise its first initialize compiles a C++ op that only inference uses: minutes, and a lock file
     # that hangs every later run if the process is killed meanwhile.
     deepspeed.ops.__compatible_ops__ = {}
+    _stay_on_loopback(host)
     dist.init_process_group(
         BACKENDS[device(rank).type],
-        init_method=init_method,
+        store=_meet(rank, world_size, host, int(port)),
         rank=rank,
         world_size=world_size,
         timeout=COLLECTIVE_TIMEOUT,
     )
+
+
+def _meet(rank: int, world_size: int, host: str, port: int) -> TCPStore:
+    """Where ranks tell one another their addresses. Left to itself, torch listens on every interface of rank 0."""
+    if rank:
+        return TCPStore(host, port, world_size, is_master=False, timeout=COLLECTIVE_TIMEOUT)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    door = socket.create_server((host, port), family=family, backlog=max(128, world_size))
+    return TCPStore(host, port, world_size, is_master=True, timeout=COLLECTIVE_TIMEOUT, master_listen_fd=door.detach())
+
+
+def _stay_on_loopback(host: str) -> None:
+    """Ranks that meet on loopback talk there too, whatever address the machine's name stands for."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if host.startswith("127.") and any(each.address == "127.0.0.1" for each in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
 
 
 def _stop() -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from cluster.storage import create as creating
 from cluster.storage.path import StoragePath
+from jobs import inventory
 from jobs.log import LIVE_CHECKPOINTS, SlotLog, TrainingLog
 from schemas.records import ObjectEntry
 
@@ -65,6 +66,24 @@ def test_checkpoint_that_was_taken_back_counts_for_none(tmp_path: Path) -> None:
     assert last.step == 20
     commit(after, 25)
     assert set(there(tmp_path)) == {20, 25, 30}
+
+
+def test_superseded_checkpoint_does_not_come_back_when_newer_ones_are_taken_back(tmp_path: Path) -> None:
+    """Its objects are deleted: to count it again would be to promise what is gone."""
+    of = log(tmp_path)
+    for step in (10, 20, 30):
+        commit(of, step)
+    slots = SlotLog(StoragePath.parse(tmp_path))
+    slots.refresh()
+    for slot, before in ((2, 20), (1, None)):
+        assert slots.void(slot) is not None
+        last = log(tmp_path).latest()
+        assert (last and last.step) == before
+        found = inventory.take("train/tiny", slots.path, full=True)
+        assert found.entries == [
+            (inventory.Kind.CHECKPOINT, str(last.slot), entry) for entry in (last.objects if last else ())
+        ]
+        assert {finding.key for finding in found.findings} == {"SPEC.json"}
 
 
 @pytest.mark.parametrize("key", ["COMMITTED.json", "units/000000.json", "checkpoints/000000010", "checkpoints/else/x"])

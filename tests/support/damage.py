@@ -13,7 +13,7 @@ from jobs import inventory
 from jobs import manifest as manifests
 from jobs import plan as planning
 from jobs.fingerprint import spec
-from jobs.log import LIVE_CHECKPOINTS, SlotLog, TrainingLog
+from jobs.log import SlotLog, TrainingLog
 from jobs.mesh import resolved
 from jobs.sources import survey
 from jobs.state import StageFolder
@@ -169,7 +169,7 @@ def _read_stage(label: str, folder: StageFolder, committed: Committed) -> None:
         read_recorded(folder.path, entry)
     log = SlotLog(folder.path)
     log.refresh()
-    for checkpoint in log.checkpoints[-LIVE_CHECKPOINTS:]:
+    for checkpoint in log.checkpoints:
         for entry in checkpoint.objects:
             TrainingLog(folder.path).read(entry)
     if label == "tokenize":

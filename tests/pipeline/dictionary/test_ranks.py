@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.multiprocessing as processes
@@ -71,6 +72,21 @@ def test_ranks_talk_where_groups_have_a_backend_for_each_device(tmp_path: Path) 
         said = json.loads((tmp_path / f"{rank}.json").read_text())
         features, data = rank % 2, rank // 2
         assert said == [5.0, 1.0, features + 2, words, 4.0 * data + 1, [features, features + 2]]
+
+
+def listen(rank: int, init_method: str, folder: Path) -> None:
+    """Leave the addresses at which this rank can be reached."""
+    with joined(rank, 2, 2, init_method) as ranks:
+        ranks.texts("all are here")
+        listening = {
+            each.laddr.ip for each in psutil.Process().net_connections("inet") if each.status == psutil.CONN_LISTEN
+        }
+    (folder / f"{rank}.json").write_text(json.dumps(sorted(listening)))
+
+
+def test_ranks_that_meet_on_loopback_listen_nowhere_else(tmp_path: Path) -> None:
+    processes.spawn(listen, (f"tcp://127.0.0.1:{free_port()}", tmp_path), nprocs=2, join=True)
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [["127.0.0.1"]] * 2
 
 
 def outcome(mesh: Sharding, settings: Train, folder: Path) -> dict[str, torch.Tensor]:
