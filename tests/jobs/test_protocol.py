@@ -60,8 +60,13 @@ def in_two_processes(count: int) -> tuple[Counter[str], int, int]:
     return total, finished, ran
 
 
-@pytest.mark.parametrize("count", [10_000, pytest.param(200_000, marks=[pytest.mark.chaos, pytest.mark.timeout(7200)])])
-@pytest.mark.timeout(2400)
+@pytest.mark.parametrize(
+    "count",
+    [
+        pytest.param(10_000, marks=pytest.mark.timeout(2400)),
+        pytest.param(200_000, marks=[pytest.mark.chaos, pytest.mark.timeout(0)]),
+    ],
+)
 def test_protocol_under_random_schedules_holds_every_invariant(count: int) -> None:
     found, finished, ran = in_two_processes(count)
     print(f"\n{ran} schedules from seed {SEED}: {finished} finished, {sum(found.values())} with violations")
