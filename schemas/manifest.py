@@ -17,6 +17,7 @@ from pydantic import Field, WithJsonSchema, field_validator, model_validator
 from schemas.quantities import Bytes, Count, Fraction, Name, Processes, Section, Seed
 from schemas.sweep import SWEEP_SCHEMA, expanded
 from schemas.training import Train
+from schemas.tree import Tree, require_tree
 
 
 class Model(Section):
@@ -153,6 +154,11 @@ class Dictionary(Section):
     k: Count = Field(
         description="Active features per token; on average for batch_topk and jumprelu, at the start for relu."
     )
+    tree: Tree | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="Features in two levels, of which each token looks at few: a thousand times more features than d.",
+    )
     train: Train
     evaluate: Evaluate = Evaluate()
     catalog: Catalog = Catalog()
@@ -207,6 +213,12 @@ class Dictionary(Section):
                 f"train.prefixes has {train.prefixes[-1]}, expected less than features {self.features}; "
                 "the whole dictionary comes by itself"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _tree_fits(self) -> Self:
+        if self.tree is not None:
+            require_tree(self, self.tree)
         return self
 
     def size(self, width: int) -> int:

@@ -269,12 +269,14 @@ class RowsContract:
         dtype: torch.dtype,
         row_wise: bool,
         parts: int,
+        inputs: bool,
         seed: int,
     ) -> None:
         """From any state, with rows that rested for some steps; bfloat16 ones are rounded by the same noise."""
         draw = Draw(self.device, seed)
         z_BK, indices_BK = draw.code(batch, features, min(k, features))
-        grad_z_BK, x_BD = draw.normal(*z_BK.shape) * (z_BK > 0), draw.normal(batch, width)
+        grad_z_BK = draw.normal(*z_BK.shape) * (z_BK > 0)
+        encoded = tuple(draw.normal(batch, width) for _ in range(parts if inputs else 1))
         errors = tuple(draw.normal(batch, target_width) for _ in range(parts))
         part_BK = draw.whole(parts, *z_BK.shape).to(torch.uint8) if parts > 1 else None
         W_dec_FD = torch.nn.functional.normalize(draw.normal(features, target_width), dim=1)
@@ -288,7 +290,7 @@ class RowsContract:
             own = Rows(*(getattr(rows, name).clone() for name in list(Rows.__slots__)[:-1]), first=rows.first)
             grouped: Grouped = kind.group(z_BK, indices_BK, features)
             scales = tuple(0.1 + part for part in range(parts))
-            gradient = RowGradient(grouped, z_BK, grad_z_BK, x_BD, errors, scales, part_BK)
+            gradient = RowGradient(grouped, z_BK, grad_z_BK, encoded, errors, scales, part_BK)
             squares_F = kind.squares(gradient, own)
             assert kind.norm_bound(gradient, own) >= 0.999 * float(squares_F.sum().sqrt())
             moved_F = kind.update(gradient, own, Adam(7, 1e-2, 0.9, 1e-8, 0.5, seed=2**40 + seed))
@@ -311,7 +313,7 @@ class RowsContract:
         z, x = torch.ones(2, 1, device=self.device), torch.ones(2, 4, device=self.device)
         x[1, 0] = float("nan")
         grouped = cuda().group(z, torch.arange(2, device=self.device).unsqueeze(1), 2)
-        cuda().update(RowGradient(grouped, z, z, x, (x,), (1.0,)), rows, Adam(1, 1e-3, 0.9, 1e-8, 1.0))
+        cuda().update(RowGradient(grouped, z, z, (x,), (x,), (1.0,)), rows, Adam(1, 1e-3, 0.9, 1e-8, 1.0))
         assert rows.W_enc.isfinite().all(1).tolist() == [True, False]
 
 

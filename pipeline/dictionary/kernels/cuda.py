@@ -321,13 +321,14 @@ def sums(grouped: Grouped, values_BK: torch.Tensor, rows_BD: torch.Tensor) -> to
 def norm_bound(gradient: RowGradient, rows: Rows) -> float:
     """See `portable.norm_bound`: as if all that fired a feature pulled it one way."""
     (tokens, k), features = gradient.z_BN.shape, len(rows.W_enc)
-    x_B = (gradient.x_BD.double().square().sum(1) + 1).sqrt()
+    inputs_PB = torch.stack([(each.double().square().sum(1) + 1).sqrt() for each in gradient.inputs])
     errors_PB = torch.stack([each.double().square().sum(1).sqrt() for each in gradient.errors])
-    squares_F = torch.empty(features, dtype=torch.float64, device=x_B.device)
+    squares_F = torch.empty(features, dtype=torch.float64, device=errors_PB.device)
     z_BN = gradient.z_BN.contiguous()
     triton_rows.bound[(features,)](
-        *gradient.grouped, z_BN, gradient.grad_z_BN.contiguous(), _parts(gradient), x_B, errors_PB, _scales(gradient),
-        squares_F, tokens, k, PARTS=len(gradient.errors), ROWS=128, num_warps=1,
+        *gradient.grouped, z_BN, gradient.grad_z_BN.contiguous(), _parts(gradient), inputs_PB, errors_PB,
+        _scales(gradient), squares_F, tokens, k, PARTS=len(gradient.errors), INPUTS=len(gradient.inputs), ROWS=128,
+        num_warps=1,
     )  # fmt: skip
     return float(squares_F.sum().sqrt()) * 1.001
 
@@ -360,6 +361,8 @@ def _visited(gradient: RowGradient, rows: Rows, adam: Adam | None) -> torch.Tens
     assert all(each.is_contiguous() for each in state)
     parts = len(gradient.errors) if gradient.part_BN is not None else 1
     errors_QD = gradient.errors[0].contiguous() if parts == 1 else torch.cat(gradient.errors)
+    inputs = len(gradient.inputs) if parts > 1 else 1
+    inputs_QE = gradient.inputs[0].contiguous() if inputs == 1 else torch.cat(gradient.inputs)
     move, (step, rate, beta2, epsilon, clip, seed) = adam is not None, adam or Adam(1, 0.0, 0.0, 0.0, 1.0)
     decay_F = torch.pow(beta2, (step - rows.stamps_F).double()).float() if move else squares_F
     held, block_E, _ = _rows_at_once(encoder_width)
@@ -367,10 +370,10 @@ def _visited(gradient: RowGradient, rows: Rows, adam: Adam | None) -> torch.Tens
     starts_F, order_N = gradient.grouped
     triton_rows.visit[(features,)](
         _largest_first(starts_F), starts_F, order_N, gradient.z_BN.contiguous(), gradient.grad_z_BN.contiguous(),
-        _parts(gradient), gradient.x_BD.contiguous(), errors_QD, _scales(gradient), *state, decay_F, squares_F,
+        _parts(gradient), inputs_QE, errors_QD, _scales(gradient), *state, decay_F, squares_F,
         len(gradient.z_BN), gradient.z_BN.shape[1], encoder_width, decoder_width, step, rows.first,
         _noise_at(seed, step, 1), _noise_at(seed, step, 2), rate, 1 - beta2, epsilon, clip, 1 - beta2**step,
-        BLOCK_E=block_E, BLOCK_D=block_D, ROWS=min(held, also_held), PARTS=parts,
+        BLOCK_E=block_E, BLOCK_D=block_D, ROWS=min(held, also_held), PARTS=parts, INPUTS=inputs,
         ROW_WISE=rows.encoder_v.dim() == 1, HALF=half, MOVE=move, num_warps=max(4, warps),
     )  # fmt: skip
     return squares_F

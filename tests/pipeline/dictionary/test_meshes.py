@@ -15,9 +15,10 @@ from cluster.pool import free_port
 from cluster.storage.path import StoragePath
 from jobs.log import TrainingLog
 from pipeline.activations.read import Cursor
-from pipeline.dictionary import loop, model
+from pipeline.dictionary import loop
 from pipeline.dictionary.model import DictionaryConfig
 from pipeline.dictionary.parallel import Dense
+from pipeline.dictionary.stored import to_bytes
 from pipeline.dictionary.trainer import Trainer
 from pipeline.stage import Gang
 from schemas.manifest import Sharding
@@ -70,7 +71,7 @@ def train(rank: int, mesh: Sharding, init_method: str, until: int, folder: Path,
     assert not failed
     assert bool(made) == (rank == 0)
     for each in made:
-        (folder / "dictionary.safetensors").write_bytes(model.to_bytes(each.dictionary))
+        (folder / "dictionary.safetensors").write_bytes(to_bytes(each.dictionary))
         torch.save(torch.tensor(each.curves, dtype=torch.float64), folder / "curves.pt")
 
 
