@@ -357,7 +357,7 @@ def _print_results(parsed: Manifest, done: dict[str, Committed], as_json: bool) 
         table.add_column("")
         for key in present:
             table.add_column(shown[key], justify="right")
-        for who in ("dictionary", "pca", "random"):
+        for who in ("dictionary", "parents", "pca", "random"):
             if who in judged:
                 table.add_row(who, *(f"{judged[who][key]:.4f}" if key in judged[who] else "-" for key in present))
         console.print(table)

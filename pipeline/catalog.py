@@ -8,6 +8,7 @@ are picked at the end.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,7 @@ from cluster.storage.path import StoragePath
 from pipeline import harvest
 from pipeline.activations.source import open_store
 from pipeline.dictionary.firings import by_feature, statistics
-from pipeline.dictionary.model import TopKDictionary
+from pipeline.dictionary.model import DictionaryConfig, TopKDictionary
 from pipeline.dictionary.stored import open_dictionary
 from pipeline.dictionary.weights import direct_effect, nearest
 from pipeline.report.page import render
@@ -356,6 +357,7 @@ def _report(
         "training rows": f"{inputs['harvest'].facts['layout']['rows']:,}",
         "tokens catalogued": f"{tokens:,}",
         "held-out tokens": f"{judged['tokens']:,}",
+        **_of_tree(saved.config, judged),
         "dead means": f"silent for {train.facts['dead_window_tokens']:,} tokens",
     }
     return render(
@@ -369,6 +371,22 @@ def _report(
         token_text=token_texts(settings),
         shown_of=features.num_rows,
     )
+
+
+def _of_tree(config: DictionaryConfig, judged: Mapping[str, Any]) -> dict[str, str]:
+    """What is to be said of a tree: its levels, and what it misses by looking at few of its features."""
+    if config.tree is None:
+        return {}
+    tree, searched = config.tree, judged.get("audit")
+    facts = {
+        "tree": f"{config.features // tree.size:,} parents, {tree.children:,} children each; {tree.size} in a subtree"
+    }
+    if searched:
+        facts["children searched"] = (
+            f"of {tree.routed + tree.always:,} parents a token: {searched['routing_recall']:.0%} of the best of all; "
+            f"FVU {searched['fvu_routed']:.4f}, with all {searched['fvu_exact']:.4f}"
+        )
+    return facts
 
 
 def _norms(collected: list[Unit]) -> dict[str, list[float]]:

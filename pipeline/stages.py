@@ -29,6 +29,6 @@ STAGES: tuple[Stage, ...] = (
         evaluate.estimate,
         evaluate.check,
     ),
-    Stage("catalog", 2, ("harvest", "train", "evaluate"), catalog.params, catalog.run, catalog.estimate, catalog.check),
+    Stage("catalog", 3, ("harvest", "train", "evaluate"), catalog.params, catalog.run, catalog.estimate, catalog.check),
     Stage("export", 1, ("train", "catalog"), export.params, export.run, export.estimate, export.check),
 )

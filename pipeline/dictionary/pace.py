@@ -25,8 +25,8 @@ def flops_per_token(shape: DictionaryConfig) -> int:
     """Floating-point operations that a token needs in one step, whoever does them.
 
     Every feature is scored (2 F d), of a tree the parents and the children of those that are routed. Of the k that
-    fire, each is decoded, meets the error, and has two rows of gradients (4 times 2 k d). Scores that a search makes twice, or a backward pass through features that did not fire,
-    would be work but no use, so they do not count.
+    fire, each is decoded, meets the error, and has two rows of gradients (4 times 2 k d). Scores that a search makes
+    twice, or a backward pass through features that did not fire, would be work but no use, so they do not count.
 
     >>> flops_per_token(DictionaryConfig(width=4, features=10, k=2, hook_point="h", model="m", model_digest=""))
     144

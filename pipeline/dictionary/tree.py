@@ -110,6 +110,12 @@ class TreeDictionary(TopKDictionary):
         return torch.cat([code.coarse_z_BK, code.fine_z_BK], 1), torch.cat([code.coarse_BK, code.fine_BK], 1)
 
     @torch.no_grad()
+    def parents_alone(self, x_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What parents make of activations by themselves, and the values at which they fire. Shapes (B, D), (B, K)."""
+        z_BK, parents_BK = sharding.top_k(self.centred(x_BD).detach(), *self.coarse(), self.tree.coarse_k, Ranks())
+        return self.decode(z_BK, parents_BK * self.tree.size), z_BK
+
+    @torch.no_grad()
     def initialize(
         self, x_ND: torch.Tensor, seed: int, ranks: Ranks | None = None, y_ND: torch.Tensor | None = None
     ) -> None:

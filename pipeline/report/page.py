@@ -73,7 +73,7 @@ METRICS = (
 )
 TILES = ("fvu", "l0", "dead", "ce_recovered", "kl", "output_cosine", "cosine")
 BARS = ("fvu", "ce_recovered", "output_cosine", "cosine")
-BASELINES = ("dictionary", "pca", "random")
+BASELINES = ("dictionary", "parents", "pca", "random")
 REFERENCES = (
     ("ce_loss", "CE loss of the model left alone"),
     ("ce_zero", "with the hook point set to zero"),
@@ -172,7 +172,12 @@ def _comparison(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
     The best cell of a row is marked where the row has a better direction and something to compare with.
     """
-    names = {"dictionary": "This dictionary", "pca": _pca_name(metrics), "random": "Random dictionary"}
+    names = {
+        "dictionary": "This dictionary",
+        "parents": "Its parents alone",
+        "pca": _pca_name(metrics),
+        "random": "Random dictionary",
+    }
     columns = [name for name in BASELINES if metrics.get(name)]
     known = {metric.key for metric in METRICS}
     extra = sorted({key for name in columns for key in metrics[name]} - known)

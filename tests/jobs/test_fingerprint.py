@@ -66,6 +66,11 @@ IDENTITY: dict[str, tuple[str, str]] = {
     FIRST + "features": ("128", "train"),
     FIRST + "activation": ("batch_topk", "train"),
     FIRST + "k": ("5", "train"),
+    FIRST + "tree.children": ("3", "train"),
+    FIRST + "tree.coarse_k": ("1", "train"),
+    FIRST + "tree.routed": ("3", "train"),
+    FIRST + "tree.always": ("1", "train"),
+    FIRST + "tree.coarse_weight": ("0.5", "train"),
     FIRST + "train.tokens": ("4096", "train"),
     FIRST + "train.batch": ("128", "train"),
     FIRST + "train.learning_rate": ("0.001", "train"),
@@ -156,6 +161,8 @@ def test_fingerprint_of_an_identity_field_changes_with_it(field: str, tiny_tree:
     (dictionary,) = tiny_tree["dictionaries"]
     if field.startswith(FIRST + "train.sparsity"):
         dictionary["activation"] = "jumprelu"
+    if field.startswith(FIRST + "tree"):
+        dictionary["tree"] = {"children": 7}
     if field.startswith(FIRST + "transcode"):
         tiny_tree["harvest"]["hook_points"].append("gpt_neox.layers.0")
         dictionary["transcode"] = {"from": "gpt_neox.layers.0.mlp:in", "to": dictionary.pop("hook_point")}
@@ -186,6 +193,13 @@ def test_fingerprint_of_expansion_is_that_of_the_features_it_means(tiny_tree: Tr
     before = fingerprints(write_manifest(tmp_path / "a.yaml", tiny_tree))
     del tiny_tree["dictionaries"][0]["features"]
     tiny_tree["dictionaries"][0]["expansion"] = 4
+    assert fingerprints(write_manifest(tmp_path / "b.yaml", tiny_tree)) == before
+
+
+def test_fingerprint_of_what_a_tree_takes_by_itself_is_that_of_what_it_means(tiny_tree: Tree, tmp_path: Path) -> None:
+    tiny_tree["dictionaries"][0]["tree"] = {"children": 7}
+    before = fingerprints(write_manifest(tmp_path / "a.yaml", tiny_tree))
+    tiny_tree["dictionaries"][0]["tree"] |= {"coarse_k": 2, "routed": 2}
     assert fingerprints(write_manifest(tmp_path / "b.yaml", tiny_tree)) == before
 
 

@@ -28,17 +28,18 @@ def explain(
     k: tl.tensor,
     HAS_BIAS: tl.constexpr,
     HAS_TARGET: tl.constexpr,
+    DOUBLE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Sum of a token's active rows, weighted. One program per token and BLOCK columns.
 
     With a target, which takes all columns in one block: less the target; the inner products of that with the rows,
-    times `scale`; and the sum of its squares.
+    times `scale`; and the sum of its squares. DOUBLE adds rows up in float64; see `portable.decode_double`.
     """
     token, at_D = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside_D = at_D < width
-    sums_RD = tl.full((ROWS, BLOCK), 0.0, tl.float32)
+    sums_RD = tl.full((ROWS, BLOCK), 0.0, tl.float64 if DOUBLE else tl.float32)
     for start in range(0, k, ROWS):
         at_R = start + tl.arange(0, ROWS)
         z_R = tl.load(z_BK + token * k + at_R, mask=at_R < k, other=0.0)
@@ -46,12 +47,16 @@ def explain(
         # What did not fire is not read.
         read_RD = (z_R != 0)[:, None] & inside_D[None, :]
         W_RD = tl.load(W_FD + feature_R[:, None] * width + at_D[None, :], mask=read_RD, other=0.0)
-        sums_RD += z_R[:, None] * W_RD.to(tl.float32)
+        if DOUBLE:
+            sums_RD += z_R.to(tl.float64)[:, None] * W_RD.to(tl.float64)
+        else:
+            sums_RD += z_R[:, None] * W_RD.to(tl.float32)
     made_D = tl.sum(sums_RD, 0)
     if HAS_BIAS:
         made_D += tl.load(bias_D + at_D, mask=inside_D, other=0.0)
     if HAS_TARGET:
         made_D -= tl.load(target_BD + token * width + at_D, mask=inside_D, other=0.0)
+        made_D = made_D.to(tl.float32)
         double_D = made_D.to(tl.float64)
         tl.store(squares_B + token, tl.sum(double_D * double_D, 0))
         for start in range(0, k, ROWS):
