@@ -14,7 +14,7 @@ from pipeline.recovery.matches import Links
 
 @dataclass
 class Firings:
-    """Counts over tokens, int64; `+` merges two workers' counts.
+    """Counts over tokens, int64, on the CPU; `+` merges two workers' counts.
 
     Attributes:
         tokens: Tokens seen.

@@ -77,8 +77,8 @@ def match(
 ) -> Matches:
     """Compare a dictionary with the true directions. Lengths of rows do not matter.
 
-    Costs four searches of each side in the other, and one of each of the dictionary's matrices in itself
-    (`neighbours`).
+    Costs two searches of each side in the other, near rows and opposite ones, and one of each of the dictionary's
+    matrices in itself: six at the most, of which `neighbours` says what one takes.
 
     Args:
         W_dec_FD: Decoder rows.

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.recovery import neighbours as search
@@ -8,6 +8,7 @@ from pipeline.recovery.neighbours import Neighbours, approximate, either, exact,
 from tests.pipeline.recovery.worlds import directions, near
 
 
+@settings(deadline=None)
 @given(
     seed=st.integers(0, 2**16),
     queries=st.integers(1, 40),
@@ -28,6 +29,7 @@ def test_neighbours_of_few_rows_are_those_of_the_whole_product(
         torch.testing.assert_close(found.cosines_QM, product_QR.gather(1, found.indices_QM), rtol=0, atol=2e-6)
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 2**16), rows=st.integers(1, 60), width=st.integers(2, 20), count=st.integers(1, 9))
 def test_either_of_any_rows_is_the_largest_absolute_product(seed: int, rows: int, width: int, count: int) -> None:
     queries_QD, rows_RD = directions(9, width, seed), directions(rows, width, seed + 1)
@@ -62,7 +64,7 @@ def test_approximate_clustered_rows_finds_what_exact_does(width: int) -> None:
     centres = directions(rows // 50, width, 0).repeat_interleave(50, 0)
     rows_RD = near(centres, torch.full((rows,), 0.8), 1)
     for cosine, seed in ((0.9, 2), (0.7, 3)):
-        queries_QD = near(rows_RD, torch.full((rows,), cosine), seed)[torch.randperm(rows)][:2_000]
+        queries_QD = near(rows_RD, torch.full((rows,), cosine), seed)[::3]
         sure, found = exact(queries_QD, rows_RD, 1), approximate(queries_QD, rows_RD, 1)
         recall = float((sure.indices_QM == found.indices_QM).double().mean())
         assert recall >= 0.99, (cosine, recall)
