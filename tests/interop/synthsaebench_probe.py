@@ -6,8 +6,10 @@ Standalone, because it runs in the peers' environment. CASES (npz) has of every 
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
+import types
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,7 +20,13 @@ import torch
 def probe(cases: Path, out: Path) -> None:
     """Judge each case, firings in two batches."""
     # Here, so that whoever collects doctests can import this file without SAELens.
-    from sae_lens.synthetic import evals  # type: ignore[import-not-found]
+    import sae_lens  # type: ignore[import-not-found]
+
+    # The package's own first lines bring its plots, and plotly with them.
+    package = types.ModuleType("sae_lens.synthetic")
+    package.__path__ = [str(Path(sae_lens.__file__).parent / "synthetic")]
+    sys.modules[package.__name__] = package
+    evals = importlib.import_module("sae_lens.synthetic.evals")
 
     arrays = np.load(cases)
     judged = {}

@@ -97,6 +97,28 @@ def test_firings_absorbed_needs_a_silent_parent_and_a_descendant_that_is_stood_f
     assert counted.absorbed_M.tolist() == [2, 2, 0]
 
 
+def test_firings_absorbed_by_what_stands_for_nothing_is_not() -> None:
+    """A learned feature whose best true one is not near it neither speaks for a parent nor absorbs one."""
+    true_NM, learned_NF = torch.ones(1, 2), torch.tensor([[0.0, 1.0]])
+    for stands, absorbed in (([True, True], 1), ([True, False], 0)):
+        links = links_of([0, 1], [0, 1], stands, [-1, 0])
+        counted = Firings.none(links)
+        counted.add(links, *code(learned_NF, 2), *sparse(true_NM))
+        assert counted.absorbed_M.tolist() == [absorbed, 0]
+    links = links_of([0, 1], [0, 1], [False, True], [-1, 0])
+    counted = Firings.none(links)
+    counted.add(links, *code(torch.ones(1, 2), 2), *sparse(true_NM))
+    assert counted.absorbed_M.tolist() == [1, 0]
+
+
+def test_firings_absorbed_is_no_feature_beside_an_inactive_parent() -> None:
+    """True 3 fires without its parent 1; 2, which is missed at the same token, has nothing to do with it."""
+    links = links_of([0, 1, 2, 3], [0, 1, 2, 3], [True] * 4, [-1, 0, -1, 1])
+    counted = Firings.none(links)
+    counted.add(links, *code(torch.tensor([[0.0, 0.0, 0.0, 1.0]]), 4), *sparse(torch.tensor([[0, 0, 1, 1]])))
+    assert counted.absorbed_M.tolist() == [0, 0, 0, 0]
+
+
 def test_firings_what_does_not_fire_may_name_any_feature() -> None:
     links = links_of([0, 1], [0, 1], [True, True])
     counted = Firings.none(links)

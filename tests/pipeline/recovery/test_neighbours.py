@@ -41,6 +41,14 @@ def test_either_of_any_rows_is_the_largest_absolute_product(seed: int, rows: int
     assert all(len(set(row)) == len(row) for row in found.indices_QM.tolist())
 
 
+def test_exact_rows_that_all_point_away_are_ranked_nonetheless() -> None:
+    query_QD = directions(1, 16, 0)
+    rows_RD = near(-query_QD.expand(3_000, 16), torch.linspace(0.99, 0.3, 3_000), 1)
+    found = exact(query_QD, rows_RD, 3)
+    assert found.indices_QM.tolist() == [[2_999, 2_998, 2_997]]
+    assert float(found.cosines_QM[0, 0]) == pytest.approx(-0.3, abs=1e-5)
+
+
 def test_exact_equal_rows_come_by_index() -> None:
     rows_RD = directions(1, 8, 0).expand(5, 8).contiguous()
     assert exact(rows_RD[:1], rows_RD, 3).indices_QM.tolist() == [[0, 1, 2]]
