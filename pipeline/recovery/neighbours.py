@@ -8,9 +8,9 @@ row at cosine 0.9, 0.7, 0.5 of a query is found: bits 1.0, 1.0, 1.0; an inverted
 1.0, 0.995, 0.90, at four times the scan's cost.
 
 Cost of 10^6 queries in 10^6 rows of width 768 on two cores: 10^12 pairs. By bits 3.6 x 10^8 pairs a second on each core
-(AVX-512): 25 minutes, and 2 more for scoring 64 x 10^6 pairs. Exact where the machine multiplies bfloat16 matrices: 4 to
-5 x 10^8, 17 to 21 minutes, so there it stays exact; in float32 0.9 x 10^8, an hour and a half. Memory: both matrices, one
-negated copy for `opposites`, 64 MB of codes and 100 MB of results: 9 GiB at the most.
+(AVX-512): 25 minutes, and 2 more for scoring 64 x 10^6 pairs. Exact where the machine multiplies bfloat16 matrices:
+4 to 5 x 10^8, 17 to 21 minutes, so there it stays exact; in float32 0.9 x 10^8, an hour and a half. Memory: both
+matrices, one negated copy for `opposites`, 64 MB of codes and 100 MB of results: 9 GiB at the most.
 
 Shapes: Q queries, R rows, D width, M neighbours of each query, S entries of the short list.
 """

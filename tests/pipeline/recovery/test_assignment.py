@@ -91,7 +91,7 @@ def test_assign_by_auction_second_choices_are_taken_where_the_sum_is_larger() ->
 
 
 def test_assign_by_auction_candidates_of_either_side_are_bid_for() -> None:
-    """All of the first side want place 0; that places 1 and 2 go with rows 2 and 1 is in the second side's list alone."""
+    """All of the first side want place 0; that 1 and 2 go with rows 2 and 1 is in the second side's list alone."""
     near_first = Neighbours(torch.tensor([[0], [0], [0]]), torch.tensor([[0.9], [0.8], [0.7]]))
     near_second = Neighbours(torch.tensor([[0], [2], [1]]), torch.tensor([[0.9], [0.6], [0.6]]))
     pairs = assign_by_auction(torch.eye(3), torch.eye(3), near_first, near_second, exact_entries=0)

@@ -114,6 +114,13 @@ def test_recovery_dead_copies_are_no_splits() -> None:
     assert made.metrics["split"] == 0
 
 
+def test_recovery_feature_that_resembles_nothing_much_is_no_split() -> None:
+    W_dec_FD = torch.tensor([[1.0, 0.0, 0.0, 0.0, 0.0], [0.6, 0.0, 0.0, 0.0, 0.8]])
+    made = judged(W_dec_FD, LEARNED[:, :2], TRUE, torch.ones(2))
+    assert made.learned["true_feature"].tolist() == [0, 0]
+    assert made.metrics["split"] == made.metrics["split_features"] == 0
+
+
 def test_recovery_without_hierarchy_or_life_has_nothing_to_say_of_them() -> None:
     made = judged(W_DEC, LEARNED, TRUE, torch.zeros(5), parents_M=None)
     for name in ("absorption", "absorption_parents", "mmcs_true_alive", "f1_alive", "uniqueness_alive"):
