@@ -16,6 +16,7 @@ from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
 from schemas.quantities import Bytes, Count, Fraction, Name, Processes, Section, Seed
 from schemas.sweep import SWEEP_SCHEMA, expanded
+from schemas.synthetic import Synthetic
 from schemas.training import Train
 
 
@@ -73,7 +74,9 @@ class Harvest(Section):
     """What is taken out of the model, and how it lies in the store."""
 
     hook_points: tuple[str, ...] = Field(
-        min_length=1, description="Module paths of the model; ':in' behind one takes the module's input."
+        default=(),
+        description="Module paths of the model; ':in' behind one takes the module's input. Of synthetic, all of its "
+        "hook points if left out.",
     )
     tokens: Count | None = Field(default=None, description="Rows to harvest; all of the training split if left out.")
     dtype: Literal["float32", "float16", "bfloat16"] = Field(default="bfloat16", description="Precision of the store.")
@@ -330,13 +333,16 @@ class Compute(Section):
 
 
 class Manifest(Section):
-    """One model and corpus, one harvest, and any number of dictionaries trained from it."""
+    """One model and corpus, or a synthetic source, one harvest, and any number of dictionaries trained from it."""
 
     name: Name
     root: str = Field(min_length=1, description="Folder or bucket URL that holds everything the run makes.")
-    model: Model
-    corpus: Corpus
-    harvest: Harvest
+    model: Model | None = None
+    corpus: Corpus | None = None
+    synthetic: Synthetic | None = Field(
+        default=None, description="Activations with known features, instead of model and corpus."
+    )
+    harvest: Harvest = Harvest()
     dictionaries: tuple[Dictionary, ...] = Field(min_length=1)
     compute: Compute = Compute()
 
@@ -344,6 +350,46 @@ class Manifest(Section):
     @classmethod
     def _swept(cls, value: Any) -> Any:
         return expanded(value)
+
+    @property
+    def hook_points(self) -> tuple[str, ...]:
+        """The hook points that are harvested."""
+        if self.synthetic is None or self.harvest.hook_points:
+            return self.harvest.hook_points
+        return tuple(self.synthetic.widths)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = [name for name in ("model", "corpus") if getattr(self, name) is not None]
+        if self.synthetic is None:
+            if len(given) < 2:
+                missing = "corpus" if given == ["model"] else "model"
+                raise ValueError(f"{missing}: this field is required; or give synthetic instead of model and corpus")
+            if not self.harvest.hook_points:
+                raise ValueError("harvest.hook_points has none, expected module paths of the model")
+            return self
+        if given:
+            raise ValueError(f"synthetic and {given[0]} are both given; give either synthetic, or model and corpus")
+        known = list(self.synthetic.widths)
+        for hook_point in self.harvest.hook_points:
+            if hook_point not in known:
+                raise ValueError(
+                    f"harvest.hook_points has {hook_point!r}, synthetic.kind {self.synthetic.kind} {known}"
+                )
+        if self.harvest.tokens is not None:
+            raise ValueError("harvest.tokens does nothing for synthetic; set synthetic.rows instead")
+        for index, dictionary in enumerate(self.dictionaries):
+            if dictionary.transcode is not None:
+                raise ValueError(
+                    f"dictionaries.{index}.transcode: hook points of a synthetic source have no rows in common; "
+                    "give hook_point"
+                )
+            if dictionary.train.filter.skip_positions:
+                raise ValueError(
+                    f"dictionaries.{index}.train.filter.skip_positions {dictionary.train.filter.skip_positions} leaves "
+                    "no row of a synthetic source, whose positions are all 0; leave it out"
+                )
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -363,10 +409,9 @@ class Manifest(Section):
             if dictionary.transcode is not None:
                 places = {"transcode.from": dictionary.encoded, "transcode.to": dictionary.explained}
             for field, place in places.items():
-                if place not in self.harvest.hook_points:
+                if place not in self.hook_points:
                     raise ValueError(
-                        f"{where}.{field} {place!r} is not harvested; "
-                        f"harvest.hook_points has {list(self.harvest.hook_points)}"
+                        f"{where}.{field} {place!r} is not harvested; harvest.hook_points has {list(self.hook_points)}"
                     )
             if dictionary.train.batch % sharding.data:
                 raise ValueError(

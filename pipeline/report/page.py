@@ -26,6 +26,8 @@ import jinja2
 import pyarrow as pa
 from markupsafe import Markup
 
+from pipeline.report.known import Known, section
+
 SHARD_FEATURES = 256
 """Features in a shard: small enough to open one at once, large enough to compress well."""
 
@@ -70,10 +72,14 @@ METRICS = (
     Metric("ce_loss", "CE loss", "number", "lower", "nats a token, reconstruction spliced in"),
     Metric("cosine", "Cosine", "number", "higher", "of activation and reconstruction"),
     Metric("output_cosine", "Output cosine", "number", "higher", "of the model's output, reconstruction spliced in"),
+    Metric("mmcs_found", "MMCS, found", "number", "higher", "of known features with the nearest feature"),
+    Metric("mmcs_true", "MMCS, true", "number", "higher", "of features that fired with the nearest known one"),
+    Metric("found", "Known features found", "fraction", "higher", "with a cosine of 0.9 or more"),
 )
-TILES = ("fvu", "l0", "dead", "ce_recovered", "kl", "output_cosine", "cosine")
+TILES = ("mmcs_found", "mmcs_true", "found", "fvu", "l0", "dead", "ce_recovered", "kl", "output_cosine", "cosine")
 BARS = ("fvu", "ce_recovered", "output_cosine", "cosine")
 BASELINES = ("dictionary", "pca", "random")
+ORACLE = "oracle"
 REFERENCES = (
     ("ce_loss", "CE loss of the model left alone"),
     ("ce_zero", "with the hook point set to zero"),
@@ -105,6 +111,7 @@ def render(
     norms: Mapping[str, Sequence[float]],
     token_text: Callable[[int], str],
     shown_of: int,
+    known: Known | None = None,
 ) -> bytes:
     """Draws the report of one dictionary.
 
@@ -120,6 +127,7 @@ def render(
         norms: `edges` (n + 1) and `counts` (n) of the L2 norms of the activation rows.
         token_text: Token id -> its text, any text at all.
         shown_of: F. Where `features` has fewer rows, the page says how many it shows.
+        known: What is known of the features of a synthetic source.
 
     Returns:
         The page, UTF-8.
@@ -144,8 +152,9 @@ def render(
         density_counted=_counted(metrics.get("density_histogram")),
         evaluated=_finite(metrics.get("tokens")),
         charts=_inline(_charts(metrics, curves, norms)),
+        known=None if known is None else section(known),
         vocabulary=_inline({"id": vocabulary.ids, "text": [token_text(token) for token in vocabulary.ids]}),
-        summary=_inline(_summary(statistics, grouped, vocabulary)),
+        summary=_inline(_summary(statistics, grouped, vocabulary) | _matches(statistics["feature"], known)),
         shards=_shards(statistics, grouped, vocabulary),
         vendored=[_script(_asset(f"vendor/{name}")) for name in VENDORED],
         licences=[_asset(f"vendor/{name}") for name in LICENCES],
@@ -173,7 +182,8 @@ def _comparison(metrics: Mapping[str, Any]) -> dict[str, Any]:
     The best cell of a row is marked where the row has a better direction and something to compare with.
     """
     names = {"dictionary": "This dictionary", "pca": _pca_name(metrics), "random": "Random dictionary"}
-    columns = [name for name in BASELINES if metrics.get(name)]
+    names[ORACLE] = "True directions"
+    columns = [name for name in (*BASELINES, ORACLE) if metrics.get(name)]
     known = {metric.key for metric in METRICS}
     extra = sorted({key for name in columns for key in metrics[name]} - known)
     rows = []
@@ -349,6 +359,18 @@ def _shards(
         records.append([vocabulary.places(promoted), vocabulary.places(suppressed), found])
     slices = [records[start : start + SHARD_FEATURES] for start in range(0, len(records), SHARD_FEATURES)]
     return [base64.b64encode(gzip.compress(_compact(part).encode(), 9, mtime=0)).decode() for part in slices]
+
+
+def _matches(features: Sequence[int], known: Known | None) -> dict[str, Any]:
+    """For every feature shown its nearest known features, as `[feature, cosine, fires]`."""
+    if known is None:
+        return {}
+    found: dict[int, list[list[Any]]] = {}
+    for match in known.matches.sort_by([("feature", "ascending"), ("rank", "ascending")]).to_pylist():
+        found.setdefault(match["feature"], []).append(
+            [match["known"], _rounded(match["cosine"], 4), match["known_fires"]]
+        )
+    return {"matches": [found.get(feature, []) for feature in features]}
 
 
 # ---------------------------------------------------------------- encoding
