@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
-from schemas.quantities import Bytes, Count, Fraction, Name, Processes, Section, Seed
+from schemas.examination import Catalog, Evaluate, Transcode
+from schemas.quantities import Bytes, Count, Fraction, Name, Processes, Section, Seed, multiples
 from schemas.sweep import SWEEP_SCHEMA, expanded
 from schemas.synthetic import Synthetic
 from schemas.training import Train
@@ -107,39 +108,6 @@ class Harvest(Section):
         return self
 
 
-class Evaluate(Section):
-    """How a dictionary is judged on the held-out split."""
-
-    tokens: Count = Field(default=200_000, description="Most held-out tokens to use.")
-    baselines: tuple[Literal["random", "pca"], ...] = Field(
-        default=("random", "pca"), description="Reference points that are judged on the same tokens."
-    )
-
-
-class Catalog(Section):
-    """What is kept about every feature."""
-
-    tokens: Count = Field(default=1_000_000, description="Most training rows to look through.")
-    examples: int = Field(default=8, ge=1, le=100, description="Top activating examples of a feature.")
-    window: int = Field(default=12, ge=0, le=512, description="Tokens of context on either side.")
-    report_features: Count = Field(
-        default=10_000, description="Features shown in the HTML report; Parquet holds them all."
-    )
-
-
-class Transcode(Section):
-    """A dictionary that encodes the activations of one hook point and explains those of another."""
-
-    from_: str = Field(alias="from", description="What is encoded; an MLP's input, say.")
-    to: str = Field(description="What is explained; the MLP's output, say.")
-
-    @model_validator(mode="after")
-    def _two_places(self) -> Self:
-        if self.from_ == self.to:
-            raise ValueError(f"from and to are both {self.to!r}; give hook_point instead")
-        return self
-
-
 class Dictionary(Section):
     """One dictionary: what it factorizes, its shape and its training."""
 
@@ -215,16 +183,6 @@ class Dictionary(Section):
     def size(self, width: int) -> int:
         """F for a hook point of this width."""
         return self.features if self.features is not None else width * (self.expansion or 0)
-
-
-def _multiples(value: int, of: int) -> str:
-    """The nearest ones on both sides, for people.
-
-    >>> _multiples(10, 4), _multiples(3, 4)
-    ('8 or 12', '4')
-    """
-    below = value - value % of
-    return f"{below} or {below + of}" if below else str(of)
 
 
 class Sharding(Section):
@@ -360,34 +318,33 @@ class Manifest(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        given = [name for name in ("model", "corpus") if getattr(self, name) is not None]
         if self.synthetic is None:
-            if len(given) < 2:
-                missing = "corpus" if given == ["model"] else "model"
-                raise ValueError(f"{missing}: this field is required; or give synthetic instead of model and corpus")
+            for name in ("model", "corpus", "harvest"):
+                if name not in self.model_fields_set:
+                    raise ValueError(f"{name}: this field is required, where synthetic is not given")
+                if getattr(self, name) is None:
+                    raise ValueError(f"{name}: expected a mapping of fields, found 'None'; or give synthetic instead")
             if not self.harvest.hook_points:
                 raise ValueError("harvest.hook_points has none, expected module paths of the model")
             return self
-        if given:
-            raise ValueError(f"synthetic and {given[0]} are both given; give either synthetic, or model and corpus")
+        for name in ("model", "corpus"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"synthetic and {name} are both given; give either synthetic, or model and corpus")
         known = list(self.synthetic.widths)
         for hook_point in self.harvest.hook_points:
             if hook_point not in known:
-                raise ValueError(
-                    f"harvest.hook_points has {hook_point!r}, synthetic.kind {self.synthetic.kind} {known}"
-                )
+                raise ValueError(f"harvest.hook_points has {hook_point!r}, this synthetic source has {known}")
         if self.harvest.tokens is not None:
             raise ValueError("harvest.tokens does nothing for synthetic; set synthetic.rows instead")
         for index, dictionary in enumerate(self.dictionaries):
             if dictionary.transcode is not None:
                 raise ValueError(
-                    f"dictionaries.{index}.transcode: hook points of a synthetic source have no rows in common; "
-                    "give hook_point"
+                    f"dictionaries.{index}.transcode: hook points of synthetic have no rows in common; give hook_point"
                 )
             if dictionary.train.filter.skip_positions:
                 raise ValueError(
                     f"dictionaries.{index}.train.filter.skip_positions {dictionary.train.filter.skip_positions} leaves "
-                    "no row of a synthetic source, whose positions are all 0; leave it out"
+                    "no row of synthetic, whose positions are all 0; leave it out"
                 )
         return self
 
@@ -416,7 +373,7 @@ class Manifest(Section):
             if dictionary.train.batch % sharding.data:
                 raise ValueError(
                     f"{where}.train.batch {dictionary.train.batch} is not divisible by compute.sharding.data "
-                    f"{sharding.data}; set it to {_multiples(dictionary.train.batch, sharding.data)}"
+                    f"{sharding.data}; set it to {multiples(dictionary.train.batch, sharding.data)}"
                 )
             self._optimizer_fits(where, dictionary.train)
         return self
@@ -446,7 +403,7 @@ class Manifest(Section):
         if train.batch % parts:
             raise ValueError(
                 f"{where}.train.batch {train.batch} is not divisible by compute.sharding.data times "
-                f"compute.accumulate, {parts}; set it to {_multiples(train.batch, parts)}"
+                f"compute.accumulate, {parts}; set it to {multiples(train.batch, parts)}"
             )
         if train.weights == "bfloat16" and compute.zero.stage < 2:
             # Stage 1 would keep the whole gradient in float32, and take more memory than bfloat16 saves.
