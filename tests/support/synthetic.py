@@ -18,7 +18,14 @@ PRESET = "synthsaebench-16k-v2"
 def world_tree(**changes: Any) -> dict[str, Any]:
     """A world of 60 features in 12 neurons, without anything that makes it hard."""
     firing = {"exponent": 0.5, "max_probability": 0.3, "min_probability": 0.01}
-    return {"kind": "world", "features": 60, "width": 12, "firing": firing, "rows": 6000, "heldout_rows": 2500} | changes
+    return {
+        "kind": "world",
+        "features": 60,
+        "width": 12,
+        "firing": firing,
+        "rows": 6000,
+        "heldout_rows": 2500,
+    } | changes
 
 
 def toy_tree(**changes: Any) -> dict[str, Any]:

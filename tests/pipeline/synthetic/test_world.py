@@ -173,7 +173,9 @@ def test_noise_is_added_to_every_neuron() -> None:
     assert stats.kstest(noise_ND.ravel() / 0.3, stats.norm.cdf).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("changes", [{}, {"hierarchy": TREES, "correlation": {"rank": 2, "strength": 0.3}, "noise": 0.1}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"hierarchy": TREES, "correlation": {"rank": 2, "strength": 0.3}, "noise": 0.1}]
+)
 def test_rows_do_not_depend_on_which_others_are_made(changes: dict[str, Any]) -> None:
     world = world_of(**changes)
     whole = rows(source_of(world), Split.TRAIN, 0, 5000)
