@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 Place = Callable[[float], float]
 
-WIDTH, HEIGHT = 360, 210
+WIDTH, HEIGHT = 280, 190
 LEFT, RIGHT, TOP, BOTTOM = 44, 12, 16, 38
 BINS = 25
 
