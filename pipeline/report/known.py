@@ -152,9 +152,12 @@ def _line(at: list[float], values: list[float], marked: list[bool], label: str, 
         )
         if marked[i]:
             anchor, beside = ("start", 9) if x(at[i]) < WIDTH / 2 else ("end", -9)
-            above = y(values[i]) - 8 if y(values[i]) > TOP + 14 else y(values[i]) + 18
+            across, above = x(at[i]) + beside, max(y(values[i]) - 8.0, TOP)
+            if values[order[-1]] < values[order[0]]:
+                # Above a line that falls there is room at its end.
+                anchor, across, above = "end", float(WIDTH - RIGHT), max(y(values[i]) - 24.0, TOP)
             parts.append(
-                f'<text x="{x(at[i]) + beside:.1f}" y="{above:.1f}" text-anchor="{anchor}" fill="var(--accent)" '
+                f'<text x="{across:.1f}" y="{above:.1f}" text-anchor="{anchor}" fill="var(--accent)" '
                 f'font-weight="600">{values[i]:.3g}, {note}</text>'
             )
     ticks = [(at[i], f"{at[i]:.3g}") for i in _apart([x(at[i]) for i in order], order)]

@@ -142,7 +142,7 @@ def test_exponential_magnitudes_are_exponential() -> None:
 
 @pytest.mark.parametrize("scaled", [True, False])
 def test_children_are_scaled_by_their_parents(scaled: bool) -> None:
-    world = world_of(hierarchy=TREES | {"scaled": scaled}, magnitudes={"mean": 1.0, "std": 0.3})
+    world = world_of(hierarchy=TREES | {"scaled": scaled}, magnitudes={"mean": 2.0, "std": 0.3})
     z_NF = dense(codes(world, BLOCKS), 60)
     parent_F, mean_F = of_world(world).parent_F, of_world(world).mean_F
     ratios = []
@@ -187,13 +187,13 @@ def test_rows_do_not_depend_on_which_others_are_made(changes: dict[str, Any]) ->
 
 
 def test_rows_of_splits_seeds_and_blocks_differ() -> None:
-    made = [
-        source_of(world_of(seed=seed)).active(split, index).value_E.tolist()
-        for seed in (0, 1)
-        for split in Split
-        for index in (0, 1)
-    ]
-    assert len({tuple(values) for values in made}) == 8
+    made = set()
+    for seed, split, index in itertools.product((0, 1), Split, (0, 1)):
+        source = source_of(world_of(seed=seed, bias=0.0))
+        block, code = source.block(split, index), source.active(split, index)
+        assert block.active.feature_E.tolist() == code.feature_E.tolist()
+        made.add((tuple(code.start_N1.tolist()), tuple(code.feature_E.tolist())))
+    assert len(made) == 8
 
 
 def test_rows_of_the_preset_have_the_published_number_of_features() -> None:
