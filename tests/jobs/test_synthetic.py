@@ -9,6 +9,7 @@ from typing import Any, get_args
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import safetensors.torch
 import torch
 from pydantic import BaseModel
 
@@ -156,6 +157,24 @@ def test_toy_of_several_sparsities_runs_with_a_dictionary_for_each(tmp_path: Pat
     reports = list((tmp_path / "root").glob("dictionaries/*/catalog/*/report.html"))
     assert len(reports) == 2
     assert all("Features per dimension" in report.read_text() for report in reports)
+
+
+def test_catalog_of_a_toy_names_only_known_features_that_are_represented(tmp_path: Path) -> None:
+    assert invoke("run", written(tmp_path, toy_tree(), "hidden.S0.5")).code == 0
+    root = tmp_path / "root"
+    represented = pq.read_table(only(root, "dictionaries/small/evaluate/*/known.parquet"))["represented"].to_numpy()
+    lengths = np.diff(np.flatnonzero(represented), prepend=-1)
+    assert 0 < represented.sum() < 12
+    assert lengths.max() > 1, "of a toy whose represented features stand in front, numbers would say nothing"
+    matches = pq.read_table(only(root, "dictionaries/small/catalog/*/matches.parquet")).to_pydict()
+    assert represented[matches["known"]].all()
+    body = only(root, "harvest/*/truth/hidden.S0.5.safetensors").read_bytes()
+    W_FM = torch.nn.functional.normalize(safetensors.torch.load(body)["W_FM"], dim=1)
+    train = only(root, "dictionaries/small/train/*/dictionary.safetensors").parent
+    saved = from_bytes((train / "dictionary.safetensors").read_bytes(), (train / "dictionary.json").read_bytes())
+    cosine_FM = torch.nn.functional.normalize(saved.dictionary.W_dec.detach(), dim=1) @ W_FM.T
+    expected = cosine_FM[matches["feature"], matches["known"]]
+    np.testing.assert_allclose(matches["cosine"], expected.numpy(), atol=1e-6)
 
 
 @pytest.mark.timeout(600)

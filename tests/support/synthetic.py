@@ -40,7 +40,7 @@ def manifest_tree(synthetic: dict[str, Any], root: Path, hook_point: str = "hidd
         "name": "known",
         "root": str(root),
         "synthetic": synthetic,
-        "harvest": {"dtype": "float32", "unit_rows": 2048, "chunk_rows": 256},
+        "harvest": {"dtype": "float32", "unit_rows": 2048, "chunk_rows": 256, "batch_tokens": 600},
         "dictionaries": [
             {
                 "name": "small",
