@@ -88,6 +88,7 @@ class SpanTask(Task):
 def params(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -> EvaluateParams:
     """See `Stage.params`."""
     assert dictionary is not None
+    assert manifest.model is not None
     return EvaluateParams(
         hook_point=dictionary.encoded,
         target=None if dictionary.transcode is None else dictionary.explained,
@@ -109,6 +110,7 @@ def check(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -
 
 def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -> Estimate:
     """See `Stage.estimate`. Logits of one batch, thrice, are the largest thing in a language model."""
+    assert manifest.corpus is not None
     settings = params(manifest, dictionary, sources)
     rows = max(1, min(sources.corpus.heldout_rows, settings.tokens))
     width = sources.model.widths[settings.hook_point]

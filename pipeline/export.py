@@ -47,10 +47,12 @@ class ExportParams(Params):
 def params(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -> ExportParams:
     """See `Stage.params`."""
     assert dictionary is not None
+    corpus = manifest.corpus
     return ExportParams(
         formats=dictionary.export,
-        context=manifest.corpus.context,
-        has_bos=sources.model.has_bos and manifest.corpus.bos != "never",
+        # A row of a synthetic source is a sequence of its own.
+        context=1 if corpus is None else corpus.context,
+        has_bos=sources.model.has_bos and corpus is not None and corpus.bos != "never",
         model_class="AutoModelForCausalLM" if sources.model.is_causal_lm else "AutoModel",
     )
 

@@ -10,8 +10,7 @@ from pydantic import Field
 
 from cluster.pool import Resources
 from cluster.storage.create import create_or_adopt
-from pipeline import harvest
-from pipeline.activations.layout import StoreLayout
+from pipeline.activations.layout import StoreLayout, planned_layout
 from pipeline.activations.read import Stream
 from pipeline.activations.source import open_store
 from pipeline.dictionary import loop, parallel
@@ -20,9 +19,10 @@ from pipeline.dictionary.model import DictionaryConfig, TreeShape
 from pipeline.dictionary.stored import to_bytes
 from pipeline.stage import Committed, Estimate, Gang, Job, Member, Out, Params, Sources, Task
 from pipeline.tokenize import parquet_body
+from schemas.compute import Zero
 from schemas.errors import KilobasisError, ManifestError
 from schemas.layouts import CURVES, DICTIONARY, DICTIONARY_CONFIG
-from schemas.manifest import Dictionary, Manifest, Zero
+from schemas.manifest import Dictionary, Manifest
 from schemas.records import ObjectEntry, Outputs
 from schemas.tables import CURVES as CURVES_SCHEMA
 from schemas.training import Train
@@ -110,7 +110,7 @@ def check(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -
             f"compute.sharding.features {parts}",
             f"set features to {below or parts * size} or {below + parts * size}",
         )
-    if dictionary.train.filter.skip_positions >= manifest.corpus.context:
+    if manifest.corpus is not None and dictionary.train.filter.skip_positions >= manifest.corpus.context:
         raise ManifestError(
             f"dictionary {dictionary.name!r}: train.filter.skip_positions {dictionary.train.filter.skip_positions} "
             f"leaves no row of sequences of {manifest.corpus.context} tokens",
@@ -128,7 +128,7 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
     assert dictionary is not None
     settings = params(manifest, dictionary, sources)
     width, target = sources.model.widths[dictionary.encoded], sources.model.widths[dictionary.explained]
-    layout = harvest.store_layout(harvest.params(manifest, None, sources), sources.corpus.train_rows)
+    layout = planned_layout(manifest.harvest, sources.model.widths, sources.corpus.train_rows)
     read = {dictionary.encoded, dictionary.explained}
     slab = max(layout.geometry.slab_count(0), 1) * (sum(layout.row_bytes(each) for each in read) + 16)
     sample = layout.geometry.slab_count(0) * sum(sources.model.widths[each] for each in read) * 4

@@ -141,7 +141,7 @@ FIELDS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "unknown_section": (at("harvset", {}), ("harvset: unknown key", "did you mean 'harvest'?")),
     "unknown_for_a_missing_section": (
         both(without("harvest"), at("harvset", {})),
-        ("harvset: unknown key", "did you mean 'harvest'? (1 more)"),
+        ("harvset: unknown key", "did you mean 'harvest'?"),
     ),
     "unknown_key": (at("compute.worker", 2), ("compute.worker: unknown key", "did you mean 'workers'?")),
     "unknown_key_in_a_list": (at(FIRST + "kk", 2), ("dictionaries.0.kk: unknown key", "did you mean 'k'?")),

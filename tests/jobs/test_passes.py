@@ -23,8 +23,8 @@ from pipeline.dictionary.model import DictionaryConfig
 from pipeline.dictionary.stored import to_bytes
 from pipeline.dictionary.trainer import Trainer
 from pipeline.stage import Gang
+from schemas.compute import Sharding
 from schemas.errors import BusyError, NonFiniteError
-from schemas.manifest import Sharding
 from schemas.records import Owner
 from tests.pipeline.dictionary.test_meshes import SETTINGS, SHAPE, Batches
 from tests.support.command import invoke

@@ -21,7 +21,7 @@ from pipeline.dictionary.parallel import Dense
 from pipeline.dictionary.stored import to_bytes
 from pipeline.dictionary.trainer import Trainer
 from pipeline.stage import Gang
-from schemas.manifest import Sharding
+from schemas.compute import Sharding
 from schemas.training import Train
 from tests.pipeline.dictionary.test_ranks import BATCH, activations
 

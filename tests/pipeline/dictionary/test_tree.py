@@ -19,7 +19,7 @@ from pipeline.dictionary.regrowth import regrow
 from pipeline.dictionary.trainer import Trainer
 from pipeline.dictionary.tree import TreeDictionary
 from pipeline.dictionary.tree_objective import TreeObjective
-from schemas.manifest import Sharding
+from schemas.compute import Sharding
 from schemas.training import Train
 
 needs_native = pytest.mark.skipif(native.library() is None, reason="no compiler was there when this was installed")
