@@ -46,6 +46,7 @@ OWNERS = {
         "pipeline/dictionary/kernels/cuda.py",
         "pipeline/dictionary/kernels/triton_rows.py",
         "pipeline/dictionary/kernels/triton_search.py",
+        "pipeline/dictionary/kernels/triton_tree.py",
     },
 }
 

@@ -20,7 +20,7 @@ from cluster.storage.parsing import parsing
 from pipeline.activations.read import Cursor, Stream
 from pipeline.dictionary import checkpoint, parallel
 from pipeline.dictionary.checkpoint import Progress, Saver
-from pipeline.dictionary.kernels import native
+from pipeline.dictionary.kernels.native_library import library
 from pipeline.dictionary.model import DictionaryConfig, TopKDictionary
 from pipeline.dictionary.pace import Pace
 from pipeline.dictionary.parallel import Dense
@@ -308,7 +308,7 @@ class Training:
 
 def _without_kernels(device: torch.device) -> str | None:
     """What to tell a person whose training is slower than it could be."""
-    there = native.library() is not None if device.type == "cpu" else has_triton()
+    there = library() is not None if device.type == "cpu" else has_triton()
     return None if there else NO_KERNELS[device.type]
 
 

@@ -29,8 +29,6 @@ FEATURES = 16384
 MOST = 1024
 # Tokens and features that are scored in float32 at one time, where a search could not say which.
 TOKENS, BLOCK = 1024, 4096
-# Tokens of a parent that a program scores together: as few as tensor cores take.
-TILE_TOKENS = 16
 # Rows that a program scores.
 SCORED = 256 if INTERPRETED else 16
 UNIT = 2.0**-24
@@ -299,40 +297,17 @@ def children(
     x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, parents_BP: torch.Tensor, size: int, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `portable.children`. Tokens of a parent are scored together, so its rows are read once for a tile of them."""
-    parents = parents_BP.shape[1]
-    z_BK, indices_BK = x_BD.new_zeros(len(x_BD), k), parents_BP.new_zeros(len(x_BD), k)
+    z_BK, indices_BK, parents = x_BD.new_zeros(len(x_BD), k), parents_BP.new_zeros(len(x_BD), k), parents_BP.shape[1]
     if not (len(x_BD) and parents and size > 1):
         return z_BK, indices_BK
     x_BD, W_FD, b_F = x_BD.contiguous(), W_FD.contiguous(), b_F.contiguous()
     best, scored = min(k, parents * (size - 1)), max(1, SCORES // (8 * parents * (size - 1)))
     for first in range(0, len(x_BD), scored):
         some = slice(first, first + scored)
-        keys_bM = _children_keys(x_BD[some], W_FD, b_F, parents_BP[some], size).view(-1, parents * (size - 1))
-        # No two keys of features are equal.
-        keys_bK = keys_bM.topk(best).values
-        bits_bK = (keys_bK >> 32).int()
-        fires_bK = bits_bK > 0
-        z_BK[some, :best] = bits_bK.where(fires_bK, 0).view(torch.float32)
-        indices_BK[some, :best] = (0x7FFFFFFF - (keys_bK & 0xFFFFFFFF)).where(fires_bK, 0)
+        grouped = group((parents_BP[some] >= 0).float(), parents_BP[some].clamp_min(0), len(W_FD) // size)
+        made = triton_tree.largest(x_BD[some], W_FD, b_F, grouped, parents, size, best)
+        z_BK[some, :best], indices_BK[some, :best] = made
     return z_BK, indices_BK
-
-
-def _children_keys(
-    x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, parents_BP: torch.Tensor, size: int
-) -> torch.Tensor:
-    """Keys of the children of each token's parents; lowest where there is no parent. Shape (B P, M)."""
-    parents, subtrees = parents_BP.shape[1], len(W_FD) // size
-    starts_S, order_N = group((parents_BP >= 0).float(), parents_BP.clamp_min(0), subtrees)
-    keys_NM = torch.full((parents_BP.numel(), size - 1), -(2**63), dtype=torch.int64, device=x_BD.device)
-    # As many tiles as there may be: nobody waits for their count.
-    ends_S = (starts_S.diff() + TILE_TOKENS - 1).div(TILE_TOKENS, rounding_mode="floor").cumsum(0)
-    tiles = min(parents_BP.numel(), triton.cdiv(parents_BP.numel(), TILE_TOKENS) + subtrees)
-    width, children_ = x_BD.shape[1], max(16, min(64, triton.next_power_of_2(size - 1)))
-    triton_tree.score_children[(tiles, triton.cdiv(size - 1, children_))](
-        x_BD, W_FD, b_F, starts_S, order_N, ends_S, keys_NM, subtrees, parents, size, WIDTH=width, TOKENS=TILE_TOKENS,
-        CHILDREN=children_, BLOCK=max(16, min(64, triton.next_power_of_2(width))), num_warps=4,
-    )  # fmt: skip
-    return keys_NM
 
 
 def inner(grad_BD: torch.Tensor, z_BK: torch.Tensor, indices_BK: torch.Tensor, W_FD: torch.Tensor) -> torch.Tensor:

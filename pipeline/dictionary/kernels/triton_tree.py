@@ -6,8 +6,48 @@ a tile.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+
+from pipeline.dictionary.kernels.portable import Grouped
+
+# Tokens of a parent that a program scores together: as few as tensor cores take. Children likewise, or more.
+TILE_TOKENS, CHILDREN = 16, (16, 64)
+
+
+def largest(
+    x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, grouped: Grouped, parents: int, size: int, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest scores among the children of each token's parents, and whose they are. Shapes (B, K), (B, K).
+
+    Args:
+        x_BD: What is encoded.
+        W_FD: Encoder rows.
+        b_F: Their biases.
+        grouped: Tokens' parents by subtree, as entries of (B, P).
+        parents: P.
+        size: Rows of a subtree.
+        k: At most as many as the parents have children.
+    """
+    starts_S, order_N = grouped
+    entries, subtrees, width = len(x_BD) * parents, len(W_FD) // size, x_BD.shape[1]
+    keys_NM = torch.full((entries, size - 1), -(2**63), dtype=torch.int64, device=x_BD.device)
+    ends_S = (starts_S.diff() + TILE_TOKENS - 1).div(TILE_TOKENS, rounding_mode="floor").cumsum(0)
+    # As many tiles as there may be: nobody waits for their count.
+    tiles = min(entries, triton.cdiv(entries, TILE_TOKENS) + subtrees)
+    least, most = CHILDREN
+    children = max(least, min(most, triton.next_power_of_2(size - 1)))
+    score_children[(tiles, triton.cdiv(size - 1, children))](
+        x_BD, W_FD, b_F, starts_S, order_N, ends_S, keys_NM, subtrees, parents, size, WIDTH=width, TOKENS=TILE_TOKENS,
+        CHILDREN=children, BLOCK=max(16, min(64, triton.next_power_of_2(width))), num_warps=4,
+    )  # fmt: skip
+    # No two keys of features are equal; the lowest is that of no parent.
+    keys_BK = keys_NM.view(len(x_BD), parents * (size - 1)).topk(k).values
+    bits_BK = (keys_BK >> 32).int()
+    fires_BK = bits_BK > 0
+    z_BK = bits_BK.where(fires_BK, 0).view(torch.float32)
+    return z_BK, (0x7FFFFFFF - (keys_BK & 0xFFFFFFFF)).where(fires_BK, 0)
 
 
 @triton.jit
