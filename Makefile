@@ -45,7 +45,7 @@ bench: $(VENV)/ready $(PEERS)/ready ## side by side with the peers
 	$(BIN)/python benchmarks/train.py
 
 # What is installed is decided by these files alone.
-$(VENV)/ready: pyproject.toml constraints.txt pipeline/dictionary/kernels/native.cpp
+$(VENV)/ready: pyproject.toml constraints.txt $(wildcard pipeline/dictionary/kernels/*.cpp pipeline/dictionary/kernels/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install $(PIP) -c constraints.txt -e '.[dev,s3,gs,az]' 2>&1 | grep -v 'is ignored: it is neither' || true
 	$(BIN)/kilobasis --help > /dev/null

@@ -15,9 +15,9 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self, TypeVar
@@ -194,7 +194,11 @@ class Worker:
 
 
 def race(
-    case: Case, contenders: Sequence[Contender], tell: Callable[[str], None], limit: int = MEMORY
+    case: Case,
+    contenders: Sequence[Contender],
+    tell: Callable[[str], None],
+    limit: int = MEMORY,
+    expansions: Mapping[str, int] | None = None,
 ) -> dict[str, Outcome]:
     """Let the contenders take turns. One that fails is out, the others go on.
 
@@ -203,12 +207,14 @@ def race(
         contenders: Who trains it.
         tell: Gets a line for every round.
         limit: Bytes of all contenders together.
+        expansions: Of contenders that train another number of features, by their names.
     """
     outcomes = {contender.name: Outcome() for contender in contenders}
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "activations.npy"
         np.save(data, GroundTruth(case.width, seed=SEED).sample(case.batches + 1, case.batch, SEED))
-        {"all": _side_by_side, "one": _one_at_a_time}[case.alive](case, contenders, data, outcomes, tell, Guard(limit))
+        run = {"all": _side_by_side, "one": _one_at_a_time}[case.alive]
+        run(case, contenders, data, outcomes, tell, Guard(limit), expansions or {})
     return outcomes
 
 
@@ -219,12 +225,14 @@ def _side_by_side(
     outcomes: dict[str, Outcome],
     tell: Callable[[str], None],
     guard: Guard,
+    expansions: Mapping[str, int],
 ) -> None:
     with ExitStack() as stack:
         workers = []
         # Started one after another, so that no warm-up disturbs another's.
         for contender in contenders:
-            worker, outcome = stack.enter_context(Worker(contender, case, data, guard)), outcomes[contender.name]
+            own, outcome = _own(case, contender, expansions), outcomes[contender.name]
+            worker = stack.enter_context(Worker(contender, own, data, guard))
             if _attempt(worker, case.warmup, outcome, warming=True):
                 workers.append(worker)
         for index in range(case.rounds):
@@ -241,16 +249,21 @@ def _one_at_a_time(
     outcomes: dict[str, Outcome],
     tell: Callable[[str], None],
     guard: Guard,
+    expansions: Mapping[str, int],
 ) -> None:
     left = list(contenders)
     for index in range(case.rounds):
         for contender in _rotated(left, index):
             tell(f"{case.name}: round {index + 1} of {case.rounds}, {contender.name}")
             outcome = outcomes[contender.name]
-            with Worker(contender, case, data, guard) as worker:
+            with Worker(contender, _own(case, contender, expansions), data, guard) as worker:
                 made = _attempt(worker, case.warmup, outcome, warming=True)
                 if not (made and _attempt(worker, case.steps, outcome)):
                     left.remove(contender)
+
+
+def _own(case: Case, contender: Contender, expansions: Mapping[str, int]) -> Case:
+    return replace(case, expansion=expansions.get(contender.name, case.expansion))
 
 
 def _rotated(items: Sequence[T], by: int) -> list[T]:

@@ -22,9 +22,10 @@ from typer._click.exceptions import UsageError
 from cluster.storage.attempts import shortage
 from cluster.storage.redaction import redact
 from jobs import manifest as manifests
+from schemas.compute import Compute
 from schemas.errors import IntegrityError, KilobasisError, ManifestError, printable
 from schemas.layouts import METRICS, REPORT
-from schemas.manifest import Compute, Manifest
+from schemas.manifest import Manifest
 
 if TYPE_CHECKING:
     from cluster.storage.path import StoragePath
@@ -345,19 +346,25 @@ def _print_results(parsed: Manifest, done: dict[str, Committed], as_json: bool) 
     console = _console()
     for name, result in results.items():
         judged = result["metrics"]
-        table = _table(f"dictionary {name}, held out on {judged['tokens']:,} tokens")
+        table = _table(
+            f"dictionary {name}, held out on {judged['tokens']:,} {'rows' if parsed.synthetic else 'tokens'}"
+        )
         shown = {
             "fvu": "FVU",
             "l0": "L0",
             "dead": "dead",
             "ce_recovered": "CE recovered",
             "output_cosine": "output cosine",
+            "mmcs_found": "MMCS found",
+            "mmcs_true": "MMCS true",
+            "found": "found",
         }
-        present = [key for key in shown if any(key in judged.get(who, {}) for who in ("dictionary", "random", "pca"))]
+        contenders = ("dictionary", "parents", "pca", "random", "oracle")
+        present = [key for key in shown if any(key in judged.get(who, {}) for who in contenders)]
         table.add_column("")
         for key in present:
             table.add_column(shown[key], justify="right")
-        for who in ("dictionary", "pca", "random"):
+        for who in contenders:
             if who in judged:
                 table.add_row(who, *(f"{judged[who][key]:.4f}" if key in judged[who] else "-" for key in present))
         console.print(table)

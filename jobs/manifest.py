@@ -10,9 +10,9 @@ import difflib
 import functools
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -206,13 +206,24 @@ def _shown(given: Any) -> str:
 def _fields(location: tuple[int | str, ...]) -> list[str]:
     """Names that may stand at a place of the manifest."""
     at: type[BaseModel] = Manifest
+    beside: list[type[BaseModel]] = []
     for part in location:
         if isinstance(part, int) or part not in at.model_fields:
+            # Of several kinds of section, a part of the location says which one it is.
+            at = next((kind for kind in beside if part in get_args(kind.model_fields["kind"].annotation)), at)
             continue
-        annotation: Any = at.model_fields[part].annotation
-        inner = [kind for kind in getattr(annotation, "__args__", ()) if isinstance(kind, type)]
-        at = next((kind for kind in [annotation, *inner] if isinstance(kind, type) and issubclass(kind, BaseModel)), at)
+        inner = list(_sections(at.model_fields[part].annotation))
+        beside = [kind for kind in inner if "kind" in kind.model_fields]
+        at = next(iter(inner), at)
     return sorted(at.model_fields)
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections that an annotation names, wherever in it."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _sections(inner)
 
 
 def canonical(manifest: Manifest) -> Mapping[str, Any]:

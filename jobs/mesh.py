@@ -7,8 +7,9 @@ from collections.abc import Callable
 from cluster.devices import Devices, of_cluster, of_machine
 from pipeline.stage import Sources
 from pipeline.stages import STAGES
+from schemas.compute import Compute, Sharding
 from schemas.errors import ManifestError
-from schemas.manifest import Compute, Manifest, Sharding
+from schemas.manifest import Manifest
 
 
 def resolved(manifest: Manifest, sources: Sources, devices: Callable[[Compute], Devices] | None = None) -> Manifest:

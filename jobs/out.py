@@ -13,8 +13,8 @@ from cluster.storage.path import StoragePath
 from jobs.log import TrainingLog
 from jobs.state import StageFolder, peak_memory, run_unit
 from pipeline.stage import Gang, Member, Out, Task
+from schemas.compute import Compute
 from schemas.events import Event, Note, StageStarted, UnitCommitted
-from schemas.manifest import Compute
 from schemas.records import ObjectEntry, Unit, UnitRecord
 
 T = TypeVar("T", bound=Task)

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from cluster.devices import machine_memory, of_machine
 from pipeline.stage import Estimate, Sources, Stage
-from schemas.manifest import Compute, Dictionary, Manifest
+from schemas.compute import Compute
+from schemas.manifest import Dictionary, Manifest
 
 # Measured: the driver with torch, transformers and ray imported, and the processes of a local Ray.
 DRIVER_MEMORY = 900 * 2**20

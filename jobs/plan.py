@@ -16,7 +16,7 @@ from jobs.passes import companions, joint, needed, overhead
 from jobs.state import StageFolder
 from jobs.workspace import Workspace, label
 from pipeline.stage import Committed, Estimate, Params, Sources, Stage
-from pipeline.stages import STAGES
+from pipeline.stages import STAGES, stages_of
 from schemas.errors import ManifestError, StorageError
 from schemas.manifest import Dictionary, Manifest
 
@@ -60,9 +60,10 @@ class Plan:
 
 def instances(manifest: Manifest) -> list[tuple[Stage, Dictionary | None]]:
     """Every stage to run: the shared ones once, the others for each dictionary in turn."""
-    shared: list[tuple[Stage, Dictionary | None]] = [(stage, None) for stage in STAGES if not stage.per_dictionary]
+    stages = stages_of(manifest)
+    shared: list[tuple[Stage, Dictionary | None]] = [(stage, None) for stage in stages if not stage.per_dictionary]
     return shared + [
-        (stage, dictionary) for dictionary in manifest.dictionaries for stage in STAGES if stage.per_dictionary
+        (stage, dictionary) for dictionary in manifest.dictionaries for stage in stages if stage.per_dictionary
     ]
 
 

@@ -26,9 +26,10 @@ from jobs.sources import survey
 from jobs.state import StageFolder
 from jobs.workspace import PROCESS, Workspace, label
 from pipeline.stage import Committed, Job, Out, Params, Sources, Stage
+from schemas.compute import Compute
 from schemas.errors import BusyError, FencedError, InterruptedRunError, KilobasisError
 from schemas.events import Event, Note, StageCommitted, StageStarted
-from schemas.manifest import Compute, Dictionary, Manifest
+from schemas.manifest import Dictionary, Manifest
 from schemas.records import Outputs, canonical_json
 
 

@@ -10,11 +10,12 @@ from cluster.storage import foreign, objects, probe
 from cluster.storage.attempts import patience
 from cluster.storage.path import StoragePath
 from jobs.workspace import reaching
+from pipeline import generate
 from pipeline.sources import corpus, models
 from pipeline.stage import CorpusFacts, ModelFacts, Sources
 from pipeline.tokenize import sequences
 from schemas.errors import ManifestError
-from schemas.manifest import Manifest
+from schemas.manifest import Corpus, Manifest
 
 SAMPLE_FILES = 4
 SAMPLE_DOCUMENTS = 32
@@ -26,15 +27,18 @@ def survey(manifest: Manifest) -> Sources:
     Raises:
         ManifestError: a model, hook point or corpus cannot be used.
     """
+    if manifest.synthetic is not None:
+        return generate.known_sources(manifest.synthetic, manifest.hook_points)
+    assert manifest.model is not None
+    assert manifest.corpus is not None
     model = models.inspect(manifest.model, manifest.harvest.hook_points)
     source = StoragePath.parse(manifest.corpus.source)
     with reaching(f"corpus.source {source}", source), patience(probe.DOOR_SECONDS):
-        return Sources(model, _corpus(manifest, model))
+        return Sources(model, _corpus(manifest, manifest.corpus, model))
 
 
-def _corpus(manifest: Manifest, model: ModelFacts) -> CorpusFacts:
+def _corpus(manifest: Manifest, section: Corpus, model: ModelFacts) -> CorpusFacts:
     """Files with their signatures; rows are estimated from a few documents of a few files."""
-    section = manifest.corpus
     source, root = StoragePath.parse(section.source), StoragePath.parse(manifest.root)
     if f"{root}/".startswith(f"{source}/"):
         raise ManifestError(

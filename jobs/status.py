@@ -17,10 +17,11 @@ from jobs.plan import instances
 from jobs.state import StageFolder
 from jobs.workspace import PROCESS, Workspace, events_of, label, manifest_of
 from pipeline.stage import Stage
+from schemas.compute import Compute
 from schemas.errors import IntegrityError, ManifestError
 from schemas.events import Event, Progress, StageCommitted, StageStarted
 from schemas.layouts import BEATS, COMMITTED, LOG, RUNS, SPEC, beat_key
-from schemas.manifest import Compute, Dictionary
+from schemas.manifest import Dictionary
 from schemas.records import LeaseRecord, Owner, StageRecord, parse_record
 
 # Runs whose events are looked through for the folder of a stage; older ones are passed over.

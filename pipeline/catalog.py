@@ -8,6 +8,7 @@ are picked at the end.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +20,22 @@ from cluster.pool import Resources
 from cluster.storage.create import create_or_adopt
 from cluster.storage.formats import read_document, read_table
 from cluster.storage.path import StoragePath
-from pipeline import harvest
+from pipeline.activations.layout import planned_layout
 from pipeline.activations.source import open_store
 from pipeline.dictionary.firings import by_feature, statistics
-from pipeline.dictionary.model import TopKDictionary
+from pipeline.dictionary.model import DictionaryConfig
 from pipeline.dictionary.stored import open_dictionary
-from pipeline.dictionary.weights import direct_effect, nearest
+from pipeline.dictionary.weights import direct_effect
+from pipeline.profiles import (
+    ENCODE_ROWS,
+    densest,
+    encode_rows,
+    feature_table,
+    norm_counts,
+    norm_histogram,
+    spread,
+    weights_table,
+)
 from pipeline.report.page import render
 from pipeline.sources import models
 from pipeline.stage import Committed, Estimate, Out, Params, Sources, Task
@@ -34,10 +45,7 @@ from schemas.manifest import Dictionary, Manifest, Model
 from schemas.records import ObjectEntry, Outputs, Unit
 from schemas.tables import CURVES as CURVES_SCHEMA
 from schemas.tables import EXAMPLES as EXAMPLES_SCHEMA
-from schemas.tables import FEATURE_STATISTICS
 
-ENCODE_ROWS = 4096
-NORM_BINS = 40
 PROMOTED = 8
 
 # Measured: a worker that has imported torch, transformers, zarr and pyarrow.
@@ -99,7 +107,7 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
     assert dictionary is not None
     width = sources.model.widths[dictionary.encoded]
     features = dictionary.size(width)
-    layout = harvest.store_layout(harvest.params(manifest, None, sources), sources.corpus.train_rows)
+    layout = planned_layout(manifest.harvest, sources.model.widths, sources.corpus.train_rows)
     rows = min(layout.rows, dictionary.catalog.tokens)
     units = -(-rows // layout.unit_rows)
     span = 2 * dictionary.catalog.window + 1
@@ -122,14 +130,14 @@ def run(inputs: Mapping[str, Committed], params: CatalogParams, out: Out) -> Out
     resources = Resources(threads=out.compute.threads)
     weights = out.map(describe_weights, [WeightsTask(unit="weights", train=train, params=params)], resources)
     cut = open_store(harvested).layout.geometry
-    units = _spread(cut.units, cut.unit_rows, params.tokens)
+    units = spread(cut.units, cut.unit_rows, params.tokens)
     tasks = [
         CatalogTask(unit=f"{index:06d}", index=index, harvest=harvested, train=train, params=params) for index in units
     ]
     records = out.map(collect_unit, tasks, resources)
     collected = [records[unit].made for unit in sorted(records)]
     tokens = sum(unit.rows for unit in collected)
-    features = _features(out.path, collected, weights["weights"].made, tokens)
+    features = feature_table(out.path, collected, weights["weights"].made, tokens)
     examples = _best([read_table(out.path, unit.objects[1]) for unit in collected], params.examples, features.num_rows)
     written = [
         out.write(FEATURES, parquet_body(features, 65_536)),
@@ -142,12 +150,6 @@ def run(inputs: Mapping[str, Committed], params: CatalogParams, out: Out) -> Out
     )
 
 
-def _spread(units: int, unit_rows: int, tokens: int) -> list[int]:
-    """As many units as the tokens allow, evenly spread over the corpus."""
-    wanted = max(1, min(units, tokens // unit_rows))
-    return sorted({int(index * units / wanted) for index in range(wanted)})
-
-
 def collect_unit(task: CatalogTask, path: StoragePath) -> Unit:
     """Statistics and best examples of one unit of the harvest."""
     settings = task.params
@@ -155,7 +157,7 @@ def collect_unit(task: CatalogTask, path: StoragePath) -> Unit:
     store = open_store(task.harvest)
     x_ND, tokens_N, positions_N = store.unit(settings.hook_point, task.index)
     first, _ = store.layout.geometry.span(task.index)
-    z_NK, indices_NK = _encode(dictionary, x_ND)
+    z_NK, indices_NK = encode_rows(dictionary, x_ND)
     # What training passed over by position is no part of what a feature does.
     kept_N = positions_N >= settings.skip_positions
     z_NK[~kept_N] = 0.0
@@ -173,14 +175,7 @@ def collect_unit(task: CatalogTask, path: StoragePath) -> Unit:
         key = f"{name}/{task.unit}.parquet"
         create_or_adopt(path / key, body)
         objects.append(ObjectEntry.of(key, body))
-    counts, edges = np.histogram(norms_N.log10().clamp(-3.0, 6.0).numpy(), bins=900, range=(-3.0, 6.0))
-    facts = {"norms": {"first": float(edges[0]), "step": 0.01, "counts": counts.tolist()}}
-    return Unit(objects=tuple(objects), rows=int(kept_N.sum()), facts=facts)
-
-
-def _encode(dictionary: TopKDictionary, x_ND: torch.Tensor) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    parts = [dictionary.encode(x_BD.float()) for x_BD in torch.split(x_ND, ENCODE_ROWS)]
-    return torch.cat([z for z, _ in parts]).numpy(), torch.cat([indices for _, indices in parts]).numpy()
+    return Unit(objects=tuple(objects), rows=int(kept_N.sum()), facts={"norms": norm_counts(norms_N)})
 
 
 def _examples(
@@ -245,32 +240,9 @@ def _windows(
 def describe_weights(task: WeightsTask, path: StoragePath) -> Unit:
     """Norms, nearest neighbours and, in a language model, the output tokens a feature promotes."""
     dictionary = open_dictionary(task.train).dictionary
-    W_enc_FD, W_dec_FD = dictionary.W_enc, dictionary.W_dec
-    unit_FD = torch.nn.functional.normalize(W_dec_FD, dim=1)
-    neighbour_F, cosine_F = nearest(unit_FD)
-    promoted, suppressed = _direct_effect(task.params, W_dec_FD)
-    table = pa.Table.from_pydict(
-        {
-            "decoder_norm": W_dec_FD.norm(dim=1).numpy(),
-            "encoder_norm": W_enc_FD.norm(dim=1).numpy(),
-            "encoder_decoder_cosine": pa.array(_cosine(dictionary), pa.float32()),
-            "nearest_feature": neighbour_F.numpy(),
-            "nearest_cosine": cosine_F.numpy(),
-            "top_tokens": promoted,
-            "bottom_tokens": suppressed,
-        }
-    )
-    body = parquet_body(table)
+    body = parquet_body(weights_table(dictionary, *_direct_effect(task.params, dictionary.W_dec)))
     create_or_adopt(path / "weights.parquet", body)
     return Unit(objects=(ObjectEntry.of("weights.parquet", body),))
-
-
-def _cosine(dictionary: TopKDictionary) -> list[float | None]:
-    """Of encoder and decoder rows; a transcoder's lie in two spaces."""
-    if dictionary.b_in is not None:
-        return [None] * dictionary.features
-    cosine_F: list[float | None] = torch.nn.functional.cosine_similarity(dictionary.W_enc, dictionary.W_dec).tolist()
-    return cosine_F
 
 
 def _direct_effect(settings: CatalogParams, W_dec_FD: torch.Tensor) -> tuple[list[list[int]], list[list[int]]]:
@@ -280,35 +252,6 @@ def _direct_effect(settings: CatalogParams, W_dec_FD: torch.Tensor) -> tuple[lis
     if head is None or head.weight.shape[1] != W_dec_FD.shape[1]:
         return [[] for _ in W_dec_FD], [[] for _ in W_dec_FD]
     return direct_effect(W_dec_FD, head.weight.float(), PROMOTED)
-
-
-def _features(path: StoragePath, collected: list[Unit], weights: Unit, tokens: int) -> pa.Table:
-    """One row per feature, from the sums of all units and the weights."""
-    described = read_table(path, weights.objects[0])
-    count = described.num_rows
-    fires, total, square = np.zeros(count, np.int64), np.zeros(count), np.zeros(count)
-    largest = np.zeros(count, np.float32)
-    for unit in collected:
-        table = read_table(path, unit.objects[0])
-        at = table["feature"].to_numpy()
-        fires[at] += table["fires"].to_numpy()
-        total[at] += table["sum"].to_numpy()
-        square[at] += table["square"].to_numpy()
-        largest[at] = np.maximum(largest[at], table["max"].to_numpy())
-    seen = np.maximum(fires, 1)
-    mean = total / seen
-    columns = {
-        "feature": np.arange(count),
-        "fires": fires,
-        "density": fires / max(tokens, 1),
-        "mean": mean,
-        "std": np.sqrt(np.maximum(square / seen - mean**2, 0.0)),
-        "max": largest,
-        **{name: described[name] for name in described.column_names},
-    }
-    return pa.Table.from_pydict({field.name: columns[field.name] for field in FEATURE_STATISTICS}).cast(
-        FEATURE_STATISTICS
-    )
 
 
 def _best(tables: list[pa.Table], examples: int, features: int) -> pa.Table:
@@ -339,10 +282,8 @@ def _report(
     train = inputs["train"]
     judged = read_document(inputs["evaluate"].path, inputs["evaluate"].entry(METRICS))
     curves = read_table(train.path, train.entry(CURVES), CURVES_SCHEMA)
-    shown = features
-    if features.num_rows > settings.report_features:
-        densest = features.sort_by([("fires", "descending"), ("feature", "ascending")])
-        shown = densest.slice(0, settings.report_features)
+    shown = densest(features, settings.report_features)
+    if shown.num_rows < features.num_rows:
         examples = examples.filter(pa.compute.is_in(examples["feature"], value_set=shown["feature"].combine_chunks()))
     saved = open_dictionary(train)
     facts = {
@@ -356,6 +297,7 @@ def _report(
         "training rows": f"{inputs['harvest'].facts['layout']['rows']:,}",
         "tokens catalogued": f"{tokens:,}",
         "held-out tokens": f"{judged['tokens']:,}",
+        **_of_tree(saved.config, judged),
         "dead means": f"silent for {train.facts['dead_window_tokens']:,} tokens",
     }
     return render(
@@ -365,25 +307,26 @@ def _report(
         curves=curves,
         features=shown,
         examples=examples,
-        norms=_norms(collected),
+        norms=norm_histogram(collected),
         token_text=token_texts(settings),
         shown_of=features.num_rows,
     )
 
 
-def _norms(collected: list[Unit]) -> dict[str, list[float]]:
-    """The rows' norms as a histogram over the range that they really span."""
-    counts = np.sum([unit.facts["norms"]["counts"] for unit in collected], axis=0)
-    first, step = collected[0].facts["norms"]["first"], collected[0].facts["norms"]["step"]
-    at = np.flatnonzero(counts)
-    low, high = int(at[0]), int(at[-1]) + 1
-    width = max(1, -(-(high - low) // NORM_BINS))
-    starts = np.arange(low, high, width)
-    edges = [10 ** (first + step * float(edge)) for edge in [*starts, starts[-1] + width]]
-    return {
-        "edges": [float(f"{edge:.6g}") for edge in edges],
-        "counts": [int(counts[start : start + width].sum()) for start in starts],
+def _of_tree(config: DictionaryConfig, judged: Mapping[str, Any]) -> dict[str, str]:
+    """What is to be said of a tree: its levels, and what it misses by looking at few of its features."""
+    if config.tree is None:
+        return {}
+    tree, searched = config.tree, judged.get("audit")
+    facts = {
+        "tree": f"{config.features // tree.size:,} parents, {tree.children:,} children each; {tree.size} in a subtree"
     }
+    if searched:
+        facts["children searched"] = (
+            f"of {tree.routed + tree.always:,} parents a token: {searched['routing_recall']:.0%} of the best of all; "
+            f"FVU {searched['fvu_routed']:.4f}, with all {searched['fvu_exact']:.4f}"
+        )
+    return facts
 
 
 def token_texts(settings: CatalogParams) -> Callable[[int], str]:

@@ -24,18 +24,26 @@ from cluster.storage.path import StoragePath
 from pipeline import metrics
 from pipeline.activations.source import open_store
 from pipeline.dictionary import baselines
+from pipeline.dictionary.audit import audit
 from pipeline.dictionary.stored import open_dictionary
+from pipeline.dictionary.tree import TreeDictionary
 from pipeline.metrics import Moments
 from pipeline.sources import models
 from pipeline.sources.hooks import capture, spliced
 from pipeline.sources.sequences import Piece, TokenSequence, batches, overlapping, padded, pieces, read
 from pipeline.stage import Committed, Estimate, Out, Params, Sources, Task
+from schemas.events import Event, Note
 from schemas.layouts import METRICS
 from schemas.manifest import Dictionary, Manifest, Model
 from schemas.records import ObjectEntry, Outputs, Unit
 
 UNIT_ROWS = 16_384
 OURS = "dictionary"
+PARENTS = "parents"
+# Of each unit, for which all features of a tree are searched; and how much worse it may be for not doing so.
+AUDIT_ROWS = 512
+AUDIT = ("routed", "exact", "flat")
+MOST_GAP = 0.1
 BASELINES = "baselines.safetensors"
 
 # Measured: a worker that has imported torch, transformers, zarr and pyarrow.
@@ -80,6 +88,7 @@ class SpanTask(Task):
 def params(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -> EvaluateParams:
     """See `Stage.params`."""
     assert dictionary is not None
+    assert manifest.model is not None
     return EvaluateParams(
         hook_point=dictionary.encoded,
         target=None if dictionary.transcode is None else dictionary.explained,
@@ -101,6 +110,7 @@ def check(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -
 
 def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -> Estimate:
     """See `Stage.estimate`. Logits of one batch, thrice, are the largest thing in a language model."""
+    assert manifest.corpus is not None
     settings = params(manifest, dictionary, sources)
     rows = max(1, min(sources.corpus.heldout_rows, settings.tokens))
     width = sources.model.widths[settings.hook_point]
@@ -145,8 +155,22 @@ def run(inputs: Mapping[str, Committed], params: EvaluateParams, out: Out) -> Ou
     ]
     records = out.map(judge_span, tasks, resources)
     judged = summarize(params, train, [(out.path, records[unit].made) for unit in sorted(records)])
+    warn(judged, out.stage, out.emit)
     body = json.dumps(judged, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
     return Outputs(objects=(out.write(METRICS, body),), facts={"metrics": judged.get(OURS, {})})
+
+
+def warn(judged: Mapping[str, Any], stage: str, emit: Callable[[Event], None]) -> None:
+    """Say where a tree explains much less than it would if it searched all of its children."""
+    gap = judged.get("audit", {}).get("gap", 0.0)
+    if gap > MOST_GAP:
+        emit(
+            Note(
+                stage,
+                f"FVU is {gap:.0%} higher for searching the children of routed parents alone, where more would explain "
+                "more -> raise tree.routed",
+            )
+        )
 
 
 def fit_baselines(task: BaselineTask, path: StoragePath) -> Unit:
@@ -175,13 +199,21 @@ def judge_span(task: SpanTask, path: StoragePath) -> Unit:
         return dictionary.decode(z_NK, indices_NK)
 
     contenders: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {OURS: ours}
+    tree = dictionary if isinstance(dictionary, TreeDictionary) else None
+    if tree is not None:
+
+        def parents(x_ND: torch.Tensor) -> torch.Tensor:
+            x_hat_ND, codes[PARENTS] = tree.parents_alone(x_ND)
+            return x_hat_ND
+
+        contenders[PARENTS] = parents
     if task.baselines is not None:
         fitted = read_tensors(path, task.baselines)
         contenders |= {name: baselines.reconstructor(name, fitted, settings.k) for name in settings.baselines}
         mean_E = fitted["mean"]
         contenders["mean"] = lambda x_ND: mean_E.expand(len(x_ND), -1)
     contenders["zero"] = lambda x_ND: x_ND.new_zeros(len(x_ND), dictionary.W_dec.shape[1])
-    judge = _Judge(loaded.model, loaded.is_causal_lm, settings, contenders, codes)
+    judge = _Judge(loaded.model, loaded.is_causal_lm, settings, contenders, codes, tree)
     sequences = read(task.tokens.path, task.pieces, task.first, task.end)
     # A sequence belongs to the span that holds its first row, so that no token is judged twice.
     own = [sequence for sequence in sequences if task.first <= sequence.first_row < task.end]
@@ -210,7 +242,9 @@ class _Judge:
         settings: EvaluateParams,
         contenders: Mapping[str, Callable[[torch.Tensor], torch.Tensor]],
         codes: dict[str, torch.Tensor],
+        tree: TreeDictionary | None,
     ) -> None:
+        self._tree, self._audited = tree, 0
         self._model, self._is_causal_lm, self._settings = model, is_causal_lm, settings
         self._contenders, self._codes = contenders, codes
         self._moments: dict[str, Moments] = {}
@@ -227,13 +261,14 @@ class _Judge:
         stop_at = source if source == target else None
         seen = capture(self._model, list(dict.fromkeys((source, target))), inputs, stop_at=stop_at)
         x_ND, y_ND = (seen[place][judged_BS].float() for place in (source, target))
+        if self._tree is not None and self._audited < AUDIT_ROWS:
+            self._audit(self._tree, x_ND[: AUDIT_ROWS - self._audited])
         untouched = self._read_out(self._model(**inputs), inputs, real_BS)
         for name, contender in self._contenders.items():
             self._codes.clear()
             x_hat_ND = contender(x_ND)
             if name not in ("zero", "mean"):
-                made = Moments.of(y_ND, x_hat_ND, self._codes.get(name))
-                self._moments[name] = self._moments[name] + made if name in self._moments else made
+                self._count(name, Moments.of(y_ND, x_hat_ND, self._codes.get(name)))
 
             def put(x_BSD: torch.Tensor, x_hat_ND: torch.Tensor = x_hat_ND) -> torch.Tensor:
                 changed_BSD = x_BSD.clone()
@@ -242,6 +277,18 @@ class _Judge:
 
             with spliced(self._model, target, put):
                 self._compare(name, untouched, self._read_out(self._model(**inputs), inputs, real_BS))
+
+    def _audit(self, tree: TreeDictionary, x_ND: torch.Tensor) -> None:
+        """Search all of a tree's features for some tokens."""
+        made = audit(tree, x_ND)
+        for name in AUDIT:
+            self._count(f"audit-{name}", Moments.of(x_ND, getattr(made, f"{name}_ND")))
+        self._add("audit.found", torch.tensor(float(made.found)))
+        self._add("audit.wanted", torch.tensor(float(made.wanted)))
+        self._audited += len(x_ND)
+
+    def _count(self, name: str, made: Moments) -> None:
+        self._moments[name] = self._moments[name] + made if name in self._moments else made
 
     def _read_out(self, output: Any, inputs: dict[str, torch.Tensor], real_BS: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of the judged predictions (N, V), or sentence embeddings (B, D)."""
@@ -299,17 +346,21 @@ def summarize(params: EvaluateParams, train: Committed, units: list[tuple[Storag
     }
     if not judged["tokens"]:
         return judged
-    for name in (OURS, *params.baselines):
-        fields: dict[str, Any] = {
-            field: tensors[f"{name}.{field}"] if field in ("x_D", "error_D") else numbers[f"{name}.{field}"]
-            for field in Moments.__dataclass_fields__
-        }
-        moments = Moments(**fields)
-        judged[name] = metrics.reconstruction(moments) | _output(name, numbers)
-        if name != OURS:
+    parents = (PARENTS,) if f"{PARENTS}.tokens" in numbers else ()
+    for name in (OURS, *parents, *params.baselines):
+        judged[name] = metrics.reconstruction(_moments(name, tensors, numbers)) | _output(name, numbers)
+        if name in params.baselines:
             # Baselines keep no code; PCA has k components on for every token, the random dictionary k features.
             judged[name] |= {"l0": float(params.k)}
             del judged[name]["l1"]
+    if "audit.wanted" in numbers:
+        fvu = {name: metrics.fvu(_moments(f"audit-{name}", tensors, numbers)) for name in AUDIT}
+        judged["audit"] = {
+            "tokens": int(numbers["audit-routed.tokens"]),
+            "routing_recall": numbers["audit.found"] / max(numbers["audit.wanted"], 1.0),
+            "gap": fvu["routed"] / max(fvu["exact"], 1e-12) - 1.0,
+            **{f"fvu_{name}": value for name, value in fvu.items()},
+        }
     judged[OURS]["dead"] = train.facts["dead"]
     judged[OURS]["never_fired_heldout"] = float((tensors["fires"] == 0).double().mean())
     judged["density_histogram"] = metrics.density_histogram(tensors["fires"], judged["tokens"])
@@ -321,6 +372,14 @@ def summarize(params: EvaluateParams, train: Committed, units: list[tuple[Storag
         }
         judged["model"] = {("ce_loss" if name == "model" else f"ce_{name}"): value for name, value in per.items()}
     return judged
+
+
+def _moments(name: str, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, float]) -> Moments:
+    fields: dict[str, Any] = {
+        field: tensors[f"{name}.{field}"] if field in ("x_D", "error_D") else numbers[f"{name}.{field}"]
+        for field in Moments.__dataclass_fields__
+    }
+    return Moments(**fields)
 
 
 def _output(name: str, numbers: Mapping[str, float]) -> dict[str, float]:

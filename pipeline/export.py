@@ -3,13 +3,16 @@
 SAELens 6: `cfg.json`, `sae_weights.safetensors` and `sparsity.safetensors` in one folder; loads with
 `SAE.load_from_disk`. Weights are the ones of raw activations, decoder rows have unit norm, so nothing is
 left to fold on loading.
+
+A tree's inference has no place there: children see what parents leave, which no encoder of that format does. Its
+parents are a TopK dictionary by themselves, trained as one, and that is what is exported; `metadata` says so.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -44,10 +47,12 @@ class ExportParams(Params):
 def params(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -> ExportParams:
     """See `Stage.params`."""
     assert dictionary is not None
+    corpus = manifest.corpus
     return ExportParams(
         formats=dictionary.export,
-        context=manifest.corpus.context,
-        has_bos=sources.model.has_bos and manifest.corpus.bos != "never",
+        # A row of a synthetic source is a sequence of its own.
+        context=1 if corpus is None else corpus.context,
+        has_bos=sources.model.has_bos and corpus is not None and corpus.bos != "never",
         model_class="AutoModelForCausalLM" if sources.model.is_causal_lm else "AutoModel",
     )
 
@@ -98,15 +103,16 @@ def saelens_files(
     Returns:
         File contents by name. `sparsity` is log10 of the density, -10 for a feature that never fired.
     """
+    level, metadata = _flat(dictionary, config)
     transcodes = config.target is not None
     architectures = SAELENS_TRANSCODERS if transcodes else SAELENS_ARCHITECTURES
-    metadata = {"hook_name_out": config.target} if transcodes else {}
+    metadata |= {"hook_name_out": config.target} if transcodes else {}
     cfg = {
         "architecture": architectures[config.activation],
         "d_in": config.width,
         **({"d_out": config.target_width} if transcodes else {}),
-        "d_sae": config.features,
-        **({"k": config.k} if config.activation == "topk" else {}),
+        "d_sae": len(level.W_enc),
+        **({"k": level.k} if config.activation == "topk" else {}),
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": not transcodes,
@@ -128,17 +134,42 @@ def saelens_files(
         },
     }
     weights = {
-        "W_enc": dictionary.W_enc.T.contiguous(),
+        "W_enc": level.W_enc.T.contiguous(),
         # There is no bias on a transcoder's input there; taking it off is adding to the other one.
-        "b_enc": dictionary.b_enc if dictionary.b_in is None else dictionary.b_enc - dictionary.W_enc @ dictionary.b_in,
-        "W_dec": dictionary.W_dec,
+        "b_enc": level.b_enc if dictionary.b_in is None else level.b_enc - level.W_enc @ dictionary.b_in,
+        "W_dec": level.W_dec,
         "b_dec": dictionary.b_dec,
     }
     if dictionary.threshold is not None:
         weights["threshold"] = dictionary.threshold
-    sparsity_F = torch.from_numpy(np.log10(np.maximum(density_F, 1e-10))).float()
+    sparsity_F = torch.from_numpy(np.log10(np.maximum(density_F[:: level.every], 1e-10))).float()
     return {
         "cfg.json": json.dumps(cfg, indent=1, sort_keys=True).encode() + b"\n",
         "sae_weights.safetensors": safetensors.torch.save(weights),
         "sparsity.safetensors": safetensors.torch.save({"sparsity": sparsity_F}),
     }
+
+
+class _Level(NamedTuple):
+    """Features that a flat layout can hold: all of them, or every so many-th."""
+
+    W_enc: torch.Tensor
+    b_enc: torch.Tensor
+    W_dec: torch.Tensor
+    k: int
+    every: int
+
+
+def _flat(dictionary: TopKDictionary, config: DictionaryConfig) -> tuple[_Level, dict[str, Any]]:
+    """A dictionary as it is, or a tree's parents, and what is to be said of it."""
+    if config.tree is None:
+        return _Level(dictionary.W_enc, dictionary.b_enc, dictionary.W_dec, config.k, 1), {}
+    size = config.tree.size
+    W_enc, b_enc, W_dec = (each[::size].contiguous() for each in (dictionary.W_enc, dictionary.b_enc, dictionary.W_dec))
+    said = {
+        "kilobasis_level": "parents",
+        "kilobasis_features": config.features,
+        "kilobasis_note": f"feature i here is feature {size} i of a tree of {config.features}, whose children have no "
+        "place in this layout",
+    }
+    return _Level(W_enc, b_enc, W_dec, config.tree.coarse_k, size), said

@@ -23,8 +23,7 @@ from cluster.pool import Resources
 from cluster.storage.objects import read_recorded
 from cluster.storage.path import StoragePath
 from cluster.storage.zarr_store import metadata
-from pipeline.activations.layout import StoreLayout
-from pipeline.activations.order import choose_geometry
+from pipeline.activations.layout import StoreLayout, choose_layout
 from pipeline.activations.write import ROUNDING, read_back, write_unit
 from pipeline.sources import models
 from pipeline.sources.hooks import capture
@@ -74,6 +73,7 @@ class UnitTask(Task):
 def params(manifest: Manifest, _dictionary: Dictionary | None, sources: Sources) -> HarvestParams:
     """See `Stage.params`."""
     section = manifest.harvest
+    assert manifest.model is not None
     return HarvestParams(
         **section.model_dump(exclude={"hook_points"}),
         widths=dict(sources.model.widths),
@@ -91,21 +91,14 @@ def store_layout(settings: HarvestParams, train_rows: int) -> StoreLayout:
         ManifestError: slabs that fit the loader are not possible.
     """
     rows = min(train_rows, settings.tokens or train_rows)
-    itemsize = 4 if settings.dtype == "float32" else 2
-    cut = choose_geometry(
+    return choose_layout(
         rows,
-        max(settings.widths.values()) * itemsize,
+        settings.widths,
+        settings.dtype,
+        settings.seed,
         settings.loader_memory,
         settings.unit_rows,
         settings.chunk_rows,
-    )
-    return StoreLayout(
-        rows=rows,
-        unit_rows=cut.unit_rows,
-        chunk_rows=cut.chunk_rows,
-        seed=settings.seed,
-        dtype=settings.dtype,
-        widths=settings.widths,
     )
 
 
@@ -116,6 +109,7 @@ def check(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -
 
 def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -> Estimate:
     """See `Stage.estimate`. A worker holds the model twice while loading, one batch and one unit."""
+    assert manifest.corpus is not None
     layout = store_layout(params(manifest, dictionary, sources), sources.corpus.train_rows)
     cut, model = layout.geometry, sources.model
     stored = sum(layout.row_bytes(hook_point) + 4 for hook_point in layout.widths) + 16

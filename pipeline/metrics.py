@@ -65,7 +65,8 @@ class Moments:
             product=float(product_N.sum()),
             x_hat_square=float(x_hat.square().sum()),
             cosine=float((product_N / (x_norm_N * x_hat_norm_N).clamp_min(1e-30)).sum()),
-            norm_ratio=float((x_hat_norm_N / x_norm_N.clamp_min(1e-30)).sum()),
+            # A row of zeros has no length to compare with.
+            norm_ratio=float(torch.where(x_norm_N > 0, x_hat_norm_N / x_norm_N.clamp_min(1e-30), 0.0).sum()),
             # A token that is its batch's mean has no spread to explain.
             ev_legacy=float(torch.where(spread_N > 0, 1.0 - error.square().sum(1) / spread_N, 0.0).sum()),
             l0=0.0 if code_NK is None else float((code_NK > 0).sum()),

@@ -14,9 +14,10 @@ from pydantic import BaseModel, ConfigDict
 
 from cluster.pool import Phase, Resources
 from cluster.storage.path import StoragePath
+from schemas.compute import Compute
 from schemas.errors import KilobasisError
 from schemas.events import Event
-from schemas.manifest import Compute, Dictionary, Manifest, Model
+from schemas.manifest import Dictionary, Manifest, Model
 from schemas.records import CheckpointRecord, ObjectEntry, Outputs, StageRecord, Unit, UnitRecord
 
 

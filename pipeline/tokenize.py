@@ -69,6 +69,7 @@ class FileTask(Task):
 
 def params(manifest: Manifest, _dictionary: Dictionary | None, sources: Sources) -> TokenizeParams:
     """See `Stage.params`."""
+    assert manifest.corpus is not None
     section = manifest.corpus.model_dump(exclude={"source"})
     return TokenizeParams(
         **section,
@@ -81,6 +82,7 @@ def params(manifest: Manifest, _dictionary: Dictionary | None, sources: Sources)
 
 def check(manifest: Manifest, _dictionary: Dictionary | None, sources: Sources) -> None:
     """Refuse a context that the model cannot take, and BOS or EOS tokens that are not there."""
+    assert manifest.corpus is not None
     longest = sources.model.max_context
     if longest is not None and manifest.corpus.context > longest:
         raise ManifestError(
@@ -99,6 +101,7 @@ def check(manifest: Manifest, _dictionary: Dictionary | None, sources: Sources) 
 
 def estimate(manifest: Manifest, _dictionary: Dictionary | None, sources: Sources) -> Estimate:
     """See `Stage.estimate`."""
+    assert manifest.corpus is not None
     rows = sources.corpus.train_rows + sources.corpus.heldout_rows
     return Estimate(
         units=len(sources.corpus.files),

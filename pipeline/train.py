@@ -10,21 +10,23 @@ from pydantic import Field
 
 from cluster.pool import Resources
 from cluster.storage.create import create_or_adopt
-from pipeline import harvest
-from pipeline.activations.layout import StoreLayout
+from pipeline.activations.layout import StoreLayout, planned_layout
 from pipeline.activations.read import Stream
 from pipeline.activations.source import open_store
-from pipeline.dictionary import loop, model, parallel
+from pipeline.dictionary import loop, parallel
 from pipeline.dictionary.footprint import footprint
-from pipeline.dictionary.model import DictionaryConfig
+from pipeline.dictionary.model import DictionaryConfig, TreeShape
+from pipeline.dictionary.stored import to_bytes
 from pipeline.stage import Committed, Estimate, Gang, Job, Member, Out, Params, Sources, Task
 from pipeline.tokenize import parquet_body
+from schemas.compute import Zero
 from schemas.errors import KilobasisError, ManifestError
 from schemas.layouts import CURVES, DICTIONARY, DICTIONARY_CONFIG
-from schemas.manifest import Dictionary, Manifest, Zero
+from schemas.manifest import Dictionary, Manifest
 from schemas.records import ObjectEntry, Outputs
 from schemas.tables import CURVES as CURVES_SCHEMA
 from schemas.training import Train
+from schemas.tree import Tree, require_parents
 
 # Measured: a rank that has imported torch, deepspeed, zarr and pyarrow and joined its group.
 RANK_MEMORY = 750 * 2**20
@@ -42,6 +44,7 @@ class TrainParams(Params):
     features: int
     activation: Literal["topk", "batch_topk", "jumprelu", "relu"]
     k: int
+    tree: Tree | None = Field(default=None, exclude_if=lambda value: value is None)
     model_digest: str
     settings: Train
     model: str = Field(exclude=True)
@@ -69,6 +72,7 @@ def params(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) 
         features=dictionary.size(sources.model.widths[dictionary.encoded]),
         activation=dictionary.activation,
         k=dictionary.k,
+        tree=None if dictionary.tree is None else dictionary.tree.resolved(dictionary.k),
         # For people. The digest says which model it is, whatever its folder is called.
         model=sources.model.place.source.rstrip("/").rsplit("/", 1)[-1],
         model_digest=sources.model.digest,
@@ -92,15 +96,21 @@ def check(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -
             f"{settings.features} features",
             "leave out what is not smaller; the whole dictionary comes by itself",
         )
-    parts = manifest.compute.sharding.features
-    if settings.features % parts:
-        below = settings.features - settings.features % parts
+    parts, size, what = manifest.compute.sharding.features, 1, "features"
+    if settings.tree is not None:
+        try:
+            require_parents(settings.features, settings.tree)
+        except ValueError as error:
+            raise ManifestError(f"dictionary {dictionary.name!r}: {error}", "see `tree` in the README") from error
+        size, what = settings.tree.size, f"features in subtrees of {settings.tree.size}"
+    if settings.features % (parts * size):
+        below = settings.features - settings.features % (parts * size)
         raise ManifestError(
-            f"dictionary {dictionary.name!r}: {settings.features} features cannot be shared evenly by "
+            f"dictionary {dictionary.name!r}: {settings.features} {what} cannot be shared evenly by "
             f"compute.sharding.features {parts}",
-            f"set features to {below or parts} or {below + parts}",
+            f"set features to {below or parts * size} or {below + parts * size}",
         )
-    if dictionary.train.filter.skip_positions >= manifest.corpus.context:
+    if manifest.corpus is not None and dictionary.train.filter.skip_positions >= manifest.corpus.context:
         raise ManifestError(
             f"dictionary {dictionary.name!r}: train.filter.skip_positions {dictionary.train.filter.skip_positions} "
             f"leaves no row of sequences of {manifest.corpus.context} tokens",
@@ -118,18 +128,23 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
     assert dictionary is not None
     settings = params(manifest, dictionary, sources)
     width, target = sources.model.widths[dictionary.encoded], sources.model.widths[dictionary.explained]
-    layout = harvest.store_layout(harvest.params(manifest, None, sources), sources.corpus.train_rows)
+    layout = planned_layout(manifest.harvest, sources.model.widths, sources.corpus.train_rows)
     read = {dictionary.encoded, dictionary.explained}
     slab = max(layout.geometry.slab_count(0), 1) * (sum(layout.row_bytes(each) for each in read) + 16)
     sample = layout.geometry.slab_count(0) * sum(sources.model.widths[each] for each in read) * 4
     train = settings.settings
-    aux = train.auxiliary(width)
+    aux = train.auxiliary(width) if settings.tree is None else 0
     sharding = manifest.compute.sharding
     share = train.batch // sharding.data
     # RowAdam's gradient is of the whole batch; dense passes see a part each, and curves all that is explained.
     dense = train.optimizer == "adam"
     tokens = share // manifest.compute.accumulate if dense else train.batch
     step = (tokens * (8 * (width + target) + 24 * (settings.k + aux)) + min(tokens, share) * 1024) * 4 + SEARCH_MEMORY
+    if settings.tree is not None:
+        # Scores of children and what is kept of them, and a copy of the parents.
+        searched = (settings.tree.routed or 0) + settings.tree.always
+        step += min(share * searched * settings.tree.children, 2**26) * 16
+        step += settings.features // settings.tree.size * width * 4 + settings.features * 32
     step += train.batch * 8 * target * 4 if dense and tokens < train.batch else 0
     held = footprint(train, manifest.compute, settings.features, width + target)
     steps = -(-settings.settings.tokens // settings.settings.batch)
@@ -145,8 +160,16 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
         memory=once + held.peak + step,
         shared=once,
         workers=sharding.ranks,
-        note=f"F {settings.features} (F/d {settings.features / width:g}), k {settings.k}, {steps} steps{mesh}{how}",
+        note=f"F {settings.features} (F/d {settings.features / width:g}){_tree(settings)}, k {settings.k}, "
+        f"{steps} steps{mesh}{how}",
     )
+
+
+def _tree(settings: TrainParams) -> str:
+    """For people."""
+    if settings.tree is None:
+        return ""
+    return f" in {settings.features // settings.tree.size} subtrees"
 
 
 def shared(params: TrainParams) -> tuple[object, ...]:
@@ -211,7 +234,8 @@ def train_ranks(members: Sequence[Member[TrainTask]], gang: Gang) -> Sequence[Ou
 def _wanted(member: Member[TrainTask], layout: StoreLayout) -> loop.Wanted:
     task, settings = member.task, member.task.params.settings
     dense = parallel.Dense(task.zero.stage, task.zero.offload, task.accumulate, settings.weights == "bfloat16")
-    return loop.Wanted(task.stage, _config(task.params, layout), settings, member.checkpoints, dense)
+    weight = 0.0 if task.params.tree is None else task.params.tree.coarse_weight
+    return loop.Wanted(task.stage, _config(task.params, layout), settings, member.checkpoints, dense, weight)
 
 
 def _config(params: TrainParams, layout: StoreLayout) -> DictionaryConfig:
@@ -221,6 +245,7 @@ def _config(params: TrainParams, layout: StoreLayout) -> DictionaryConfig:
         k=params.k,
         activation=params.activation,
         prefixes=params.settings.prefixes,
+        tree=None if params.tree is None else TreeShape(**params.tree.model_dump(exclude={"coarse_weight"})),
         hook_point=params.hook_point,
         target=params.target,
         target_width=None if params.target is None else layout.widths[params.target],
@@ -234,7 +259,7 @@ def _written(member: Member[TrainTask], wanted: loop.Wanted, trained: loop.Train
     columns = dict(zip(CURVES_SCHEMA.names, zip(*trained.curves, strict=True), strict=True))
     table = pa.Table.from_pydict({name: list(values) for name, values in columns.items()}).cast(CURVES_SCHEMA)
     bodies = {
-        DICTIONARY: model.to_bytes(trained.dictionary),
+        DICTIONARY: to_bytes(trained.dictionary),
         DICTIONARY_CONFIG: wanted.shape.model_dump_json(indent=1).encode(),
         CURVES: parquet_body(table),
     }

@@ -36,6 +36,11 @@ FEATURES = "features.parquet"
 EXAMPLES = "examples.parquet"
 REPORT = "report.html"
 
+# Of synthetic sources: what is known of them, and which feature is which known one.
+FIRES = "fires.safetensors"
+KNOWN = "known.parquet"
+MATCHES = "matches.parquet"
+
 
 def unit_key(unit: str) -> str:
     """Key of a unit's record."""
@@ -59,6 +64,11 @@ def array_name(hook_point: str) -> str:
     'layers.2.mlp-in'
     """
     return hook_point.replace(":", "-")
+
+
+def truth_key(hook_point: str) -> str:
+    """Key of a hook point's true directions, or of the toy model that has them."""
+    return f"truth/{array_name(hook_point)}.safetensors"
 
 
 def norm_name(hook_point: str) -> str:

@@ -14,9 +14,13 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
-from schemas.quantities import Bytes, Count, Fraction, Name, Processes, Section, Seed
+from schemas.compute import Compute
+from schemas.examination import Catalog, Evaluate, Transcode
+from schemas.quantities import Bytes, Count, Fraction, Name, Section, Seed, multiples
 from schemas.sweep import SWEEP_SCHEMA, expanded
+from schemas.synthetic import Synthetic
 from schemas.training import Train
+from schemas.tree import Tree, require_tree
 
 
 class Model(Section):
@@ -73,7 +77,9 @@ class Harvest(Section):
     """What is taken out of the model, and how it lies in the store."""
 
     hook_points: tuple[str, ...] = Field(
-        min_length=1, description="Module paths of the model; ':in' behind one takes the module's input."
+        default=(),
+        description="Module paths of the model; ':in' behind one takes the module's input. Of synthetic, all of its "
+        "hook points if left out.",
     )
     tokens: Count | None = Field(default=None, description="Rows to harvest; all of the training split if left out.")
     dtype: Literal["float32", "float16", "bfloat16"] = Field(default="bfloat16", description="Precision of the store.")
@@ -104,39 +110,6 @@ class Harvest(Section):
         return self
 
 
-class Evaluate(Section):
-    """How a dictionary is judged on the held-out split."""
-
-    tokens: Count = Field(default=200_000, description="Most held-out tokens to use.")
-    baselines: tuple[Literal["random", "pca"], ...] = Field(
-        default=("random", "pca"), description="Reference points that are judged on the same tokens."
-    )
-
-
-class Catalog(Section):
-    """What is kept about every feature."""
-
-    tokens: Count = Field(default=1_000_000, description="Most training rows to look through.")
-    examples: int = Field(default=8, ge=1, le=100, description="Top activating examples of a feature.")
-    window: int = Field(default=12, ge=0, le=512, description="Tokens of context on either side.")
-    report_features: Count = Field(
-        default=10_000, description="Features shown in the HTML report; Parquet holds them all."
-    )
-
-
-class Transcode(Section):
-    """A dictionary that encodes the activations of one hook point and explains those of another."""
-
-    from_: str = Field(alias="from", description="What is encoded; an MLP's input, say.")
-    to: str = Field(description="What is explained; the MLP's output, say.")
-
-    @model_validator(mode="after")
-    def _two_places(self) -> Self:
-        if self.from_ == self.to:
-            raise ValueError(f"from and to are both {self.to!r}; give hook_point instead")
-        return self
-
-
 class Dictionary(Section):
     """One dictionary: what it factorizes, its shape and its training."""
 
@@ -152,6 +125,11 @@ class Dictionary(Section):
     )
     k: Count = Field(
         description="Active features per token; on average for batch_topk and jumprelu, at the start for relu."
+    )
+    tree: Tree | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="Features in two levels, of which each token looks at few: a thousand times more features than d.",
     )
     train: Train
     evaluate: Evaluate = Evaluate()
@@ -209,134 +187,28 @@ class Dictionary(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _tree_fits(self) -> Self:
+        if self.tree is not None:
+            require_tree(self, self.tree)
+        return self
+
     def size(self, width: int) -> int:
         """F for a hook point of this width."""
         return self.features if self.features is not None else width * (self.expansion or 0)
 
 
-def _multiples(value: int, of: int) -> str:
-    """The nearest ones on both sides, for people.
-
-    >>> _multiples(10, 4), _multiples(3, 4)
-    ('8 or 12', '4')
-    """
-    below = value - value % of
-    return f"{below} or {below + of}" if below else str(of)
-
-
-class Sharding(Section):
-    """The mesh of training ranks, features x data: each has a part of the features and a part of each batch."""
-
-    features: Processes = Field(default=1, description="Ranks that share the features of a dictionary.")
-    data: Processes = Field(default=1, description="Ranks that share a batch.")
-    auto: bool = Field(
-        default=False, description="Choose both from the devices and their memory; `sharding: auto` says the same."
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _word(cls, value: Any) -> Any:
-        return {"auto": True} if value == "auto" else value
-
-    @model_validator(mode="after")
-    def _one_way(self) -> Self:
-        if self.auto and self.ranks > 1:
-            raise ValueError("give either auto or features and data")
-        return self
-
-    @property
-    def ranks(self) -> int:
-        """All of them."""
-        return self.features * self.data
-
-
-class Zero(Section):
-    """What DeepSpeed shards of a dense optimizer over the ranks that share a batch."""
-
-    stage: Literal[0, 1, 2, 3] = Field(
-        default=0, description="1 shards moments, 2 gradients as well, 3 weights as well; 0 nothing."
-    )
-    offload: Literal["none", "cpu"] = Field(
-        default="none", description="Where moments and the weights that the optimizer moves are kept."
-    )
-
-    @model_validator(mode="after")
-    def _something_to_offload(self) -> Self:
-        if self.offload == "cpu" and self.stage == 0:
-            raise ValueError("offload cpu needs stage 1, 2 or 3; found 0")
-        return self
-
-
-class Compute(Section):
-    """Where the run happens. Nothing here can change a result, so nothing here enters a fingerprint."""
-
-    pool: Literal["ray", "inline"] = Field(
-        default="ray", description="inline runs everything in this process, for tests and debugging."
-    )
-    address: str | None = Field(
-        default=None, description="An existing Ray cluster; a local one is started and stopped if left out."
-    )
-    workers: Processes = Field(default=2, description="Workers for tokenize, harvest, evaluate and catalog.")
-    threads: Processes = Field(default=1, description="CPU threads of each worker.")
-    gpus: float = Field(default=0.0, ge=0.0, description="GPUs of each worker and training rank.")
-    sharding: Sharding = Sharding()
-    zero: Zero = Zero()
-    accumulate: Processes = Field(
-        default=1, description="Parts of a rank's share of a batch whose gradients adam adds up, one after the other."
-    )
-    rank_threads: Processes = Field(default=2, description="CPU threads of each training rank.")
-    memory: Bytes | None = Field(
-        default=None, description="Memory that the run may take; that of the machine if left out."
-    )
-    attempts: int = Field(
-        default=3,
-        ge=1,
-        le=2**20,
-        description="Times that a unit which fails by itself is tried. Lost workers are replaced without end.",
-    )
-    unit_seconds: float = Field(
-        default=3600.0,
-        gt=0.0,
-        description="Time that a unit may take. Then its worker is killed, and the unit has failed once more.",
-    )
-    rank_seconds: float = Field(
-        default=600.0,
-        gt=0.0,
-        description="Time that training may stand still while a rank reads or saves. Then all ranks are started again "
-        "from the last checkpoint.",
-    )
-    share_reads: bool = Field(
-        default=True,
-        description="Train dictionaries that see the same activations in the same order in one pass of the store, as "
-        "many as there is memory for.",
-    )
-    checkpoint_seconds: float = Field(default=30.0, gt=0.0, description="Time between training checkpoints.")
-    lease_seconds: float = Field(
-        default=90.0, ge=1.0, description="Silence after which a run counts as dead and another one may take over."
-    )
-    single_writer: bool = Field(
-        default=False, description="Vouch that no two runs write below this root at once; for stores that overwrite."
-    )
-    deterministic: bool = Field(default=True, description="Use only kernels that give the same bits every time.")
-
-    @field_validator("address")
-    @classmethod
-    def _the_cluster_itself(cls, value: str | None) -> str | None:
-        if value is not None and value.startswith("ray://"):
-            raise ValueError(
-                f"{value} is a Ray Client address; give that of the cluster itself (host:6379), from a machine of it"
-            )
-        return value
-
-
 class Manifest(Section):
-    """One model and corpus, one harvest, and any number of dictionaries trained from it."""
+    """One model and corpus, or a synthetic source, one harvest, and any number of dictionaries trained from it."""
 
     name: Name
     root: str = Field(min_length=1, description="Folder or bucket URL that holds everything the run makes.")
-    model: Model
-    corpus: Corpus
-    harvest: Harvest
+    model: Model | None = None
+    corpus: Corpus | None = None
+    synthetic: Synthetic | None = Field(
+        default=None, description="Activations with known features, instead of model and corpus."
+    )
+    harvest: Harvest = Harvest()
     dictionaries: tuple[Dictionary, ...] = Field(min_length=1)
     compute: Compute = Compute()
 
@@ -344,6 +216,45 @@ class Manifest(Section):
     @classmethod
     def _swept(cls, value: Any) -> Any:
         return expanded(value)
+
+    @property
+    def hook_points(self) -> tuple[str, ...]:
+        """The hook points that are harvested."""
+        if self.synthetic is None or self.harvest.hook_points:
+            return self.harvest.hook_points
+        return tuple(self.synthetic.widths)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.synthetic is None:
+            for name in ("model", "corpus", "harvest"):
+                if name not in self.model_fields_set:
+                    raise ValueError(f"{name}: this field is required, where synthetic is not given")
+                if getattr(self, name) is None:
+                    raise ValueError(f"{name}: expected a mapping of fields, found 'None'; or give synthetic instead")
+            if not self.harvest.hook_points:
+                raise ValueError("harvest.hook_points has none, expected module paths of the model")
+            return self
+        for name in ("model", "corpus"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"synthetic and {name} are both given; give either synthetic, or model and corpus")
+        known = list(self.synthetic.widths)
+        for hook_point in self.harvest.hook_points:
+            if hook_point not in known:
+                raise ValueError(f"harvest.hook_points has {hook_point!r}, this synthetic source has {known}")
+        if self.harvest.tokens is not None:
+            raise ValueError("harvest.tokens does nothing for synthetic; set synthetic.rows instead")
+        for index, dictionary in enumerate(self.dictionaries):
+            if dictionary.transcode is not None:
+                raise ValueError(
+                    f"dictionaries.{index}.transcode: hook points of synthetic have no rows in common; give hook_point"
+                )
+            if dictionary.train.filter.skip_positions:
+                raise ValueError(
+                    f"dictionaries.{index}.train.filter.skip_positions {dictionary.train.filter.skip_positions} leaves "
+                    "no row of synthetic, whose positions are all 0; leave it out"
+                )
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -363,15 +274,14 @@ class Manifest(Section):
             if dictionary.transcode is not None:
                 places = {"transcode.from": dictionary.encoded, "transcode.to": dictionary.explained}
             for field, place in places.items():
-                if place not in self.harvest.hook_points:
+                if place not in self.hook_points:
                     raise ValueError(
-                        f"{where}.{field} {place!r} is not harvested; "
-                        f"harvest.hook_points has {list(self.harvest.hook_points)}"
+                        f"{where}.{field} {place!r} is not harvested; harvest.hook_points has {list(self.hook_points)}"
                     )
             if dictionary.train.batch % sharding.data:
                 raise ValueError(
                     f"{where}.train.batch {dictionary.train.batch} is not divisible by compute.sharding.data "
-                    f"{sharding.data}; set it to {_multiples(dictionary.train.batch, sharding.data)}"
+                    f"{sharding.data}; set it to {multiples(dictionary.train.batch, sharding.data)}"
                 )
             self._optimizer_fits(where, dictionary.train)
         return self
@@ -401,7 +311,7 @@ class Manifest(Section):
         if train.batch % parts:
             raise ValueError(
                 f"{where}.train.batch {train.batch} is not divisible by compute.sharding.data times "
-                f"compute.accumulate, {parts}; set it to {_multiples(train.batch, parts)}"
+                f"compute.accumulate, {parts}; set it to {multiples(train.batch, parts)}"
             )
         if train.weights == "bfloat16" and compute.zero.stage < 2:
             # Stage 1 would keep the whole gradient in float32, and take more memory than bfloat16 saves.

@@ -42,6 +42,16 @@ def _whole(value: float) -> float:
     return value
 
 
+def multiples(value: int, of: int) -> str:
+    """The nearest ones on both sides, for people.
+
+    >>> multiples(10, 4), multiples(3, 4)
+    ('8 or 12', '4')
+    """
+    below = value - value % of
+    return f"{below} or {below + of}" if below else str(of)
+
+
 def _identifier(value: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value):
         raise ValueError(f"{value!r} is no name; expected letters, digits, '.', '_' or '-', at most 64 of them")

@@ -71,3 +71,34 @@ CURVES = pa.schema(
 
 # One line for each unit and hook point of a harvest: the hash sum of every chunk's rows.
 STORE_HASHES = pa.schema([("unit", pa.int64()), ("hook_point", pa.string()), ("sums", pa.list_(pa.uint64()))])
+
+# How often known features fired in a unit; those that did not are left out.
+UNIT_FIRES = pa.schema([("hook_point", pa.string()), ("feature", pa.int64()), ("fires", pa.int64())])
+
+KNOWN = pa.schema(
+    [
+        pa.field("feature", pa.int64(), nullable=False),
+        pa.field("represented", pa.bool_(), nullable=False),
+        pa.field("norm", pa.float32(), nullable=False),
+        pa.field("parent", pa.int64(), nullable=False),
+        pa.field("fires", pa.int64(), nullable=False),
+        pa.field("nearest", pa.int64(), nullable=False),
+        pa.field("cosine", pa.float32(), nullable=False),
+    ],
+    metadata={
+        "fires": "in the training split",
+        "nearest": "feature of the dictionary whose decoder row is nearest, -1 if none fired",
+        "cosine": "with it",
+    },
+)
+
+MATCHES = pa.schema(
+    [
+        pa.field("feature", pa.int64(), nullable=False),
+        pa.field("rank", pa.int32(), nullable=False),
+        pa.field("known", pa.int64(), nullable=False),
+        pa.field("cosine", pa.float32(), nullable=False),
+        pa.field("known_fires", pa.int64(), nullable=False),
+    ],
+    metadata={"known": "known feature whose direction is so near to the decoder row"},
+)

@@ -27,6 +27,7 @@ OWNERS = {
         "jobs/submit.py",
     },
     "deepspeed": {"pipeline/dictionary/parallel.py"},
+    "faiss": {"pipeline/recovery/neighbours.py"},
     "fsspec": {"cluster/storage/objects.py"},
     "zarr": {"cluster/storage/zarr_store.py", "pipeline/activations/read.py"},
     "transformers": {"pipeline/sources/models.py"},
@@ -39,11 +40,13 @@ OWNERS = {
     "typer": {"jobs/cli.py"},
     "rich": {"jobs/cli.py", "jobs/progress.py"},
     "tensorboardX": {"jobs/progress.py"},
+    "scipy": {"pipeline/recovery/assignment.py"},
     "jinja2": {"pipeline/report/page.py"},
     "triton": {
         "pipeline/dictionary/kernels/cuda.py",
         "pipeline/dictionary/kernels/triton_rows.py",
         "pipeline/dictionary/kernels/triton_search.py",
+        "pipeline/dictionary/kernels/triton_tree.py",
     },
 }
 

@@ -4,7 +4,8 @@ The manifest's defaults, deterministic kernels among them, and the step's scalar
 loop asks for them a few hundred times in a run).
 
 Variants: `row_adam` (the default), `bfloat16` (rows in bfloat16 that share one second moment), and `encoder`: no
-training, the search alone with rows in bfloat16.
+training, the search alone with rows in bfloat16. `tree-63` is a tree of 63 children a parent, half of whose k are
+parents, and `tree-63-bfloat16` the same with rows in bfloat16.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from cluster.pool import free_port
 from pipeline.dictionary.loop import scale_of
-from pipeline.dictionary.model import TopKDictionary
+from pipeline.dictionary.model import TopKDictionary, TreeShape
 from pipeline.dictionary.parallel import be_deterministic, joined
 from pipeline.dictionary.trainer import Trainer
+from pipeline.dictionary.tree import TreeDictionary
 from schemas.training import Train
 
 STEPS = 10**6
@@ -29,8 +31,15 @@ setting = session.setting
 
 be_deterministic()
 scale = scale_of(session.sample)
-rows = torch.float32 if setting.variant == "row_adam" else torch.bfloat16
-dictionary = TopKDictionary(setting.width, setting.features, setting.k, rows)
+kind, *ways = setting.variant.split("-")
+low = setting.variant in ("bfloat16", "encoder") or "bfloat16" in ways
+rows = torch.bfloat16 if low else torch.float32
+if kind == "tree":
+    parents = setting.k // 2
+    shape = TreeShape(children=int(ways[0]), coarse_k=parents, routed=parents)
+    dictionary = TreeDictionary(setting.width, setting.features, setting.k, shape, rows)
+else:
+    dictionary = TopKDictionary(setting.width, setting.features, setting.k, rows)
 dictionary.to(session.device).initialize(session.sample * scale, setting.seed)
 # Without a rise of the rate, so that the few steps of a benchmark show that it learns.
 settings = Train(
@@ -38,7 +47,7 @@ settings = Train(
     batch=setting.batch,
     warmup=0.0,
     seed=setting.seed,
-    second_moment="row" if setting.variant == "bfloat16" else "full",
+    second_moment="row" if low else "full",
 )
 
 
@@ -53,7 +62,7 @@ if setting.variant == "encoder":
     sys.exit(0)
 
 with joined(0, 1, 1, f"tcp://127.0.0.1:{free_port()}") as ranks:
-    trainer = Trainer(dictionary, settings, STEPS, ranks)
+    trainer = Trainer(dictionary, settings, STEPS, ranks, coarse_weight=0.1)
     with trainer.engine:
         for step, x_BD in enumerate(session.batches(reconstruct)):
             trainer.step(step, x_BD * scale)()

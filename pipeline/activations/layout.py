@@ -14,8 +14,9 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from cluster.storage.zarr_store import ArraySpec
-from pipeline.activations.order import Geometry
+from pipeline.activations.order import Geometry, choose_geometry
 from schemas.layouts import POSITION, ROW, TOKEN, array_name, norm_name
+from schemas.manifest import Harvest
 
 # Zarr has no bfloat16: its bits lie in uint16, and an attribute says so.
 _STORED = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
@@ -71,6 +72,48 @@ class StoreLayout(BaseModel):
     def row_bytes(self, hook_point: str) -> int:
         """Bytes of one stored row."""
         return self.widths[hook_point] * _TORCH[self.dtype].itemsize
+
+
+def choose_layout(
+    rows: int,
+    widths: Mapping[str, int],
+    dtype: str,
+    seed: int,
+    loader_memory: int,
+    unit_rows: int | None,
+    chunk_rows: int | None,
+) -> StoreLayout:
+    """The store for so many rows.
+
+    Args:
+        rows: Rows of every hook point.
+        widths: Their widths.
+        dtype: Type of what is stored.
+        seed: Of the permutations.
+        loader_memory: See `choose_geometry`, like the two behind it.
+        unit_rows: Rows of a unit, or None.
+        chunk_rows: Rows of a chunk, or None.
+
+    Raises:
+        ManifestError: slabs that fit the loader are not possible.
+    """
+    row_bytes = max(widths.values()) * _TORCH[dtype].itemsize
+    cut = choose_geometry(rows, row_bytes, loader_memory, unit_rows, chunk_rows)
+    return StoreLayout(
+        rows=rows, unit_rows=cut.unit_rows, chunk_rows=cut.chunk_rows, seed=seed, dtype=dtype, widths=dict(widths)
+    )
+
+
+def planned_layout(section: Harvest, widths: Mapping[str, int], train_rows: int) -> StoreLayout:
+    """The store that a manifest's harvest will make, as far as the number of rows is known.
+
+    Raises:
+        ManifestError: see `choose_layout`.
+    """
+    rows = min(train_rows, section.tokens or train_rows)
+    return choose_layout(
+        rows, widths, section.dtype, section.seed, section.loader_memory, section.unit_rows, section.chunk_rows
+    )
 
 
 def stored(x_ND: torch.Tensor, dtype: str) -> npt.NDArray[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from schemas.manifest import Compute
+from schemas.compute import Compute
 from schemas.training import Train
 
 

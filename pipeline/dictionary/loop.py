@@ -19,13 +19,13 @@ import torch
 from cluster.storage.parsing import parsing
 from pipeline.activations.read import Cursor, Stream
 from pipeline.dictionary import checkpoint, parallel
-from pipeline.dictionary.activation import kind
 from pipeline.dictionary.checkpoint import Progress, Saver
-from pipeline.dictionary.kernels import native
+from pipeline.dictionary.kernels.native_library import library
 from pipeline.dictionary.model import DictionaryConfig, TopKDictionary
 from pipeline.dictionary.pace import Pace
 from pipeline.dictionary.parallel import Dense
 from pipeline.dictionary.ranks import Ranks
+from pipeline.dictionary.stored import empty
 from pipeline.dictionary.topk import has_triton
 from pipeline.dictionary.trainer import StepScalars, Trainer
 from pipeline.stage import Checkpoints, Gang
@@ -59,7 +59,7 @@ def sides(x_BD: torch.Tensor, shape: DictionaryConfig) -> tuple[torch.Tensor, to
 class Wanted:
     """A dictionary that is to be trained: its label for events, its shape, how, and where its checkpoints are.
 
-    `dense` is how DeepSpeed works on what a dense optimizer needs.
+    `dense` is how DeepSpeed works on what a dense optimizer needs, `coarse_weight` that of a tree's parents' own loss.
     """
 
     stage: str
@@ -67,6 +67,7 @@ class Wanted:
     settings: Train
     checkpoints: Checkpoints
     dense: Dense = field(default_factory=Dense)
+    coarse_weight: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +190,7 @@ class Training:
             # Weights come before the engine, which may shard them; moments behind it.
             with parsing(where, "checkpoint"):
                 since_fired_F, self._curves = checkpoint.restore(state, dictionary)
-        self._trainer = Trainer(dictionary, settings, self._steps, ranks, wanted.dense)
+        self._trainer = Trainer(dictionary, settings, self._steps, ranks, wanted.dense, wanted.coarse_weight)
         device = self._trainer.engine.device
         if gang.rank == 0 and (note := _without_kernels(device)):
             gang.emit(events.Note(wanted.stage, note))
@@ -267,11 +268,9 @@ class Training:
 
     def _empty(self, features: int) -> TopKDictionary:
         shape, settings = self.wanted.shape, self.wanted.settings
-        activation = kind(shape.activation, shape.k, settings.sparsity)
         # DeepSpeed makes its own bfloat16 of a dense optimizer's weights.
         low = settings.weights == "bfloat16" and settings.optimizer == "row_adam"
-        rows = torch.bfloat16 if low else torch.float32
-        return TopKDictionary(shape.width, features, activation, rows, shape.target_width)
+        return empty(shape, features, settings.sparsity, torch.bfloat16 if low else torch.float32)
 
     def _begin(self, dictionary: TopKDictionary, sample_ND: torch.Tensor) -> None:
         x_ND, y_ND = sides(sample_ND, self.wanted.shape)
@@ -309,7 +308,7 @@ class Training:
 
 def _without_kernels(device: torch.device) -> str | None:
     """What to tell a person whose training is slower than it could be."""
-    there = native.library() is not None if device.type == "cpu" else has_triton()
+    there = library() is not None if device.type == "cpu" else has_triton()
     return None if there else NO_KERNELS[device.type]
 
 

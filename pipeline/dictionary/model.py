@@ -9,27 +9,42 @@ sparse autoencoders", section 2.3.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
-import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from pipeline.dictionary import sharding
-from pipeline.dictionary.activation import Activation, Encoder, TopK, kind
+from pipeline.dictionary.activation import Activation, Encoder, TopK
 from pipeline.dictionary.ranks import Ranks
 from pipeline.dictionary.topk import Decode, EncodeTopK, decode, kernels
-from schemas.errors import IntegrityError
 
 FORMAT = 1
 # So many rows of the start come from one seed: any part of the features can be made without the rest.
 ROWS_OF_A_SEED = 256
 # Rows of the sample that scale the encoder.
 SAMPLE = 8 * 1024
+
+
+class TreeShape(BaseModel):
+    """Of a dictionary in two levels: children of each parent, parents that fire, and those whose children are searched.
+
+    The children of the first `always` parents are searched for every token.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    children: int
+    coarse_k: int
+    routed: int
+    always: int = 0
+
+    @property
+    def size(self) -> int:
+        """Features of a parent and its children."""
+        return 1 + self.children
 
 
 class DictionaryConfig(BaseModel):
@@ -43,6 +58,7 @@ class DictionaryConfig(BaseModel):
     width: int
     features: int
     k: int
+    tree: TreeShape | None = Field(default=None, exclude_if=lambda value: value is None)
     hook_point: str
     # Of a transcoder: what it explains.
     target: str | None = None
@@ -255,37 +271,3 @@ class TopKDictionary(nn.Module):
         for each in (self.b_enc, self.b_dec, self.threshold):
             if each is not None:
                 each.div_(target_scale)
-
-
-@dataclass(frozen=True, slots=True)
-class Saved:
-    """A dictionary as it lies in a committed stage."""
-
-    dictionary: TopKDictionary
-    config: DictionaryConfig
-
-
-def to_bytes(dictionary: TopKDictionary) -> bytes:
-    """The tensors as safetensors."""
-    body: bytes = safetensors.torch.save(
-        {name: value.detach().contiguous() for name, value in dictionary.state_dict().items()}
-    )
-    return body
-
-
-def from_bytes(body: bytes, config_body: bytes) -> Saved:
-    """Read a dictionary back.
-
-    Raises:
-        IntegrityError: the two files do not describe one dictionary.
-    """
-    try:
-        config = DictionaryConfig.model_validate_json(config_body)
-        tensors = safetensors.torch.load(body)
-        dictionary = TopKDictionary(
-            config.width, config.features, kind(config.activation, config.k), target_width=config.target_width
-        )
-        dictionary.load_state_dict(tensors)
-    except (ValidationError, SafetensorError, RuntimeError) as error:
-        raise IntegrityError(f"the dictionary cannot be read: {error}", "delete the train stage's folder") from error
-    return Saved(dictionary.eval().requires_grad_(False), config)

@@ -59,7 +59,33 @@ class DenseObjective(nn.Module):
         return Made(main + self.aux_weight * auxiliary, main, auxiliary, code.z_BK, code.indices_BK)
 
 
-class RowObjective(nn.Module):
+class SparseObjective(nn.Module):
+    """What leaves `pending` behind a pass: what the gradients of its rows are made of, for `RowAdam`.
+
+    Args:
+        dictionary: What is trained: this rank's features.
+        ranks: This rank's place.
+    """
+
+    def __init__(self, dictionary: TopKDictionary, ranks: Ranks) -> None:
+        super().__init__()
+        self.dictionary, self.ranks = dictionary, ranks
+        # Of the loss that keeps features few; the loop raises it.
+        self.sparsity = 0.0
+        self.pending: RowGradient | None = None
+        # The least value that fired in the last batch.
+        self.least = torch.zeros(())
+        for weights in (dictionary.W_enc, dictionary.b_enc, dictionary.W_dec):
+            weights.requires_grad_(False)
+        self.forget()
+
+    def forget(self) -> None:
+        """Give back what is kept of the last batch for those who ask behind a step."""
+        # All tokens: what was encoded, and the error.
+        self.seen_BD = self.unexplained_BD = torch.zeros(0, 0)
+
+
+class RowObjective(SparseObjective):
     """The same loss, differentiable by b_dec and what else is small; for the rows there is `pending`.
 
     Ranks that share the features never send weights or gradients: they agree on which features fire (see `sharding`)
@@ -86,16 +112,8 @@ class RowObjective(nn.Module):
         ranks: Ranks,
         prefixes: tuple[int, ...] = (),
     ) -> None:
-        super().__init__()
-        self.dictionary, self.aux_k, self.aux_weight, self.ranks = dictionary, aux_k, aux_weight, ranks
-        self.prefixes = prefixes
-        # Of the loss that keeps features few; the loop raises it.
-        self.sparsity = 0.0
-        self.pending: RowGradient | None = None
-        # The least value that fired in the last batch.
-        self.least = torch.zeros(())
-        for weights in (dictionary.W_enc, dictionary.b_enc, dictionary.W_dec):
-            weights.requires_grad_(False)
+        super().__init__(dictionary, ranks)
+        self.aux_k, self.aux_weight, self.prefixes = aux_k, aux_weight, prefixes
 
     def forward(self, x_BD: torch.Tensor, dead_F: torch.Tensor | None, y_BD: torch.Tensor | None = None) -> Made:
         """The loss of a batch.
@@ -159,9 +177,9 @@ class _Rows(torch.autograd.Function):
         z_BN, grad_z_BN = ranks.gather(z_BN, "codes"), ranks.gather(grad_z_BN, "codes")
         grouped = with_.group(z_BN, ranks.gather(indices_BN, "codes"), dictionary.features)
         parts = ranks.gather(part_BN, "codes") if len(errors) > 1 else None
-        objective.pending = RowGradient(
-            grouped, z_BN, grad_z_BN, ranks.gather(centred_BD, "rows"), tuple(errors), tuple(scales), parts
-        )
+        seen_BD = ranks.gather(centred_BD, "rows")
+        objective.pending = RowGradient(grouped, z_BN, grad_z_BN, (seen_BD,), tuple(errors), tuple(scales), parts)
+        objective.seen_BD, objective.unexplained_BD = seen_BD, errors[len(objective.prefixes)]
         # b_dec is added to every reconstruction, and taken off everything that is encoded. The first error is the sum
         # of those of all prefixes.
         grad_b_dec_D = scales[0] * errors[0].sum(0)

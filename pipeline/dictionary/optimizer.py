@@ -10,7 +10,7 @@ import torch
 
 from pipeline.dictionary.kernels.portable import Adam, RowGradient, Rows
 from pipeline.dictionary.model import TopKDictionary
-from pipeline.dictionary.objective import RowObjective
+from pipeline.dictionary.objective import SparseObjective
 from pipeline.dictionary.ranks import Ranks
 from pipeline.dictionary.shares import Share, normalize, remove_radial
 from pipeline.dictionary.topk import kernels
@@ -143,7 +143,7 @@ class RowAdam(torch.optim.Optimizer):
 
     def __init__(
         self,
-        objective: RowObjective,
+        objective: SparseObjective,
         learning_rate: float,
         beta2: float,
         clip: float,
@@ -187,7 +187,7 @@ class RowAdam(torch.optim.Optimizer):
     def norm_bound(self) -> float:
         """No less than the norm of the gradient, and not finite where that is not. Kept for the step that follows."""
         gradient = self._pending()
-        of_rows = kernels(self.rows.W_enc, gradient.x_BD).norm_bound(gradient, self.rows)
+        of_rows = kernels(self.rows.W_enc, gradient.z_BN).norm_bound(gradient, self.rows)
         self._bound = math.sqrt(self._everywhere(of_rows**2))
         return self._bound
 
@@ -210,7 +210,7 @@ class RowAdam(torch.optim.Optimizer):
         """One update."""
         gradient = self._pending()
         self.steps += 1
-        with_ = kernels(self.rows.W_enc, gradient.x_BD)
+        with_ = kernels(self.rows.W_enc, gradient.z_BN)
         clip = 1.0
         if self.clip and (self.norm_bound() if self._bound is None else self._bound) > self.clip:
             norm = math.sqrt(self._everywhere(float(with_.squares(gradient, self.rows).sum())))

@@ -24,14 +24,17 @@ PEAKS = {
 def flops_per_token(shape: DictionaryConfig) -> int:
     """Floating-point operations that a token needs in one step, whoever does them.
 
-    Every feature is scored (2 F d). Of the k that fire, each is decoded, meets the error, and has two rows of
-    gradients (4 times 2 k d). Scores that a search makes twice, or a backward pass through features that did not fire,
-    would be work but no use, so they do not count.
+    Every feature is scored (2 F d), of a tree the parents and the children of those that are routed. Of the k that
+    fire, each is decoded, meets the error, and has two rows of gradients (4 times 2 k d). Scores that a search makes
+    twice, or a backward pass through features that did not fire, would be work but no use, so they do not count.
 
     >>> flops_per_token(DictionaryConfig(width=4, features=10, k=2, hook_point="h", model="m", model_digest=""))
     144
     """
-    return 2 * shape.features * shape.width + 8 * shape.k * shape.width
+    scored = shape.features
+    if shape.tree is not None:
+        scored = shape.features // shape.tree.size + (shape.tree.routed + shape.tree.always) * shape.tree.children
+    return 2 * scored * shape.width + 8 * shape.k * shape.width
 
 
 def peak_of(name: str) -> float | None:

@@ -8,6 +8,7 @@ those few tokens are asked again, for k values. So the result is certain, and m 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -48,19 +49,43 @@ def top_k(
     """
     if ranks.features == 1:
         return topk.top_k(x_BD, W_fD, b_f, k)
+    return agreed(lambda tokens, count: _own(x_BD[tokens], W_fD, b_f, count), k, ranks)
+
+
+# This rank's largest of some tokens, as many as asked for: values, largest first, and features.
+Own = Callable[[slice | torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+
+
+def agreed(own: Own, k: int, ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's part of the k largest values of all ranks; see `top_k`.
+
+    Args:
+        own: Finds this rank's largest; what is not above zero is 0.
+        k: Values of a token, over all ranks.
+        ranks: This rank's place.
+    """
     count = asked(k, ranks.features)
-    z_BM, indices_BM = _own(x_BD, W_fD, b_f, count)
+    z_BM, indices_BM = own(slice(None), count)
     kept_B, again_B = _admitted(ranks.across(z_BM, "values"), k, ranks.feature_rank)
     again = again_B.nonzero().squeeze(1) if count < k else again_B.nonzero()[:0, 0]
     if len(again):
         # Every rank sees the same values, so all ask again for the same tokens. No rank can have more than k.
-        more_z, more_indices = _own(x_BD[again], W_fD, b_f, k)
+        more_z, more_indices = own(again, k)
         kept_B[again], _ = _admitted(ranks.across(more_z, "values"), k, ranks.feature_rank)
     z_BK, indices_BK = _widened(z_BM, k), _widened(indices_BM, k)
     if len(again):
         z_BK[again], indices_BK[again] = more_z, more_indices
     place_K = torch.arange(k, device=z_BK.device)
     return z_BK.masked_fill(place_K >= kept_B.unsqueeze(1), 0.0), indices_BK
+
+
+def among(z_BM: torch.Tensor, k: int, ranks: Ranks) -> torch.Tensor:
+    """Of this rank's part of more values than k: those that are among the k largest of all ranks. Shape (B, K)."""
+    if ranks.features == 1:
+        return z_BM[:, :k]
+    kept_B, _ = _admitted(ranks.across(z_BM, "values"), k, ranks.feature_rank)
+    place_K = torch.arange(k, device=z_BM.device)
+    return z_BM[:, :k].masked_fill(place_K >= kept_B.unsqueeze(1), 0.0)
 
 
 def _own(x_BD: torch.Tensor, W_fD: torch.Tensor, b_f: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

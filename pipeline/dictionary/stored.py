@@ -1,15 +1,74 @@
-"""Opens the dictionary that a train stage committed."""
+"""Dictionaries as they are made from their description, and as they lie in a committed train stage."""
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
+
+import safetensors.torch
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
 
 from cluster.storage.objects import read_recorded
 from cluster.storage.path import StoragePath
-from pipeline.dictionary.model import Saved, from_bytes
+from pipeline.dictionary.activation import kind
+from pipeline.dictionary.model import DictionaryConfig, TopKDictionary
+from pipeline.dictionary.tree import TreeDictionary
 from pipeline.stage import Committed
+from schemas.errors import IntegrityError
 from schemas.layouts import DICTIONARY, DICTIONARY_CONFIG
 from schemas.records import ObjectEntry
+from schemas.training import Sparsity
+
+
+def empty(
+    config: DictionaryConfig, features: int, sparsity: Sparsity | None = None, rows: torch.dtype = torch.float32
+) -> TopKDictionary:
+    """A dictionary of this description with all weights zero.
+
+    Args:
+        config: What it is.
+        features: All of them, or a rank's.
+        sparsity: The manifest's, where it is trained.
+        rows: Type of encoder and decoder rows.
+    """
+    if config.tree is not None:
+        return TreeDictionary(config.width, features, config.k, config.tree, rows)
+    activation = kind(config.activation, config.k, sparsity)
+    return TopKDictionary(config.width, features, activation, rows, config.target_width)
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A dictionary as it lies in a committed stage."""
+
+    dictionary: TopKDictionary
+    config: DictionaryConfig
+
+
+def to_bytes(dictionary: TopKDictionary) -> bytes:
+    """The tensors as safetensors."""
+    body: bytes = safetensors.torch.save(
+        {name: value.detach().contiguous() for name, value in dictionary.state_dict().items()}
+    )
+    return body
+
+
+def from_bytes(body: bytes, config_body: bytes) -> Saved:
+    """Read a dictionary back.
+
+    Raises:
+        IntegrityError: the two files do not describe one dictionary.
+    """
+    try:
+        config = DictionaryConfig.model_validate_json(config_body)
+        tensors = safetensors.torch.load(body)
+        dictionary = empty(config, config.features)
+        dictionary.load_state_dict(tensors)
+    except (ValidationError, SafetensorError, RuntimeError) as error:
+        raise IntegrityError(f"the dictionary cannot be read: {error}", "delete the train stage's folder") from error
+    return Saved(dictionary.eval().requires_grad_(False), config)
 
 
 def open_dictionary(train: Committed) -> Saved:

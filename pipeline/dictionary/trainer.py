@@ -9,12 +9,16 @@ import torch
 
 from pipeline.dictionary import checkpoint, parallel
 from pipeline.dictionary.accumulation import accumulated
+from pipeline.dictionary.kernels.portable import Rows
 from pipeline.dictionary.model import TopKDictionary
-from pipeline.dictionary.objective import DenseObjective, Made, RowObjective
+from pipeline.dictionary.objective import DenseObjective, Made, RowObjective, SparseObjective
 from pipeline.dictionary.optimizer import RowAdam, SphereAdam, peak_rate, rate
 from pipeline.dictionary.parallel import Dense, Engine
 from pipeline.dictionary.ranks import Ranks
+from pipeline.dictionary.regrowth import regrow
 from pipeline.dictionary.resampling import resample
+from pipeline.dictionary.tree import TreeDictionary
+from pipeline.dictionary.tree_objective import TreeObjective
 from schemas.errors import NonFiniteError
 from schemas.training import Sparsity, Train
 
@@ -46,10 +50,17 @@ class Trainer:
         steps: Steps of the whole run, for the schedule.
         ranks: This rank's place.
         dense: How DeepSpeed works on what a dense optimizer needs.
+        coarse_weight: Of a tree's parents' own loss.
     """
 
     def __init__(
-        self, dictionary: TopKDictionary, settings: Train, steps: int, ranks: Ranks, dense: Dense | None = None
+        self,
+        dictionary: TopKDictionary,
+        settings: Train,
+        steps: int,
+        ranks: Ranks,
+        dense: Dense | None = None,
+        coarse_weight: float = 0.0,
     ) -> None:
         dense = dense or Dense()
         self._accumulate = dense.accumulate
@@ -62,8 +73,12 @@ class Trainer:
         self.optimizer: RowAdam | SphereAdam
         self._objective: DenseObjective | None = None
         if settings.optimizer == "row_adam":
-            rows = RowObjective(dictionary, aux_k, settings.aux_weight, ranks, settings.prefixes)
-            self._rows: RowObjective | None = rows
+            rows: SparseObjective
+            if isinstance(dictionary, TreeDictionary):
+                rows = TreeObjective(dictionary, coarse_weight, ranks)
+            else:
+                rows = RowObjective(dictionary, aux_k, settings.aux_weight, ranks, settings.prefixes)
+            self._rows: SparseObjective | None = rows
             row_wise = settings.second_moment == "row"
             # It clips by itself, because the engine sees no gradient but that of b_dec.
             self.optimizer = RowAdam(rows, self._peak, settings.beta2, settings.clip, row_wise, settings.seed)
@@ -105,7 +120,6 @@ class Trainer:
         rows = self.optimizer if isinstance(self.optimizer, RowAdam) else None
         norm = self._norm_bound()
         self._refuse_unless_finite(made.total, norm, index)
-        unexplained = self._unexplained(index, bool(int(dead)))
         self.skipped = 0 if self.ranks.least(float(self.engine.step())) else self.skipped + 1
         if self.engine.shards:
             # Only now the whole gradient was seen.
@@ -122,12 +136,10 @@ class Trainer:
             # A mean of all steps at first, later of the last hundred or so.
             self.dictionary.settle(self._rows.least, max(1 / (index + 1), THRESHOLD_WEIGHT))
         self._count(made.z_BK, made.indices_BK)
-        if rows is not None and unexplained is not None:
-            residual_BD, seen_BD = unexplained
-            started = resample(
-                rows.rows, dead_F, residual_BD, self.settings.seed, index, self.ranks, None if y_BD is None else seen_BD
-            )
-            self.since_fired_F[started] = 0
+        if rows is not None and int(dead) and self._restarts(index):
+            self.since_fired_F[self._restart(rows.rows, dead_F, index, y_BD is not None)] = 0
+        if self._rows is not None:
+            self._rows.forget()
 
         def scalars() -> StepScalars:
             # Of the whole batch, about its own mean: added up in float64, column by column, it is the same number
@@ -184,16 +196,21 @@ class Trainer:
                 "lower train.learning_rate; the last good checkpoint is kept",
             )
 
-    def _unexplained(self, index: int, dead: bool) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """In a step behind which dead features start again: what is left of the whole batch, and what was encoded."""
+    def _restarts(self, index: int) -> bool:
+        """Whether dead features start again behind a step."""
         every, batch = self.settings.resample, self.settings.batch
-        if self._rows is None or every is None or not dead or index >= self.steps * (1 - self.settings.decay):
-            return None
-        if (index + 1) * batch // every == index * batch // every:
-            return None
-        pending = self._rows.pending
-        assert pending is not None
-        return -pending.errors[len(self.settings.prefixes)], pending.x_BD
+        if every is None or index >= self.steps * (1 - self.settings.decay):
+            return False
+        return (index + 1) * batch // every > index * batch // every
+
+    def _restart(self, rows: Rows, dead_F: torch.Tensor, index: int, transcodes: bool) -> torch.Tensor:
+        """Give dead features new rows; which of this rank's have them. Collective."""
+        objective, seed = self._rows, self.settings.seed
+        assert objective is not None
+        if isinstance(objective, TreeObjective):
+            return regrow(objective, rows, dead_F, seed, index)
+        residual_BD, seen_BD = -objective.unexplained_BD, objective.seen_BD if transcodes else None
+        return resample(rows, dead_F, residual_BD, seed, index, self.ranks, seen_BD)
 
     def _count(self, z_BK: torch.Tensor, indices_BK: torch.Tensor) -> None:
         """Tokens since each feature fired, over the batches of all ranks."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from pipeline.recovery.neighbours import neighbours
+
 BLOCK = 1024
 
 
 def nearest(unit_FD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For every row the other row with the largest cosine, exactly, block by block.
+    """For every row the other row with the largest cosine; see `neighbours` for how sure that is of very many.
 
     Args:
         unit_FD: Rows of unit norm.
@@ -18,14 +20,11 @@ def nearest(unit_FD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     if len(unit_FD) == 1:
         return torch.tensor([-1]), torch.zeros(1)
-    best, where = [], []
-    for start in range(0, len(unit_FD), BLOCK):
-        cosine_bF = unit_FD[start : start + BLOCK] @ unit_FD.T
-        cosine_bF[torch.arange(len(cosine_bF)), start + torch.arange(len(cosine_bF))] = -2.0
-        value, index = cosine_bF.max(dim=1)
-        best.append(value)
-        where.append(index)
-    return torch.cat(where), torch.cat(best)
+    found = neighbours(unit_FD, unit_FD, 2)
+    # A row is the first or the second of its own.
+    others_F2 = found.indices_QM != torch.arange(len(unit_FD)).unsqueeze(1)
+    at_F1 = others_F2.to(torch.uint8).argmax(1, keepdim=True)
+    return found.indices_QM.gather(1, at_F1).squeeze(1), found.cosines_QM.gather(1, at_F1).squeeze(1)
 
 
 def direct_effect(

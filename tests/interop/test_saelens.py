@@ -7,8 +7,6 @@ twice, loads well. SAELens lives in an environment of its own (`make .venv-peers
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,8 @@ import torch
 from pipeline.dictionary.activation import Activation, BatchTopK, JumpReLU, ReLU, TopK, kind
 from pipeline.dictionary.model import DictionaryConfig, TopKDictionary
 from pipeline.export import SAELENS_VERSION, ExportParams, saelens_files
+from tests.interop import peers
 
-ROOT = Path(__file__).resolve().parents[2]
-PEERS = ROOT / ".venv-peers" / "bin" / "python"
 PROBE = Path(__file__).with_name("saelens_probe.py")
 TOLERANCE = 1e-5
 
@@ -66,15 +63,7 @@ def dictionary_of(
 def probe(folder: Path, out: Path, x_BD: torch.Tensor) -> None:
     """Run SAELens on the folder."""
     np.save(out / "x.npy", x_BD.numpy())
-    done = subprocess.run(
-        [str(PEERS), str(PROBE), str(folder), str(out)],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    peers.run(PROBE, folder, out)
 
 
 # Square as well: there a transposed matrix has the right shape.
@@ -93,11 +82,7 @@ def probe(folder: Path, out: Path, x_BD: torch.Tensor) -> None:
 )
 def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Seen:
     """An export, loaded and used by SAELens."""
-    if not PEERS.exists():
-        reason = f"{PEERS} is not there; make it with `make .venv-peers`"
-        if os.environ.get("KILOBASIS_REQUIRE_PEERS") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
+    peers.required()
     width, features, activation, target_width = request.param
     dictionary = dictionary_of(width, features, kind(activation, 8), width, target_width)
     config = DictionaryConfig(

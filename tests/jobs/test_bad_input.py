@@ -141,7 +141,7 @@ FIELDS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "unknown_section": (at("harvset", {}), ("harvset: unknown key", "did you mean 'harvest'?")),
     "unknown_for_a_missing_section": (
         both(without("harvest"), at("harvset", {})),
-        ("harvset: unknown key", "did you mean 'harvest'? (1 more)"),
+        ("harvset: unknown key", "did you mean 'harvest'?"),
     ),
     "unknown_key": (at("compute.worker", 2), ("compute.worker: unknown key", "did you mean 'workers'?")),
     "unknown_key_in_a_list": (at(FIRST + "kk", 2), ("dictionaries.0.kk: unknown key", "did you mean 'k'?")),
@@ -250,6 +250,59 @@ FIELDS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "resampling_of_dense_adam": (
         both(at(FIRST + "train.resample", 4096), at(FIRST + "train.optimizer", "adam")),
         ("resample needs row_adam", "found optimizer adam"),
+    ),
+    "tree_without_children": (at(FIRST + "tree", {}), ("tree.children", "required")),
+    "tree_that_is_not_topk": (
+        both(at(FIRST + "tree", {"children": 7}), at(FIRST + "activation", "batch_topk")),
+        ("tree needs activation topk, found batch_topk",),
+    ),
+    "tree_of_dense_adam": (
+        both(at(FIRST + "tree", {"children": 7}), at(FIRST + "train.optimizer", "adam")),
+        ("tree needs train.optimizer row_adam, found adam",),
+    ),
+    "tree_that_transcodes": (
+        both(
+            at(FIRST + "tree", {"children": 7}),
+            without(FIRST + "hook_point"),
+            at(FIRST + "transcode", {"from": "gpt_neox.layers.0.mlp:in", "to": HOOK_POINT}),
+        ),
+        ("tree needs hook_point",),
+    ),
+    "tree_with_prefixes": (
+        both(at(FIRST + "tree", {"children": 7}), at(FIRST + "train.prefixes", [8])),
+        ("train.prefixes does nothing for a tree", "tree.coarse_weight"),
+    ),
+    "tree_with_an_auxiliary_loss": (
+        both(at(FIRST + "tree", {"children": 7}), at(FIRST + "train.aux_k", 8)),
+        ("train.aux_k 8", "set train.resample"),
+    ),
+    "tree_of_one_active_feature": (
+        both(at(FIRST + "tree", {"children": 7}), at(FIRST + "k", 1)),
+        ("a tree needs k of 2 or more, found 1",),
+    ),
+    "tree_whose_parents_take_all_of_k": (
+        at(FIRST + "tree", {"children": 7, "coarse_k": 4}),
+        ("tree.coarse_k 4 leaves no child of k 4", "below 4"),
+    ),
+    "tree_that_routes_fewer_than_fire": (
+        at(FIRST + "tree", {"children": 7, "coarse_k": 3, "routed": 2}),
+        ("tree.routed 2 is less than coarse_k 3",),
+    ),
+    "tree_of_a_part_of_a_subtree": (
+        at(FIRST + "tree", {"children": 6}),
+        ("64 features are not whole subtrees", "63 or 70"),
+    ),
+    "tree_with_too_few_parents": (
+        at(FIRST + "tree", {"children": 31, "coarse_k": 3}),
+        ("tree.coarse_k 3 exceeds its 2 parents",),
+    ),
+    "tree_of_a_part_of_a_subtree_by_expansion": (
+        both(at(FIRST + "tree", {"children": 6}), without(FIRST + "features"), at(FIRST + "expansion", 4)),
+        ("not whole subtrees of a parent and 6 children",),
+    ),
+    "tree_that_cannot_be_shared": (
+        both(at(FIRST + "tree", {"children": 31}), at("compute", {"pool": "ray", "sharding": {"features": 4}})),
+        ("64 features in subtrees of 32 cannot be shared evenly", "128"),
     ),
     "transcoder_and_hook_point": (
         at(FIRST + "transcode", {"from": HOOK_POINT, "to": "gpt_neox.layers.0.mlp:in"}),

@@ -16,7 +16,8 @@ from jobs.fingerprint import differences, fingerprint, spec
 from jobs.plan import instances
 from jobs.sources import survey
 from jobs.workspace import label
-from schemas.manifest import Compute, Manifest
+from schemas.compute import Compute
+from schemas.manifest import Manifest
 from schemas.records import canonical_json
 from tests.support.fixtures import make_corpus, make_model, write_manifest
 
@@ -66,6 +67,11 @@ IDENTITY: dict[str, tuple[str, str]] = {
     FIRST + "features": ("128", "train"),
     FIRST + "activation": ("batch_topk", "train"),
     FIRST + "k": ("5", "train"),
+    FIRST + "tree.children": ("3", "train"),
+    FIRST + "tree.coarse_k": ("1", "train"),
+    FIRST + "tree.routed": ("3", "train"),
+    FIRST + "tree.always": ("1", "train"),
+    FIRST + "tree.coarse_weight": ("0.5", "train"),
     FIRST + "train.tokens": ("4096", "train"),
     FIRST + "train.batch": ("128", "train"),
     FIRST + "train.learning_rate": ("0.001", "train"),
@@ -97,6 +103,8 @@ IDENTITY: dict[str, tuple[str, str]] = {
     FIRST + "export": ("[]", "export"),
 }
 
+# Of a manifest with a synthetic source: a table of its own, in `test_synthetic`.
+SYNTHETIC = {"synthetic"}
 # Judged by what is found there, not by what it is called; tests of their own below.
 BY_CONTENT = {"model.source", "model.revision", "model.trust_remote_code", "corpus.source"}
 # `expansion` is another way to write `features`, and `sweep` to write several dictionaries; the manifest's name only
@@ -142,7 +150,7 @@ def leaves(section: type[BaseModel], at: str = "") -> Iterator[str]:
 
 def test_fields_of_the_manifest_are_all_in_these_tables() -> None:
     compute = {f"compute.{name}" for name in COMPUTE}
-    assert set(leaves(Manifest)) == IDENTITY.keys() | BY_CONTENT | ELSEWHERE | compute
+    assert set(leaves(Manifest)) == IDENTITY.keys() | BY_CONTENT | ELSEWHERE | SYNTHETIC | compute
 
 
 @pytest.mark.parametrize("field", IDENTITY)
@@ -156,6 +164,8 @@ def test_fingerprint_of_an_identity_field_changes_with_it(field: str, tiny_tree:
     (dictionary,) = tiny_tree["dictionaries"]
     if field.startswith(FIRST + "train.sparsity"):
         dictionary["activation"] = "jumprelu"
+    if field.startswith(FIRST + "tree"):
+        dictionary["tree"] = {"children": 7}
     if field.startswith(FIRST + "transcode"):
         tiny_tree["harvest"]["hook_points"].append("gpt_neox.layers.0")
         dictionary["transcode"] = {"from": "gpt_neox.layers.0.mlp:in", "to": dictionary.pop("hook_point")}
@@ -186,6 +196,13 @@ def test_fingerprint_of_expansion_is_that_of_the_features_it_means(tiny_tree: Tr
     before = fingerprints(write_manifest(tmp_path / "a.yaml", tiny_tree))
     del tiny_tree["dictionaries"][0]["features"]
     tiny_tree["dictionaries"][0]["expansion"] = 4
+    assert fingerprints(write_manifest(tmp_path / "b.yaml", tiny_tree)) == before
+
+
+def test_fingerprint_of_what_a_tree_takes_by_itself_is_that_of_what_it_means(tiny_tree: Tree, tmp_path: Path) -> None:
+    tiny_tree["dictionaries"][0]["tree"] = {"children": 7}
+    before = fingerprints(write_manifest(tmp_path / "a.yaml", tiny_tree))
+    tiny_tree["dictionaries"][0]["tree"] |= {"coarse_k": 2, "routed": 2}
     assert fingerprints(write_manifest(tmp_path / "b.yaml", tiny_tree)) == before
 
 

@@ -29,8 +29,8 @@ from jobs.workspace import Workspace
 from pipeline import train
 from pipeline.dictionary.trainer import Trainer
 from pipeline.stage import Gang, Member
+from schemas.compute import Compute, Sharding
 from schemas.events import Event, WorkerLost
-from schemas.manifest import Compute, Sharding
 from schemas.records import Outputs
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]

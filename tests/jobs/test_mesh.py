@@ -14,8 +14,9 @@ from jobs import manifest as manifests
 from jobs.mesh import resolved, with_mesh
 from jobs.sources import survey
 from pipeline import train
+from schemas.compute import Sharding
 from schemas.errors import ManifestError
-from schemas.manifest import Manifest, Sharding
+from schemas.manifest import Manifest
 from tests.support.command import invoke
 from tests.support.fixtures import write_manifest
 

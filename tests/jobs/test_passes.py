@@ -18,12 +18,13 @@ from jobs import manifest as manifests
 from jobs.log import SlotLog, TrainingLog
 from jobs.runner import run
 from pipeline.activations.read import Stream
-from pipeline.dictionary import loop, model
+from pipeline.dictionary import loop
 from pipeline.dictionary.model import DictionaryConfig
+from pipeline.dictionary.stored import to_bytes
 from pipeline.dictionary.trainer import Trainer
 from pipeline.stage import Gang
+from schemas.compute import Sharding
 from schemas.errors import BusyError, NonFiniteError
-from schemas.manifest import Sharding
 from schemas.records import Owner
 from tests.pipeline.dictionary.test_meshes import SETTINGS, SHAPE, Batches
 from tests.support.command import invoke
@@ -226,7 +227,7 @@ def train(rank: int, mesh: Sharding, init_method: str, shapes: tuple[DictionaryC
     gang = Gang(rank, mesh.ranks, init_method, lambda event: None, lambda at, phase: None)
 
     def done(index: int, trained: loop.Trained) -> None:
-        (folder / f"{shapes[index].k}.safetensors").write_bytes(model.to_bytes(trained.dictionary))
+        (folder / f"{shapes[index].k}.safetensors").write_bytes(to_bytes(trained.dictionary))
 
     assert not loop.train(wanted, Batches(), 0.05, mesh.features, gang, done)  # type: ignore[arg-type]
 

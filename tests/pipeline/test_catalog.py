@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from jobs.sources import survey
-from pipeline import catalog
+from pipeline import catalog, profiles
+from pipeline.dictionary.weights import nearest
 from pipeline.stage import Committed
 from schemas.layouts import DICTIONARY, EXAMPLES, FEATURES, REPORT, STORE, array_name
 from schemas.tables import EXAMPLES as EXAMPLES_SCHEMA
@@ -142,11 +143,11 @@ def test_features_promoted_tokens_equal_brute_force(tiny_run: Run, truth: Truth)
 def test_nearest_across_blocks_equals_brute_force() -> None:
     generator = torch.Generator().manual_seed(0)
     unit_FD = torch.nn.functional.normalize(torch.randn(2500, 6, generator=generator), dim=1)
-    where_F, cosine_F = catalog.nearest(unit_FD)
+    where_F, cosine_F = nearest(unit_FD)
     cosine_FF = (unit_FD.double() @ unit_FD.double().T).fill_diagonal_(-2.0)
     assert (where_F == cosine_FF.argmax(1)).float().mean() > 0.999
     assert torch.allclose(cosine_F.double(), cosine_FF.max(1).values, atol=1e-6)
-    assert catalog.nearest(unit_FD[:1])[0].tolist() == [-1]
+    assert nearest(unit_FD[:1])[0].tolist() == [-1]
 
 
 def by_feature(committed: Committed) -> dict[int, list[dict[str, Any]]]:
@@ -339,7 +340,7 @@ def test_catalog_of_fewer_tokens_looks_at_whole_units(tiny_run: Run, truth: Trut
     [(10, 1000, list(range(10))), (10, 500, [0, 2, 4, 6, 8]), (10, 1, [0]), (3, 250, [0, 1]), (1, 10**9, [0])],
 )
 def test_spread_takes_as_many_units_as_the_tokens_allow(units: int, tokens: int, expected: list[int]) -> None:
-    assert catalog._spread(units, 100, tokens) == expected
+    assert profiles.spread(units, 100, tokens) == expected
 
 
 def test_report_names_the_dictionary_and_its_size(tiny_run: Run) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.dictionary.model import from_bytes
+from pipeline.dictionary.stored import from_bytes
 from pipeline.sources import models
 from pipeline.sources.hooks import capture, spliced
 from schemas.manifest import Model

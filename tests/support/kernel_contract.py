@@ -257,6 +257,7 @@ class RowsContract:
         dtype=DTYPES,
         row_wise=st.booleans(),
         parts=st.integers(1, 3),
+        inputs=st.booleans(),
         seed=st.integers(0, 10_000),
     )
     def test_rows_move_as_torch_moves_them(
@@ -269,12 +270,14 @@ class RowsContract:
         dtype: torch.dtype,
         row_wise: bool,
         parts: int,
+        inputs: bool,
         seed: int,
     ) -> None:
         """From any state, with rows that rested for some steps; bfloat16 ones are rounded by the same noise."""
         draw = Draw(self.device, seed)
         z_BK, indices_BK = draw.code(batch, features, min(k, features))
-        grad_z_BK, x_BD = draw.normal(*z_BK.shape) * (z_BK > 0), draw.normal(batch, width)
+        grad_z_BK = draw.normal(*z_BK.shape) * (z_BK > 0)
+        encoded = tuple(draw.normal(batch, width) for _ in range(parts if inputs else 1))
         errors = tuple(draw.normal(batch, target_width) for _ in range(parts))
         part_BK = draw.whole(parts, *z_BK.shape).to(torch.uint8) if parts > 1 else None
         W_dec_FD = torch.nn.functional.normalize(draw.normal(features, target_width), dim=1)
@@ -288,7 +291,7 @@ class RowsContract:
             own = Rows(*(getattr(rows, name).clone() for name in list(Rows.__slots__)[:-1]), first=rows.first)
             grouped: Grouped = kind.group(z_BK, indices_BK, features)
             scales = tuple(0.1 + part for part in range(parts))
-            gradient = RowGradient(grouped, z_BK, grad_z_BK, x_BD, errors, scales, part_BK)
+            gradient = RowGradient(grouped, z_BK, grad_z_BK, encoded, errors, scales, part_BK)
             squares_F = kind.squares(gradient, own)
             assert kind.norm_bound(gradient, own) >= 0.999 * float(squares_F.sum().sqrt())
             moved_F = kind.update(gradient, own, Adam(7, 1e-2, 0.9, 1e-8, 0.5, seed=2**40 + seed))
@@ -311,8 +314,82 @@ class RowsContract:
         z, x = torch.ones(2, 1, device=self.device), torch.ones(2, 4, device=self.device)
         x[1, 0] = float("nan")
         grouped = cuda().group(z, torch.arange(2, device=self.device).unsqueeze(1), 2)
-        cuda().update(RowGradient(grouped, z, z, x, (x,), (1.0,)), rows, Adam(1, 1e-3, 0.9, 1e-8, 1.0))
+        cuda().update(RowGradient(grouped, z, z, (x,), (x,), (1.0,)), rows, Adam(1, 1e-3, 0.9, 1e-8, 1.0))
         assert rows.W_enc.isfinite().all(1).tolist() == [True, False]
+
+
+class TreeContract:
+    """Of what trees need besides."""
+
+    device: ClassVar[str]
+
+    @drawn
+    @given(
+        batch=st.integers(0, 40),
+        width=st.integers(1, 100),
+        subtrees=st.integers(1, 7),
+        children=st.integers(1, 70),
+        parents=st.integers(1, 5),
+        k=st.integers(1, 20),
+        dtype=DTYPES,
+        seed=st.integers(0, 10_000),
+    )
+    def test_children_are_those_that_torch_finds(
+        self, batch: int, width: int, subtrees: int, children: int, parents: int, k: int, dtype: torch.dtype, seed: int
+    ) -> None:
+        draw, size = Draw(self.device, seed), children + 1
+        x_BD, W_FD = draw.normal(batch, width), (draw.normal(subtrees * size, width) / width**0.5).to(dtype)
+        b_F, parents = draw.normal(len(W_FD)), min(parents, subtrees)
+        parents_BP = draw.uniform(batch, subtrees).argsort(1)[:, :parents]
+        parents_BP = parents_BP.where(draw.uniform(batch, parents) < 0.8, -1)
+        z_BK, indices_BK = cuda().children(x_BD, W_FD, b_F, parents_BP, size, k)
+        expected_BK, expected_indices_BK = portable.children(x_BD, W_FD, b_F, parents_BP, size, k)
+        torch.testing.assert_close(z_BK, expected_BK, rtol=1e-4, atol=1e-5)
+        assert batch == 0 or (indices_BK == expected_indices_BK).double().mean() > 0.98
+
+    def test_children_are_the_same_bits_in_any_company(self) -> None:
+        draw = Draw(self.device, 1)
+        x_BD, W_FD, b_F = draw.normal(70, 50), draw.normal(60, 50), draw.normal(60)
+        parents_BP = draw.uniform(70, 5).argsort(1)[:, :3]
+        z_BK, indices_BK = cuda().children(x_BD, W_FD, b_F, parents_BP, 12, 8)
+        part_z, part_indices = cuda().children(x_BD[30:37], W_FD, b_F, parents_BP[30:37], 12, 8)
+        assert torch.equal(part_z, z_BK[30:37])
+        assert torch.equal(part_indices, indices_BK[30:37])
+
+    def test_children_in_spans_of_tokens_are_the_same(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        draw = Draw(self.device, 1)
+        x_BD, W_FD, b_F = draw.normal(20, 32), draw.normal(60, 32), draw.normal(60)
+        parents_BP = draw.uniform(20, 5).argsort(1)[:, :3]
+        whole = cuda().children(x_BD, W_FD, b_F, parents_BP, 12, 8)
+        monkeypatch.setattr(cuda(), "SCORES", 8 * 33 * 7)
+        parts = cuda().children(x_BD, W_FD, b_F, parents_BP, 12, 8)
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(whole, parts, strict=True))
+
+    @no_numbers
+    def test_children_that_are_no_numbers_are_seen(self) -> None:
+        W_FD = torch.ones(6, 40, device=self.device)
+        W_FD[5, 3] = float("nan")
+        one_BP = torch.ones(1, 1, dtype=torch.int64, device=self.device)
+        z_BK, _ = cuda().children(W_FD[:1], W_FD, torch.zeros(6, device=self.device), one_BP, 3, 2)
+        assert z_BK.isnan().tolist() == [[True, False]]
+
+    @drawn
+    @given(
+        batch=st.integers(1, 5), width=st.integers(1, 90), k=st.integers(1, 9), dtype=DTYPES, seed=st.integers(0, 99)
+    )
+    def test_sums_in_float64_are_those_of_torch(
+        self, batch: int, width: int, k: int, dtype: torch.dtype, seed: int
+    ) -> None:
+        draw = Draw(self.device, seed)
+        (z_BK, indices_BK), W_FD = draw.code(batch, 20, k), draw.normal(20, width).to(dtype)
+        made_BD = cuda().decode_double(z_BK, indices_BK, W_FD)
+        assert made_BD.dtype == torch.float64
+        torch.testing.assert_close(made_BD, portable.decode_double(z_BK, indices_BK, W_FD), rtol=1e-12, atol=1e-12)
+        target_BD = draw.normal(batch, width)
+        made, expected = (kind.errors_double(z_BK, indices_BK, W_FD, target_BD, 0.3) for kind in (cuda(), portable))
+        assert torch.equal(made[0], expected[0])
+        torch.testing.assert_close(made[1] * (z_BK > 0), expected[1] * (z_BK > 0))
+        torch.testing.assert_close(made[2], expected[2])
 
 
 class StepContract:

@@ -34,8 +34,8 @@ from jobs.log import SlotLog, TrainingLog
 from jobs.out import StageOut
 from jobs.state import StageFolder
 from pipeline.stage import Task
+from schemas.compute import Compute
 from schemas.errors import BusyError, FencedError, IntegrityError, StageFailedError, StorageError
-from schemas.manifest import Compute
 from schemas.records import (
     LeaseRecord,
     ObjectEntry,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from pipeline.dictionary.kernels import triton_rows, triton_search
+from pipeline.dictionary.kernels import triton_rows, triton_search, triton_tree
 from pipeline.dictionary.kernels.portable import Adam, Grouped, RowGradient, Rows
 
 # Whether kernels are interpreted on a CPU, as tests do. Triton decides when they are defined.
@@ -260,20 +260,54 @@ def _explained(
     target_BD: torch.Tensor | None,
     scale: float,
     shape: tuple[int, int, int],
+    double: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     (tokens, k), width = z_BK.shape, W_FD.shape[1]
     z_BK, indices_BK, W_FD = z_BK.contiguous(), indices_BK.contiguous(), W_FD.contiguous()
-    made_BD = z_BK.new_empty(tokens, width)
-    grad_z_BK = torch.empty_like(z_BK) if target_BD is not None else made_BD
+    left = double and target_BD is None
+    made_BD = torch.empty(tokens, width, dtype=torch.float64 if left else z_BK.dtype, device=z_BK.device)
+    grad_z_BK = torch.empty_like(z_BK)
     squares_B = torch.empty(tokens, dtype=torch.float64, device=z_BK.device)
     rows, block, warps = shape
     if tokens:
         triton_rows.explain[(tokens, triton.cdiv(width, block))](
             z_BK, indices_BK, W_FD, W_FD if bias_D is None else bias_D.contiguous(),
-            made_BD if target_BD is None else target_BD, made_BD, grad_z_BK, squares_B, scale, width, k,
-            HAS_BIAS=bias_D is not None, HAS_TARGET=target_BD is not None, ROWS=rows, BLOCK=block, num_warps=warps,
+            z_BK if target_BD is None else target_BD, made_BD, grad_z_BK, squares_B, scale, width, k,
+            HAS_BIAS=bias_D is not None, HAS_TARGET=target_BD is not None, DOUBLE=double, ROWS=rows, BLOCK=block,
+            num_warps=warps,
         )  # fmt: skip
     return made_BD, grad_z_BK, squares_B
+
+
+def decode_double(z_BK: torch.Tensor, indices_BK: torch.Tensor, W_FD: torch.Tensor) -> torch.Tensor:
+    """See `portable.decode_double`."""
+    shape = _rows_at_once(min(1024, W_FD.shape[1]))
+    return _explained(z_BK, indices_BK, W_FD, None, None, 1.0, shape, double=True)[0]
+
+
+def errors_double(
+    z_BK: torch.Tensor, indices_BK: torch.Tensor, W_FD: torch.Tensor, target_BD: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `portable.errors_double`."""
+    shape = _rows_at_once(W_FD.shape[1])
+    return _explained(z_BK, indices_BK, W_FD, None, target_BD.contiguous(), scale, shape, double=True)
+
+
+def children(
+    x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, parents_BP: torch.Tensor, size: int, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `portable.children`. Tokens of a parent are scored together, so its rows are read once for a tile of them."""
+    z_BK, indices_BK, parents = x_BD.new_zeros(len(x_BD), k), parents_BP.new_zeros(len(x_BD), k), parents_BP.shape[1]
+    if not (len(x_BD) and parents and size > 1):
+        return z_BK, indices_BK
+    x_BD, W_FD, b_F = x_BD.contiguous(), W_FD.contiguous(), b_F.contiguous()
+    best, scored = min(k, parents * (size - 1)), max(1, SCORES // (8 * parents * (size - 1)))
+    for first in range(0, len(x_BD), scored):
+        some = slice(first, first + scored)
+        grouped = group((parents_BP[some] >= 0).float(), parents_BP[some].clamp_min(0), len(W_FD) // size)
+        made = triton_tree.largest(x_BD[some], W_FD, b_F, grouped, parents, size, best)
+        z_BK[some, :best], indices_BK[some, :best] = made
+    return z_BK, indices_BK
 
 
 def inner(grad_BD: torch.Tensor, z_BK: torch.Tensor, indices_BK: torch.Tensor, W_FD: torch.Tensor) -> torch.Tensor:
@@ -321,13 +355,14 @@ def sums(grouped: Grouped, values_BK: torch.Tensor, rows_BD: torch.Tensor) -> to
 def norm_bound(gradient: RowGradient, rows: Rows) -> float:
     """See `portable.norm_bound`: as if all that fired a feature pulled it one way."""
     (tokens, k), features = gradient.z_BN.shape, len(rows.W_enc)
-    x_B = (gradient.x_BD.double().square().sum(1) + 1).sqrt()
+    inputs_PB = torch.stack([(each.double().square().sum(1) + 1).sqrt() for each in gradient.inputs])
     errors_PB = torch.stack([each.double().square().sum(1).sqrt() for each in gradient.errors])
-    squares_F = torch.empty(features, dtype=torch.float64, device=x_B.device)
+    squares_F = torch.empty(features, dtype=torch.float64, device=errors_PB.device)
     z_BN = gradient.z_BN.contiguous()
     triton_rows.bound[(features,)](
-        *gradient.grouped, z_BN, gradient.grad_z_BN.contiguous(), _parts(gradient), x_B, errors_PB, _scales(gradient),
-        squares_F, tokens, k, PARTS=len(gradient.errors), ROWS=128, num_warps=1,
+        *gradient.grouped, z_BN, gradient.grad_z_BN.contiguous(), _parts(gradient), inputs_PB, errors_PB,
+        _scales(gradient), squares_F, tokens, k, PARTS=len(gradient.errors), INPUTS=len(gradient.inputs), ROWS=128,
+        num_warps=1,
     )  # fmt: skip
     return float(squares_F.sum().sqrt()) * 1.001
 
@@ -360,6 +395,8 @@ def _visited(gradient: RowGradient, rows: Rows, adam: Adam | None) -> torch.Tens
     assert all(each.is_contiguous() for each in state)
     parts = len(gradient.errors) if gradient.part_BN is not None else 1
     errors_QD = gradient.errors[0].contiguous() if parts == 1 else torch.cat(gradient.errors)
+    inputs = len(gradient.inputs) if parts > 1 else 1
+    inputs_QE = gradient.inputs[0].contiguous() if inputs == 1 else torch.cat(gradient.inputs)
     move, (step, rate, beta2, epsilon, clip, seed) = adam is not None, adam or Adam(1, 0.0, 0.0, 0.0, 1.0)
     decay_F = torch.pow(beta2, (step - rows.stamps_F).double()).float() if move else squares_F
     held, block_E, _ = _rows_at_once(encoder_width)
@@ -367,10 +404,10 @@ def _visited(gradient: RowGradient, rows: Rows, adam: Adam | None) -> torch.Tens
     starts_F, order_N = gradient.grouped
     triton_rows.visit[(features,)](
         _largest_first(starts_F), starts_F, order_N, gradient.z_BN.contiguous(), gradient.grad_z_BN.contiguous(),
-        _parts(gradient), gradient.x_BD.contiguous(), errors_QD, _scales(gradient), *state, decay_F, squares_F,
+        _parts(gradient), inputs_QE, errors_QD, _scales(gradient), *state, decay_F, squares_F,
         len(gradient.z_BN), gradient.z_BN.shape[1], encoder_width, decoder_width, step, rows.first,
         _noise_at(seed, step, 1), _noise_at(seed, step, 2), rate, 1 - beta2, epsilon, clip, 1 - beta2**step,
-        BLOCK_E=block_E, BLOCK_D=block_D, ROWS=min(held, also_held), PARTS=parts,
+        BLOCK_E=block_E, BLOCK_D=block_D, ROWS=min(held, also_held), PARTS=parts, INPUTS=inputs,
         ROW_WISE=rows.encoder_v.dim() == 1, HALF=half, MOVE=move, num_warps=max(4, warps),
     )  # fmt: skip
     return squares_F

@@ -1,258 +1,10 @@
 // The sparse parts of a training step on a CPU. Plain functions over raw memory, called through ctypes.
 //
 // Shapes: B tokens, D width, F features, K entries of a token's code, N = B K. Matrices are dense and row-major.
-// Nothing here depends on the number of threads: each token, or each feature, is one thread's from beginning to end,
-// and sums run in a fixed order. Products and sums of one row are made in 64 lanes whatever the machine has, so that
-// machines with and without AVX-512 agree to the bit.
 
-#include <algorithm>
-#include <cfloat>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
-
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
-
-#if defined(_WIN32)
-#define KILOBASIS extern "C" __declspec(dllexport)
-#else
-#define KILOBASIS extern "C" __attribute__((visibility("default")))
-#endif
+#include "search.h"
 
 namespace {
-
-typedef float Lanes __attribute__((vector_size(64)));
-constexpr int64_t WIDE = 16;
-
-inline Lanes load(const float* at) {
-    Lanes lanes;
-    std::memcpy(&lanes, at, sizeof lanes);
-    return lanes;
-}
-
-// Rows of a dictionary are float32 or bfloat16; what is computed with them is float32.
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-
-inline Lanes load(const uint16_t* at) {
-    Halves halves;
-    std::memcpy(&halves, at, sizeof halves);
-    Words words = __builtin_convertvector(halves, Words) << 16;
-    Lanes lanes;
-    std::memcpy(&lanes, &words, sizeof lanes);
-    return lanes;
-}
-
-inline uint16_t to_bf16(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t((bits >> 16) | 64);
-    return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
-}
-
-inline float from_bf16(uint16_t half) {
-    uint32_t bits = uint32_t(half) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
-inline float number(float value) { return value; }
-inline float number(uint16_t half) { return from_bf16(half); }
-
-inline void store(float* at, Lanes lanes) { std::memcpy(at, &lanes, sizeof lanes); }
-
-inline Lanes all(float value) { return Lanes{} + value; }
-
-inline float total(Lanes lanes) {
-    float sums[WIDE];
-    store(sums, lanes);
-    for (int64_t half = WIDE / 2; half; half /= 2)
-        for (int64_t i = 0; i < half; ++i) sums[i] += sums[i + half];
-    return sums[0];
-}
-
-// The inner product that decides which features fire: always the same sums in the same order.
-template <typename W> inline float dot(const float* a, const W* b, int64_t d) {
-    Lanes s0{}, s1{}, s2{}, s3{};
-    int64_t i = 0;
-    for (; i + 4 * WIDE <= d; i += 4 * WIDE) {
-        s0 += load(a + i) * load(b + i);
-        s1 += load(a + i + WIDE) * load(b + i + WIDE);
-        s2 += load(a + i + 2 * WIDE) * load(b + i + 2 * WIDE);
-        s3 += load(a + i + 3 * WIDE) * load(b + i + 3 * WIDE);
-    }
-    for (; i + WIDE <= d; i += WIDE) s0 += load(a + i) * load(b + i);
-    float sum = total((s0 + s1) + (s2 + s3));
-    for (; i < d; ++i) sum += a[i] * number(b[i]);
-    return sum;
-}
-
-template <typename W> inline void add_scaled(float* to, const W* from, float scale, int64_t d) {
-    int64_t i = 0;
-    for (; i + WIDE <= d; i += WIDE) store(to + i, load(to + i) + all(scale) * load(from + i));
-    for (; i < d; ++i) to[i] += scale * number(from[i]);
-}
-
-// What is known of one token's largest scores: features that may be among them, with bounds of their scores. `floor` is
-// never above the k-th largest of all scores seen so far. A count below zero says that there was no room.
-struct Token {
-    int64_t count;
-    float floor;
-};
-
-struct Found {
-    int32_t* feature;
-    float *lower, *upper;
-};
-
-inline Found found_at(void* memory, int64_t token, int64_t room) {
-    float* at = (float*)memory + token * 3 * room;
-    return {(int32_t*)at, at + room, at + 2 * room};
-}
-
-inline float kth_largest(std::vector<float>& values, int64_t k) {
-    std::nth_element(values.begin(), values.begin() + (k - 1), values.end(), std::greater<float>());
-    return values[k - 1];
-}
-
-// Raise the floor to the k-th largest lower bound, and forget what cannot reach it.
-inline void prune(Token& token, const Found& found, int64_t k, std::vector<float>& lowers) {
-    if (token.count > k) {
-        lowers.assign(found.lower, found.lower + token.count);
-        token.floor = std::max(token.floor, kth_largest(lowers, k));
-    }
-    int64_t kept = 0;
-    for (int64_t i = 0; i < token.count; ++i) {
-        if (found.upper[i] < token.floor) continue;
-        found.feature[kept] = found.feature[i];
-        found.lower[kept] = found.lower[i];
-        found.upper[kept++] = found.upper[i];
-    }
-    token.count = kept;
-}
-
-struct Margin {
-    float per_norm, per_error, relative;
-};
-
-// Adding the bias rounds as well, here and where scores are exact; so does what a machine makes of the tiniest numbers.
-constexpr float ROUNDING = 0x1p-22f, TINIEST = 1e-30f;
-
-inline float margin_of(const Margin& m, float norm, float error, float score, float bias) {
-    return m.per_norm * norm + m.per_error * error + m.relative * std::fabs(score) + ROUNDING * std::fabs(bias) +
-           TINIEST;
-}
-
-struct Bounds {
-    float lower, upper;
-};
-
-// A block of features, as the search knows them.
-struct Block {
-    int64_t count, first;
-    const float *bias, *norm, *error;
-};
-
-template <typename T> inline Bounds bounds_of(const T* scores, int64_t f, const Block& block, const Margin& m) {
-    float score = number(scores[f]), middle = score + block.bias[f];
-    float margin = margin_of(m, block.norm[f], block.error[f], score, block.bias[f]);
-    // What is no number may be anything.
-    return {std::isnan(middle - margin) ? -INFINITY : middle - margin, middle + margin};
-}
-
-#ifdef __AVX512F__
-inline __m512 scores_at(const uint16_t* at) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)at)), 16));
-}
-inline __m512 scores_at(const float* at) { return _mm512_loadu_ps(at); }
-
-// bounds_of, for sixteen features at once.
-struct WideBounds {
-    __m512 per_norm, per_error, relative, rounding, tiniest;
-
-    explicit WideBounds(const Margin& m)
-        : per_norm(_mm512_set1_ps(m.per_norm)), per_error(_mm512_set1_ps(m.per_error)),
-          relative(_mm512_set1_ps(m.relative)), rounding(_mm512_set1_ps(ROUNDING)), tiniest(_mm512_set1_ps(TINIEST)) {}
-
-    template <typename T> void at(const T* scores, int64_t f, const Block& block, __m512& lower, __m512& upper) const {
-        __m512 score = scores_at(scores + f), bias = _mm512_loadu_ps(block.bias + f);
-        __m512 margin = _mm512_fmadd_ps(rounding, _mm512_abs_ps(bias), tiniest);
-        margin = _mm512_fmadd_ps(relative, _mm512_abs_ps(score), margin);
-        margin = _mm512_fmadd_ps(per_error, _mm512_loadu_ps(block.error + f), margin);
-        margin = _mm512_fmadd_ps(per_norm, _mm512_loadu_ps(block.norm + f), margin);
-        __m512 middle = _mm512_add_ps(score, bias);
-        lower = _mm512_sub_ps(middle, margin);
-        upper = _mm512_add_ps(middle, margin);
-    }
-};
-#endif
-
-// A first floor, from a block alone: it is cut into 2k parts or more, and the k-th largest of the parts' largest lower
-// bounds is not above the k-th largest of all of them.
-template <typename T>
-float first_floor(const T* scores, const Block& block, const Margin& m, int64_t k, std::vector<float>& parts) {
-    int64_t stride = (2 * k + WIDE - 1) / WIDE * WIDE;
-    if (block.count < 2 * stride) return 0;
-    parts.assign(stride, -INFINITY);
-    int64_t f = 0;
-#ifdef __AVX512F__
-    WideBounds bounds(m);
-    for (; f + stride <= block.count; f += stride)
-        for (int64_t part = 0; part < stride; part += WIDE) {
-            __m512 lower, upper;
-            bounds.at(scores, f + part, block, lower, upper);
-            // Of a number and what is none, max takes its second operand.
-            _mm512_storeu_ps(&parts[part], _mm512_max_ps(lower, _mm512_loadu_ps(&parts[part])));
-        }
-#endif
-    for (; f < block.count; ++f) parts[f % stride] = std::max(parts[f % stride], bounds_of(scores, f, block, m).lower);
-    return std::max(0.0f, kth_largest(parts, k));
-}
-
-// Append a token's features of a block that may be among its k largest.
-template <typename T>
-void scan_token(const T* scores, const Block& block, const Margin& m, int64_t k, int64_t room, Token& token,
-                const Found& found, std::vector<float>& lowers) {
-    if (token.floor == 0) token.floor = first_floor(scores, block, m, k, lowers);
-    auto fits = [&](int64_t more) {
-        if (token.count + more > room) prune(token, found, k, lowers);
-        if (token.count + more > room) token.count = -1;
-        return token.count >= 0;
-    };
-    int64_t f = 0;
-#ifdef __AVX512F__
-    WideBounds bounds(m);
-    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512 lowest = _mm512_set1_ps(-INFINITY);
-    for (; f + WIDE <= block.count; f += WIDE) {
-        __m512 lower, upper;
-        bounds.at(scores, f, block, lower, upper);
-        // Not "not above" and not "below": what is no number passes, to be seen.
-        __mmask16 may = _mm512_cmp_ps_mask(upper, _mm512_set1_ps(token.floor), _CMP_NLT_UQ) &
-                        _mm512_cmp_ps_mask(upper, _mm512_setzero_ps(), _CMP_NLE_UQ);
-        if (!may) continue;
-        if (!fits(WIDE)) return;
-        lower = _mm512_mask_mov_ps(lower, _mm512_cmp_ps_mask(lower, lower, _CMP_UNORD_Q), lowest);
-        __m512i feature = _mm512_add_epi32(lanes, _mm512_set1_epi32(int32_t(block.first + f)));
-        _mm512_mask_compressstoreu_epi32(found.feature + token.count, may, feature);
-        _mm512_mask_compressstoreu_ps(found.lower + token.count, may, lower);
-        _mm512_mask_compressstoreu_ps(found.upper + token.count, may, upper);
-        token.count += __builtin_popcount(may);
-    }
-#endif
-    for (; f < block.count; ++f) {
-        Bounds bounds = bounds_of(scores, f, block, m);
-        if (bounds.upper <= 0 || bounds.upper < token.floor) continue;
-        if (!fits(1)) return;
-        found.feature[token.count] = int32_t(block.first + f);
-        found.lower[token.count] = bounds.lower;
-        found.upper[token.count++] = bounds.upper;
-    }
-}
 
 template <typename T>
 void scan(const T* scores, int64_t stride, int64_t tokens, const Block& block, const Margin* margins, int64_t k,
@@ -267,30 +19,10 @@ void scan(const T* scores, int64_t stride, int64_t tokens, const Block& block, c
     }
 }
 
-// Rows are gathered from all over memory: ask for one while others are worked on.
-constexpr int64_t AHEAD = 2;
-
-template <typename W> inline void fetch(const W* row, int64_t d) {
-    for (int64_t i = 0; i < d; i += 64 / int64_t(sizeof(W))) __builtin_prefetch(row + i);
-}
-
-struct Scored {
-    float value;
-    int32_t feature;
-};
-
-// The larger value first; of equal ones the lower feature. What is no number comes first, and so is seen.
-inline bool before(const Scored& a, const Scored& b) {
-    bool a_nan = std::isnan(a.value), b_nan = std::isnan(b.value);
-    if (a_nan != b_nan) return a_nan;
-    if (!a_nan && a.value != b.value) return a.value > b.value;
-    return a.feature < b.feature;
-}
-
 } // namespace
 
 // What the Python side expects; raised with every change of a signature.
-KILOBASIS int64_t kilobasis_version() { return 2; }
+KILOBASIS int64_t kilobasis_version() { return 3; }
 
 // Norms of rows.
 KILOBASIS void kilobasis_norms(const void* rows, int64_t half, int64_t count, int64_t d, float* norm) {
@@ -349,46 +81,6 @@ KILOBASIS void kilobasis_scan(const void* scores, int64_t half, int64_t stride, 
 namespace {
 
 template <typename W>
-int64_t select(const float* x, const W* weights, const float* bias, int64_t tokens, int64_t d, int64_t features,
-               int64_t k, int64_t room, Token* state, void* found, float* z, int64_t* indices) {
-    int64_t scored_in_all = 0;
-#pragma omp parallel reduction(+ : scored_in_all)
-    {
-        std::vector<float> lowers;
-        std::vector<Scored> scored;
-#pragma omp for schedule(dynamic, 16)
-        for (int64_t b = 0; b < tokens; ++b) {
-            Token& token = state[b];
-            Found candidates = found_at(found, b, room);
-            if (token.count >= 0) prune(token, candidates, k, lowers);
-            int64_t count = token.count >= 0 ? token.count : features;
-            scored.clear();
-            for (int64_t i = 0; i < count; ++i) {
-                int64_t f = token.count >= 0 ? candidates.feature[i] : i;
-                if (token.count >= 0 && i + AHEAD < count) fetch(weights + candidates.feature[i + AHEAD] * d, d);
-                float value = dot(x + b * d, weights + f * d, d) + bias[f];
-                if (!(value <= 0)) scored.push_back({value, int32_t(f)});
-            }
-            scored_in_all += count;
-            int64_t kept = std::min<int64_t>(k, int64_t(scored.size()));
-            std::partial_sort(scored.begin(), scored.begin() + kept, scored.end(), before);
-            for (int64_t i = 0; i < kept; ++i) {
-                z[b * k + i] = scored[i].value;
-                indices[b * k + i] = scored[i].feature;
-            }
-            // The rest is filled with other features at zero, so that a code never names one twice.
-            int64_t next = 0;
-            for (int64_t i = kept; i < k; ++i, ++next) {
-                while (std::find(indices + b * k, indices + b * k + kept, next) != indices + b * k + kept) ++next;
-                z[b * k + i] = 0.0f;
-                indices[b * k + i] = next;
-            }
-        }
-    }
-    return scored_in_all;
-}
-
-template <typename W>
 void decode(const float* z, const int64_t* indices, const W* weights, const float* bias, const float* target,
             float scale, int64_t tokens, int64_t d, int64_t k, float* error, float* grad_z, double* squares) {
 #pragma omp parallel for schedule(dynamic, 16)
@@ -432,7 +124,7 @@ KILOBASIS int64_t kilobasis_select(const float* x, const void* weights, int64_t 
                                    int64_t d, int64_t features, int64_t k, int64_t room, void* state, void* found,
                                    float* z, int64_t* indices) {
     auto run = [&](auto* typed) {
-        return select(x, typed, bias, tokens, d, features, k, room, (Token*)state, found, z, indices);
+        return select(x, typed, bias, tokens, d, features, k, room, (Token*)state, found, true, z, indices);
     };
     return half ? run((const uint16_t*)weights) : run((const float*)weights);
 }
@@ -452,6 +144,41 @@ KILOBASIS void kilobasis_decode(const float* z, const int64_t* indices, const vo
 KILOBASIS void kilobasis_inner(const float* rows, const float* z, const int64_t* indices, const void* weights,
                                int64_t half, int64_t tokens, int64_t d, int64_t k, float* products) {
     auto run = [&](auto* typed) { inner(rows, z, indices, typed, tokens, d, k, products); };
+    half ? run((const uint16_t*)weights) : run((const float*)weights);
+}
+
+// As kilobasis_decode, with sums in float64: rounded to float32 they are the same however many ranks share the rows.
+// Without a target they are left in `sums` as they are; otherwise target is taken off and the rest rounded to `error`.
+KILOBASIS void kilobasis_decode_double(const float* z, const int64_t* indices, const void* weights, int64_t half,
+                                       const float* target, float scale, int64_t tokens, int64_t d, int64_t k,
+                                       double* sums, float* error, float* grad_z, double* squares) {
+    auto run = [&](auto* typed) {
+#pragma omp parallel
+        {
+            std::vector<double> room(target ? d : 0);
+#pragma omp for schedule(dynamic, 16)
+            for (int64_t b = 0; b < tokens; ++b) {
+                double* sum = target ? room.data() : sums + b * d;
+                std::memset(sum, 0, d * sizeof(double));
+                for (int64_t i = 0; i < k; ++i) {
+                    double value = z[b * k + i];
+                    if (i + AHEAD < k) fetch(typed + indices[b * k + i + AHEAD] * d, d);
+                    if (value == 0) continue;
+                    const auto* row = typed + indices[b * k + i] * d;
+                    for (int64_t j = 0; j < d; ++j) sum[j] += value * number(row[j]);
+                }
+                if (!target) continue;
+                float* left = error + b * d;
+                double square = 0;
+                for (int64_t j = 0; j < d; ++j) left[j] = float(sum[j] - target[b * d + j]);
+                for (int64_t j = 0; j < d; ++j) square += double(left[j]) * left[j];
+                squares[b] = square;
+                for (int64_t i = 0; i < k; ++i)
+                    grad_z[b * k + i] =
+                        z[b * k + i] > 0 ? scale * dot(left, typed + indices[b * k + i] * d, d) : 0.0f;
+            }
+        }
+    };
     half ? run((const uint16_t*)weights) : run((const float*)weights);
 }
 
@@ -488,9 +215,11 @@ struct KilobasisUpdate {
     const int64_t* starts;
     const int32_t* order;
     int64_t features, k, encoder_d, decoder_d;
-    const float *z, *grad_z, *x; // (B, K), (B, K), (B, encoder_d)
-    // Errors that entries explain, (B, decoder_d) each, and what turns an error into the gradient of the loss by its
-    // reconstruction. `part` says which one is an entry's; without it all are of the first.
+    const float *z, *grad_z; // (B, K)
+    // What entries encoded, (B, encoder_d) each; errors that they explain, (B, decoder_d) each, and what turns an error
+    // into the gradient of the loss by its reconstruction. `part` says which ones are an entry's; without it all are of
+    // the first.
+    const float* const* inputs;
     const float* const* errors;
     const float* scales;
     const uint8_t* part;
@@ -523,7 +252,7 @@ struct Scratch {
         for (int64_t i = u.starts[f]; i < u.starts[f + 1]; ++i) {
             int64_t entry = u.order[i], b = entry / u.k, part = part_of(u, entry);
             add_scaled(decoder.data(), u.errors[part] + b * u.decoder_d, u.z[entry] * u.scales[part], u.decoder_d);
-            add_scaled(encoder.data(), u.x + b * u.encoder_d, u.grad_z[entry], u.encoder_d);
+            add_scaled(encoder.data(), u.inputs[part] + b * u.encoder_d, u.grad_z[entry], u.encoder_d);
             bias += u.grad_z[entry];
         }
     }
@@ -624,22 +353,22 @@ template <typename W> void update_rows(const KilobasisUpdate& u, W* encoder, W* 
 // fired a feature pulled it one way. Cheap, and mostly enough to know that nothing is to be clipped.
 KILOBASIS double kilobasis_norm_bound(const KilobasisUpdate* update, int64_t tokens) {
     const KilobasisUpdate& u = *update;
-    std::vector<float> x(tokens), error(tokens * u.parts);
+    std::vector<float> input(tokens * u.parts), error(tokens * u.parts);
 #pragma omp parallel for schedule(static)
-    for (int64_t b = 0; b < tokens; ++b) {
-        x[b] = std::sqrt(dot(u.x + b * u.encoder_d, u.x + b * u.encoder_d, u.encoder_d) + 1);
+    for (int64_t b = 0; b < tokens; ++b)
         for (int64_t p = 0; p < u.parts; ++p) {
-            const float* row = u.errors[p] + b * u.decoder_d;
+            const float *row = u.errors[p] + b * u.decoder_d, *x = u.inputs[p] + b * u.encoder_d;
             error[b * u.parts + p] = u.scales[p] * std::sqrt(dot(row, row, u.decoder_d));
+            bool known = p && u.inputs[p] == u.inputs[p - 1];
+            input[b * u.parts + p] = known ? input[b * u.parts + p - 1] : std::sqrt(dot(x, x, u.encoder_d) + 1);
         }
-    }
     double sum = 0;
     for (int64_t f = 0; f < u.features; ++f) {
         double encoder = 0, decoder = 0;
         for (int64_t i = u.starts[f]; i < u.starts[f + 1]; ++i) {
-            int64_t entry = u.order[i], b = entry / u.k;
-            decoder += u.z[entry] * error[b * u.parts + part_of(u, entry)];
-            encoder += std::fabs(u.grad_z[entry]) * x[b];
+            int64_t entry = u.order[i], at = entry / u.k * u.parts + part_of(u, entry);
+            decoder += u.z[entry] * error[at];
+            encoder += std::fabs(u.grad_z[entry]) * input[at];
         }
         sum += encoder * encoder + decoder * decoder;
     }

@@ -1,82 +1,17 @@
 """The sparse parts of a step on a CPU, compiled: `native.cpp` through ctypes.
 
-The library is built when the package is installed, once for machines with AVX-512, once for those with AVX2 and once
-for all others. Where no compiler was found there is none, and `portable` does the same with torch alone.
+Where no compiler was found when the package was installed there is none, and `portable` does the same with torch alone.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
-from pathlib import Path
 
 import torch
 
+from pipeline.dictionary.kernels.native_library import Token, Update, library
 from pipeline.dictionary.kernels.portable import Adam, Grouped, RowGradient, Rows
-
-VERSION = 2
-# What torch calls the machine, and the library for it.
-LIBRARIES = {"AVX512": "_native_avx512", "AVX2": "_native_avx2"}
-
-
-class Token(ctypes.Structure):
-    """What is known of a token's largest scores."""
-
-    _fields_ = (("count", ctypes.c_int64), ("floor", ctypes.c_float))
-
-
-class Update(ctypes.Structure):
-    """`KilobasisUpdate` in native.cpp."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("starts", "order")),
-        *((name, ctypes.c_int64) for name in ("features", "k", "encoder_d", "decoder_d")),
-        *((name, ctypes.c_void_p) for name in ("z", "grad_z", "x", "errors", "scales", "part")),
-        *((name, ctypes.c_int64) for name in ("parts", "half")),
-        *((name, ctypes.c_void_p) for name in ("encoder", "decoder", "bias")),
-        *((name, ctypes.c_void_p) for name in ("encoder_v", "decoder_v", "bias_v", "stamps")),
-        *((name, ctypes.c_int64) for name in ("row_wise", "step", "first", "seed")),
-        *((name, ctypes.c_double) for name in ("rate", "beta2", "epsilon", "clip")),
-    )
-
-
-def path() -> Path | None:
-    """The library for this machine; None where it was not built."""
-    name = LIBRARIES.get(torch.backends.cpu.get_cpu_capability(), "_native")
-    found = importlib.util.find_spec(f"pipeline.dictionary.kernels.{name}")
-    return Path(found.origin) if found is not None and found.origin is not None else None
-
-
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The loaded library; None where there is none, or it is of another version of the source."""
-    where = path()
-    if where is None:
-        return None
-    # torch has been imported: its OpenMP is there already, and becomes the library's. One pool of threads serves both.
-    loaded = ctypes.CDLL(str(where))
-    loaded.kilobasis_version.restype = ctypes.c_int64
-    # An older one stays where an update was not followed by an installation.
-    if loaded.kilobasis_version() != VERSION:
-        return None
-    p, n, x = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-    for name, arguments, result in (
-        ("norms", [p, n, n, n, p], None),
-        ("round", [p, n, n, p, p, p], None),
-        ("scan", [p, n, n, n, n, n, p, p, p, p, n, n, p, p], None),
-        ("select", [p, p, n, p, n, n, n, n, n, p, p, p, p], n),
-        ("decode", [p, p, p, n, p, p, x, n, n, n, p, p, p], None),
-        ("inner", [p, p, p, p, n, n, n, n, p], None),
-        ("group", [p, p, n, n, p, p], n),
-        ("sums", [p, p, p, p, n, n, n, p], None),
-        ("norm_bound", [ctypes.POINTER(Update), n], ctypes.c_double),
-        ("squares", [ctypes.POINTER(Update), p], None),
-        ("update", [ctypes.POINTER(Update), p], None),
-    ):
-        function = getattr(loaded, f"kilobasis_{name}")
-        function.argtypes, function.restype = arguments, result
-    return loaded
 
 
 def fits(rows: torch.Tensor, *others: torch.Tensor) -> bool:
@@ -91,6 +26,8 @@ def fits(rows: torch.Tensor, *others: torch.Tensor) -> bool:
 
 # Features of a block: their scores, for all tokens of a batch, are all of the B x F scores that ever exist at once.
 BLOCK = 1024
+# Scores of children that are in memory at once; and how many are scored by one instruction.
+SCORES, WIDE = 2**26, 16
 UNIT = 2.0**-24
 HALF_UNIT = 2.0**-9
 
@@ -128,16 +65,8 @@ def top_k(
     half = searches_in_half() if half is None else half
     kind = torch.bfloat16 if half else torch.float32
     rounded_BD, norm_B, error_B = _round(loaded, x_BD, half)
-    gamma = 2.02 * (width + 4) * UNIT
-    reach_B = norm_B + error_B
-    margins_B3 = torch.stack(
-        [
-            (error_B + gamma * reach_B) * 1.01,
-            reach_B * (1.01 + gamma),
-            torch.full_like(norm_B, (HALF_UNIT * 1.01 if half else 0.0) + 4 * UNIT),
-        ],
-        1,
-    ).contiguous()
+    # A machine that multiplies bfloat16 may round products to it.
+    margins_B3 = _margins(norm_B, error_B, width, HALF_UNIT * 1.01 if half else 0.0)
     room = max(4 * k, 128) + 16
     state = torch.zeros(tokens * ctypes.sizeof(Token), dtype=torch.uint8)
     found = torch.empty(tokens * 3 * room)
@@ -158,6 +87,14 @@ def top_k(
         state.data_ptr(), found.data_ptr(), z_BK.data_ptr(), indices_BK.data_ptr(),
     )  # fmt: skip
     return z_BK, indices_BK
+
+
+def _margins(norm_B: torch.Tensor, error_B: torch.Tensor, width: int, relative: float) -> torch.Tensor:
+    """How far a token's scores may be off: times a row's norm, the norm of its rounding, and the score."""
+    gamma = 2.02 * (width + 4) * UNIT
+    reach_B = norm_B + error_B
+    made = [(error_B + gamma * reach_B) * 1.01, reach_B * (1.01 + gamma), torch.full_like(norm_B, relative + 4 * UNIT)]
+    return torch.stack(made, 1).contiguous()
 
 
 def _round(loaded: ctypes.CDLL, rows_ND: torch.Tensor, half: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -225,6 +162,103 @@ def _pointer(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def decode_double(z_BK: torch.Tensor, indices_BK: torch.Tensor, W_FD: torch.Tensor) -> torch.Tensor:
+    """See `portable.decode_double`."""
+    loaded = library()
+    assert loaded is not None
+    (tokens, k), width = z_BK.shape, W_FD.shape[1]
+    z_BK, indices_BK, W_FD = z_BK.contiguous(), indices_BK.contiguous(), W_FD.contiguous()
+    sums_BD = torch.empty(tokens, width, dtype=torch.float64)
+    loaded.kilobasis_decode_double(
+        z_BK.data_ptr(), indices_BK.data_ptr(), W_FD.data_ptr(), _is_half(W_FD), None, 1.0, tokens, width, k,
+        sums_BD.data_ptr(), None, None, None,
+    )  # fmt: skip
+    return sums_BD
+
+
+def errors_double(
+    z_BK: torch.Tensor, indices_BK: torch.Tensor, W_FD: torch.Tensor, target_BD: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `portable.errors_double`."""
+    loaded = library()
+    assert loaded is not None
+    (tokens, k), width = z_BK.shape, W_FD.shape[1]
+    z_BK, indices_BK, W_FD, target_BD = (each.contiguous() for each in (z_BK, indices_BK, W_FD, target_BD))
+    error_BD, grad_z_BK = torch.empty(tokens, width), torch.empty(tokens, k)
+    squares_B = torch.empty(tokens, dtype=torch.float64)
+    loaded.kilobasis_decode_double(
+        z_BK.data_ptr(), indices_BK.data_ptr(), W_FD.data_ptr(), _is_half(W_FD), target_BD.data_ptr(), scale, tokens,
+        width, k, None, error_BD.data_ptr(), grad_z_BK.data_ptr(), squares_B.data_ptr(),
+    )  # fmt: skip
+    return error_BD, grad_z_BK, squares_B
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Whether this machine multiplies tiles of bfloat16 numbers."""
+    loaded = library()
+    return loaded is not None and bool(loaded.kilobasis_has_tiles())
+
+
+def children(
+    x_BD: torch.Tensor,
+    W_FD: torch.Tensor,
+    b_F: torch.Tensor,
+    parents_BP: torch.Tensor,
+    size: int,
+    k: int,
+    half: bool | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `portable.children`.
+
+    Tokens of a parent are scored together, so its rows are read from memory once. In bfloat16, where the machine has
+    instructions for that, under the bounds of `top_k`; otherwise in float32 at once. The result is the same to the bit.
+
+    Args:
+        x_BD: What is encoded.
+        W_FD: Encoder rows, float32 or bfloat16.
+        b_F: Their biases.
+        parents_BP: Subtrees of each token.
+        size: Rows of a subtree.
+        k: Entries of a code.
+        half: Whether to search in bfloat16; decided by the machine if left out.
+    """
+    loaded = library()
+    assert loaded is not None
+    half = has_tiles() if half is None else half
+    x_BD, W_FD, b_F, parents_BP = (each.contiguous() for each in (x_BD, W_FD, b_F, parents_BP))
+    (tokens, width), parents = x_BD.shape, parents_BP.shape[1]
+    z_BK, indices_BK = torch.empty(tokens, k), torch.empty(tokens, k, dtype=torch.int64)
+    # Scores of a parent's children begin where a vector does.
+    stride = -(-(size - 1) // WIDE) * WIDE
+    span, room = max(1, min(tokens, SCORES // max(1, parents * stride))), parents * stride + WIDE
+    starts, entries = (
+        torch.empty(len(W_FD) // size + 1, dtype=torch.int64),
+        torch.empty(span * parents, dtype=torch.int32),
+    )
+    scores = torch.empty(span * parents * stride)
+    if half:
+        rounded_BD, norm_B, error_B = _round(loaded, x_BD, half)
+        margins_B3 = _margins(norm_B, error_B, width, 0.0)
+        norm_F, error_F = torch.empty(2, len(W_FD)).unbind()
+        state = torch.empty(span * ctypes.sizeof(Token), dtype=torch.uint8)
+        found = torch.empty(span * 3 * room)
+    for first in range(0, tokens, span):
+        some = slice(first, first + span)
+        shape = (len(x_BD[some]), parents, width, len(W_FD) // size, size, k, stride)
+        of_rows = (W_FD.data_ptr(), _is_half(W_FD), b_F.data_ptr(), parents_BP[some].data_ptr())
+        sorted_ = (starts.data_ptr(), entries.data_ptr(), scores.data_ptr())
+        made = (z_BK[some].data_ptr(), indices_BK[some].data_ptr())
+        if half:
+            loaded.kilobasis_children_in_tiles(
+                x_BD[some].data_ptr(), rounded_BD[some].data_ptr(), *of_rows, *shape, margins_B3[some].data_ptr(),
+                room, *sorted_, norm_F.data_ptr(), error_F.data_ptr(), state.data_ptr(), found.data_ptr(), *made,
+            )  # fmt: skip
+        else:
+            loaded.kilobasis_children(x_BD[some].data_ptr(), *of_rows, *shape, *sorted_, *made)
+    return z_BK, indices_BK
+
+
 def inner(grad_BD: torch.Tensor, z_BK: torch.Tensor, indices_BK: torch.Tensor, W_FD: torch.Tensor) -> torch.Tensor:
     """See `portable.inner`."""
     loaded = library()
@@ -268,7 +302,7 @@ def sums(grouped: Grouped, values_BK: torch.Tensor, rows_BD: torch.Tensor) -> to
 def norm_bound(gradient: RowGradient, rows: Rows) -> float:
     """See `portable.norm_bound`."""
     loaded, update, _kept = _update(gradient, rows, None)
-    return float(loaded.kilobasis_norm_bound(ctypes.byref(update), len(gradient.x_BD)))
+    return float(loaded.kilobasis_norm_bound(ctypes.byref(update), len(gradient.z_BN)))
 
 
 def squares(gradient: RowGradient, rows: Rows) -> torch.Tensor:
@@ -296,7 +330,6 @@ def _update(gradient: RowGradient, rows: Rows, adam: Adam | None) -> tuple[ctype
         "order": gradient.grouped.order_N,
         "z": gradient.z_BN.contiguous(),
         "grad_z": gradient.grad_z_BN.contiguous(),
-        "x": gradient.x_BD.contiguous(),
     }
     if gradient.part_BN is not None:
         given["part"] = gradient.part_BN.contiguous()
@@ -310,14 +343,19 @@ def _update(gradient: RowGradient, rows: Rows, adam: Adam | None) -> tuple[ctype
         "stamps": rows.stamps_F,
     }
     assert all(each.is_contiguous() for each in state.values())
-    errors = [each.contiguous() for each in gradient.errors]
-    pointers = (ctypes.c_void_p * len(errors))(*(each.data_ptr() for each in errors))
+    errors, inputs = ([each.contiguous() for each in every] for every in (gradient.errors, gradient.inputs))
+    # One input may be that of all errors.
+    inputs = inputs * len(errors) if len(inputs) == 1 else inputs
+    pointers, encoded = (
+        (ctypes.c_void_p * len(every))(*(each.data_ptr() for each in every)) for every in (errors, inputs)
+    )
     scales = (ctypes.c_float * len(errors))(*gradient.scales)
     update = Update(
         features=len(rows.W_enc),
         k=gradient.z_BN.shape[1],
         encoder_d=rows.W_enc.shape[1],
         decoder_d=rows.W_dec.shape[1],
+        inputs=ctypes.addressof(encoded),
         errors=ctypes.addressof(pointers),
         scales=ctypes.addressof(scales),
         parts=len(errors),
@@ -329,4 +367,4 @@ def _update(gradient: RowGradient, rows: Rows, adam: Adam | None) -> tuple[ctype
     if adam is not None:
         update.step, update.rate, update.beta2, update.seed = adam.step, adam.rate, adam.beta2, adam.seed
         update.epsilon, update.clip = adam.epsilon, adam.clip
-    return loaded, update, [*given.values(), *errors, pointers, scales]
+    return loaded, update, [*given.values(), *errors, *inputs, pointers, encoded, scales]

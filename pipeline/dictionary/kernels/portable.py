@@ -34,15 +34,16 @@ class Grouped(NamedTuple):
 class RowGradient:
     """What one step made, from which the gradient of any row follows.
 
-    `z_BN` is the step's code, `grad_z_BN` the gradient of the loss by it, `x_BD` what was encoded. A decoder row is
-    moved by the error that it helps to explain, times `scales` of that error: by the only one, or by the one that
-    `part_BN` (uint8) names. The dead features' try explains another one than the rest of the code, say.
+    `z_BN` is the step's code, `grad_z_BN` the gradient of the loss by it. A decoder row is moved by the error that it
+    helps to explain, times `scales` of that error: by the only one, or by the one that `part_BN` (uint8) names. The
+    dead features' try explains another one than the rest of the code, say. An encoder row is moved by what it encoded,
+    of shape (B, D): there is an input for each error, or one for all of them.
     """
 
     grouped: Grouped
     z_BN: torch.Tensor
     grad_z_BN: torch.Tensor
-    x_BD: torch.Tensor
+    inputs: tuple[torch.Tensor, ...]
     errors: tuple[torch.Tensor, ...]
     scales: tuple[float, ...]
     part_BN: torch.Tensor | None = None
@@ -170,6 +171,62 @@ def decode(
     return x_hat_BD if bias_D is None else x_hat_BD + bias_D
 
 
+def decode_double(z_BK: torch.Tensor, indices_BK: torch.Tensor, W_FD: torch.Tensor) -> torch.Tensor:
+    """Sum of the active rows, weighted, in float64. Shape (B, D).
+
+    Rounded to float32 it is the same, whoever adds up parts of it in whatever order: but for a sum that lies within
+    2^-52 of the middle between two numbers.
+    """
+    sums_BD = torch.empty(len(z_BK), W_FD.shape[1], dtype=torch.float64, device=z_BK.device)
+    for span in _spans(indices_BK, 2 * W_FD.shape[1]):
+        rows = W_FD[indices_BK[span]].double()
+        sums_BD[span] = torch.bmm(z_BK[span].double().unsqueeze(1), rows).squeeze(1)
+    return sums_BD
+
+
+def errors_double(
+    z_BK: torch.Tensor, indices_BK: torch.Tensor, W_FD: torch.Tensor, target_BD: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `errors`; rows are added up as `decode_double` does it. Shapes (B, D), (B, K), (B,)."""
+    error_BD = (decode_double(z_BK, indices_BK, W_FD) - target_BD.double()).float()
+    return error_BD, inner(error_BD, z_BK, indices_BK, W_FD) * scale, error_BD.double().square().sum(1)
+
+
+def children(
+    x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, parents_BP: torch.Tensor, size: int, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest of relu(x W^T + b) for each token, among the children of its parents alone.
+
+    Costs P (size - 1) D multiplications a token, whatever F is. Scores and ties are those of `top_k`.
+
+    Args:
+        x_BD: What is encoded.
+        W_FD: Encoder rows, one subtree of `size` rows behind the other: a parent, and its children behind it.
+        b_F: Their biases.
+        parents_BP: Subtrees of each token, each of them once; -1 for none. int64.
+        size: Rows of a subtree.
+        k: Entries of a code.
+
+    Returns:
+        Values, largest first, and features. Shapes (B, K), (B, K). Where fewer than k scores are above zero the rest is
+        0 and names feature 0.
+    """
+    child_M = torch.arange(1, size, device=x_BD.device)
+    z_BK = x_BD.new_zeros(len(x_BD), k)
+    indices_BK = torch.zeros(len(x_BD), k, dtype=torch.int64, device=x_BD.device)
+    for span in _spans(parents_BP, (size - 1) * x_BD.shape[1]):
+        # In the order of features: of equal scores the lower one's comes first.
+        parents_bP = parents_BP[span].sort(1).values
+        features_bM = (parents_bP.clamp_min(0).unsqueeze(2) * size + child_M).flatten(1)
+        scores_bM = _scores(x_BD[span], W_FD, b_F, features_bM)
+        scores_bM[(parents_bP < 0).repeat_interleave(size - 1, 1)] = -torch.inf
+        best_bK = _largest(scores_bM, min(k, scores_bM.shape[1]))
+        values_bK = scores_bM.gather(1, best_bK).relu()
+        z_BK[span, : best_bK.shape[1]] = values_bK
+        indices_BK[span, : best_bK.shape[1]] = features_bM.gather(1, best_bK) * (values_bK != 0)
+    return z_BK, indices_BK
+
+
 def errors(
     z_BK: torch.Tensor,
     indices_BK: torch.Tensor,
@@ -239,12 +296,19 @@ def _touched(gradient: RowGradient) -> _Touched:
     starts_F, order_N = gradient.grouped
     touched_U = (starts_F.diff() > 0).nonzero().squeeze(1)
     compact = Grouped(torch.cat([starts_F[:-1][touched_U], starts_F[-1:]]), order_N)
+
+    def of(part: int, values_BN: torch.Tensor) -> torch.Tensor:
+        return values_BN if gradient.part_BN is None else values_BN * (gradient.part_BN == part)
+
     decoder_UD = torch.zeros(len(touched_U), gradient.errors[0].shape[1], device=touched_U.device)
     for part, (error_BD, scale) in enumerate(zip(gradient.errors, gradient.scales, strict=True)):
-        z_BN = gradient.z_BN if gradient.part_BN is None else gradient.z_BN * (gradient.part_BN == part)
-        decoder_UD += sums(compact, z_BN * scale, error_BD)
-    encoder_UD = sums(compact, gradient.grad_z_BN, gradient.x_BD)
-    bias_U = sums(compact, gradient.grad_z_BN, gradient.x_BD.new_ones(len(gradient.x_BD), 1)).squeeze(1)
+        decoder_UD += sums(compact, of(part, gradient.z_BN) * scale, error_BD)
+    if len(gradient.inputs) == 1:
+        encoder_UD = sums(compact, gradient.grad_z_BN, gradient.inputs[0])
+    else:
+        every = [sums(compact, of(part, gradient.grad_z_BN), x_BD) for part, x_BD in enumerate(gradient.inputs)]
+        encoder_UD = torch.stack(every).sum(0)
+    bias_U = sums(compact, gradient.grad_z_BN, gradient.z_BN.new_ones(len(gradient.z_BN), 1)).squeeze(1)
     return _Touched(touched_U, encoder_UD, decoder_UD, bias_U)
 
 

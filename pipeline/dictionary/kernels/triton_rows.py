@@ -28,17 +28,18 @@ def explain(
     k: tl.tensor,
     HAS_BIAS: tl.constexpr,
     HAS_TARGET: tl.constexpr,
+    DOUBLE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Sum of a token's active rows, weighted. One program per token and BLOCK columns.
 
     With a target, which takes all columns in one block: less the target; the inner products of that with the rows,
-    times `scale`; and the sum of its squares.
+    times `scale`; and the sum of its squares. DOUBLE adds rows up in float64; see `portable.decode_double`.
     """
     token, at_D = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside_D = at_D < width
-    sums_RD = tl.full((ROWS, BLOCK), 0.0, tl.float32)
+    sums_RD = tl.full((ROWS, BLOCK), 0.0, tl.float64 if DOUBLE else tl.float32)
     for start in range(0, k, ROWS):
         at_R = start + tl.arange(0, ROWS)
         z_R = tl.load(z_BK + token * k + at_R, mask=at_R < k, other=0.0)
@@ -46,12 +47,16 @@ def explain(
         # What did not fire is not read.
         read_RD = (z_R != 0)[:, None] & inside_D[None, :]
         W_RD = tl.load(W_FD + feature_R[:, None] * width + at_D[None, :], mask=read_RD, other=0.0)
-        sums_RD += z_R[:, None] * W_RD.to(tl.float32)
+        if DOUBLE:
+            sums_RD += z_R.to(tl.float64)[:, None] * W_RD.to(tl.float64)
+        else:
+            sums_RD += z_R[:, None] * W_RD.to(tl.float32)
     made_D = tl.sum(sums_RD, 0)
     if HAS_BIAS:
         made_D += tl.load(bias_D + at_D, mask=inside_D, other=0.0)
     if HAS_TARGET:
         made_D -= tl.load(target_BD + token * width + at_D, mask=inside_D, other=0.0)
+        made_D = made_D.to(tl.float32)
         double_D = made_D.to(tl.float64)
         tl.store(squares_B + token, tl.sum(double_D * double_D, 0))
         for start in range(0, k, ROWS):
@@ -126,13 +131,14 @@ def bound(
     z_N: tl.tensor,
     grad_z_N: tl.tensor,
     part_N: tl.tensor,
-    x_B: tl.tensor,
+    inputs_PB: tl.tensor,
     errors_PB: tl.tensor,
     scales_P: tl.tensor,
     squares_F: tl.tensor,
     tokens: tl.tensor,
     k: tl.tensor,
     PARTS: tl.constexpr,
+    INPUTS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """No less than the squared norm of a feature's gradient, from norms of tokens' rows. One program per feature."""
@@ -147,7 +153,8 @@ def bound(
         pull_R = tl.load(z_N + entry_R, mask=there_R, other=0.0) * tl.load(scales_P + part_R)
         decoder_R += tl.abs(pull_R * tl.load(errors_PB + part_R * tokens + entry_R // k, mask=there_R, other=0.0))
         grad_R = tl.load(grad_z_N + entry_R, mask=there_R, other=0.0)
-        encoder_R += tl.abs(grad_R * tl.load(x_B + entry_R // k, mask=there_R, other=0.0))
+        input_R = part_R * tokens + entry_R // k if INPUTS > 1 else entry_R // k
+        encoder_R += tl.abs(grad_R * tl.load(inputs_PB + input_R, mask=there_R, other=0.0))
     encoder, decoder = tl.sum(encoder_R, 0), tl.sum(decoder_R, 0)
     tl.store(squares_F + feature, encoder * encoder + decoder * decoder)
 
@@ -227,7 +234,7 @@ def visit(
     z_N: tl.tensor,
     grad_z_N: tl.tensor,
     part_N: tl.tensor,
-    x_BE: tl.tensor,
+    inputs_QE: tl.tensor,
     errors_QD: tl.tensor,
     scales_P: tl.tensor,
     encoder_FE: tl.tensor,
@@ -256,13 +263,15 @@ def visit(
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
+    INPUTS: tl.constexpr,
     ROW_WISE: tl.constexpr,
     HALF: tl.constexpr,
     MOVE: tl.constexpr,
 ):
     """Gradient, its squared norm, and where asked Adam and normalisation, of one feature's rows.
 
-    One program per feature; see `portable.update`. `errors_QD` has the parts one below the other, B rows each.
+    One program per feature; see `portable.update`. `errors_QD` has the parts one below the other, B rows each, and so
+    has `inputs_QE`, but where one input is that of all parts.
     """
     feature = tl.load(order_F + tl.program_id(0))
     begin, end = tl.load(starts_F + feature).to(tl.int32), tl.load(starts_F + feature + 1).to(tl.int32)
@@ -278,18 +287,21 @@ def visit(
             there_R = at_R < end
             entry_R = tl.load(order_N + at_R, mask=there_R, other=0)
             token_R = (entry_R // k).to(tl.int64)
-            grad_z_R = tl.load(grad_z_N + entry_R, mask=there_R, other=0.0)
-            x_RE = x_BE + token_R[:, None] * encoder_width + at_E[None, :]
-            encoder_RE += grad_z_R[:, None] * tl.load(x_RE, mask=there_R[:, None] & inside_E[None, :], other=0.0)
-            bias_R += grad_z_R
+            error_R, input_R = token_R, token_R
             if PARTS > 1:
                 part_R = tl.load(part_N + entry_R, mask=there_R, other=0).to(tl.int64)
                 scale_R = tl.load(scales_P + part_R)
-                token_R += part_R * tokens
+                error_R += part_R * tokens
+                if INPUTS > 1:
+                    input_R += part_R * tokens
             else:
                 scale_R = tl.load(scales_P)
+            grad_z_R = tl.load(grad_z_N + entry_R, mask=there_R, other=0.0)
+            x_RE = inputs_QE + input_R[:, None] * encoder_width + at_E[None, :]
+            encoder_RE += grad_z_R[:, None] * tl.load(x_RE, mask=there_R[:, None] & inside_E[None, :], other=0.0)
+            bias_R += grad_z_R
             pull_R = tl.load(z_N + entry_R, mask=there_R, other=0.0) * scale_R
-            error_RD = errors_QD + token_R[:, None] * decoder_width + at_D[None, :]
+            error_RD = errors_QD + error_R[:, None] * decoder_width + at_D[None, :]
             decoder_RD += pull_R[:, None] * tl.load(error_RD, mask=there_R[:, None] & inside_D[None, :], other=0.0)
         encoder_E, decoder_D, bias = tl.sum(encoder_RE, 0), tl.sum(decoder_RD, 0), tl.sum(bias_R, 0)
         square = tl.sum(encoder_E * encoder_E, 0) + tl.sum(decoder_D * decoder_D, 0) + bias * bias

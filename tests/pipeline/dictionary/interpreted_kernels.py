@@ -1,6 +1,6 @@
 """The GPU's kernels in triton's interpreter, on a CPU. `test_triton.py` runs this in a process of its own."""
 
-from tests.support.kernel_contract import RowsContract, SearchContract, StepContract
+from tests.support.kernel_contract import RowsContract, SearchContract, StepContract, TreeContract
 
 
 class TestSearch(SearchContract):
@@ -8,6 +8,10 @@ class TestSearch(SearchContract):
 
 
 class TestRows(RowsContract):
+    device = "cpu"
+
+
+class TestTree(TreeContract):
     device = "cpu"
 
 

@@ -17,7 +17,7 @@ from pipeline.dictionary.objective import RowObjective
 from pipeline.dictionary.optimizer import RowAdam
 from pipeline.dictionary.ranks import Ranks
 from pipeline.dictionary.trainer import Trainer
-from schemas.manifest import Sharding
+from schemas.compute import Sharding
 from schemas.training import Sparsity, Train
 from tests.pipeline.dictionary.test_sharding import batch, dense
 

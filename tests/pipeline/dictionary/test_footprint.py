@@ -14,7 +14,7 @@ from pipeline.dictionary.footprint import footprint
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.parallel import Dense, joined
 from pipeline.dictionary.trainer import Trainer
-from schemas.manifest import Compute, Sharding, Zero
+from schemas.compute import Compute, Sharding, Zero
 from schemas.training import Train
 
 WIDTH, FEATURES, BATCH = 256, 32768, 64

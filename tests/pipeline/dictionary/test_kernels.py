@@ -177,6 +177,7 @@ def test_sums_of_features_that_never_fired_are_zero(kernels: ModuleType) -> None
 PRINTS = """
 import hashlib, sys, torch
 from pipeline.dictionary.kernels import native
+from pipeline.dictionary.kernels.native_library import path
 torch.set_num_threads({threads})
 generator = torch.Generator().manual_seed(0)
 x, W = torch.randn(100, 200, generator=generator), torch.randn(3000, 200, generator=generator)
@@ -184,7 +185,7 @@ z, indices = native.top_k(x, W, torch.zeros(3000), 16)
 error, grad, squares = native.errors(z, indices, W, None, x, 0.5)
 sums = native.sums(native.group(z, indices, 3000), z, error)
 made = b"".join(each.numpy().tobytes() for each in (z, indices, error, grad, sums))
-print(native.path().name.split(".")[0], hashlib.sha256(made).hexdigest())
+print(path().name.split(".")[0], hashlib.sha256(made).hexdigest())
 """
 
 

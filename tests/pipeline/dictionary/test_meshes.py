@@ -15,12 +15,13 @@ from cluster.pool import free_port
 from cluster.storage.path import StoragePath
 from jobs.log import TrainingLog
 from pipeline.activations.read import Cursor
-from pipeline.dictionary import loop, model
-from pipeline.dictionary.model import DictionaryConfig
+from pipeline.dictionary import loop
+from pipeline.dictionary.model import DictionaryConfig, TreeShape
 from pipeline.dictionary.parallel import Dense
+from pipeline.dictionary.stored import to_bytes
 from pipeline.dictionary.trainer import Trainer
 from pipeline.stage import Gang
-from schemas.manifest import Sharding
+from schemas.compute import Sharding
 from schemas.training import Train
 from tests.pipeline.dictionary.test_ranks import BATCH, activations
 
@@ -43,7 +44,16 @@ class Batches:
             yield x_SBD[step % len(x_SBD)], Cursor(0, 0, step + 1)
 
 
-def train(rank: int, mesh: Sharding, init_method: str, until: int, folder: Path, settings: Train, dense: Dense) -> None:
+def train(
+    rank: int,
+    mesh: Sharding,
+    init_method: str,
+    until: int,
+    folder: Path,
+    settings: Train,
+    dense: Dense,
+    shape: DictionaryConfig,
+) -> None:
     """One rank; all of them break off before a step."""
     torch.set_num_threads(1)
     inner = Trainer.step
@@ -56,7 +66,7 @@ def train(rank: int, mesh: Sharding, init_method: str, until: int, folder: Path,
         return inner(self, index, *batch)
 
     Trainer.step = step  # type: ignore[method-assign]
-    wanted = [loop.Wanted("train", SHAPE, settings, TrainingLog(StoragePath.parse(folder / "train")), dense)]
+    wanted = [loop.Wanted("train", shape, settings, TrainingLog(StoragePath.parse(folder / "train")), dense, 0.1)]
     gang = Gang(rank, mesh.ranks, init_method, lambda event: None, lambda at, phase: None)
     made: list[loop.Trained] = []
     failed = loop.train(
@@ -70,14 +80,21 @@ def train(rank: int, mesh: Sharding, init_method: str, until: int, folder: Path,
     assert not failed
     assert bool(made) == (rank == 0)
     for each in made:
-        (folder / "dictionary.safetensors").write_bytes(model.to_bytes(each.dictionary))
+        (folder / "dictionary.safetensors").write_bytes(to_bytes(each.dictionary))
         torch.save(torch.tensor(each.curves, dtype=torch.float64), folder / "curves.pt")
 
 
-def go_on(mesh: Sharding, until: int, folder: Path, settings: Train = SETTINGS, dense: Dense | None = None) -> int:
+def go_on(
+    mesh: Sharding,
+    until: int,
+    folder: Path,
+    settings: Train = SETTINGS,
+    dense: Dense | None = None,
+    shape: DictionaryConfig = SHAPE,
+) -> int:
     """Train up to a step, or to the end; the step of the newest checkpoint."""
     folder.mkdir(exist_ok=True)
-    arguments = (mesh, f"tcp://127.0.0.1:{free_port()}", until, folder, settings, dense or Dense())
+    arguments = (mesh, f"tcp://127.0.0.1:{free_port()}", until, folder, settings, dense or Dense(), shape)
     try:
         processes.spawn(train, arguments, nprocs=mesh.ranks, join=True)
     except processes.ProcessRaisedException as error:
@@ -142,3 +159,27 @@ def test_training_in_bfloat16_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     go_on(Sharding(), STEPS, exact)
     losses = [torch.load(folder / "curves.pt")[-8:, 2].mean().item() for folder in (whole, exact)]
     assert losses[0] == pytest.approx(losses[1], rel=0.03)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_tree_goes_on_with_any_mesh_to_the_same_bits(weights: str, tmp_path: Path) -> None:
+    """Dead features start again on the way, before and behind each change of the mesh."""
+    shape = SHAPE.model_copy(update={"k": 8, "tree": TreeShape(children=7, coarse_k=3, routed=4, always=2)})
+    settings = SETTINGS.model_copy(
+        update={"aux_k": None, "resample": 5 * BATCH, "dead_after": 3 * BATCH, "weights": weights}
+    )
+    whole, changed = tmp_path / "whole", tmp_path / "changed"
+    assert go_on(Sharding(), STEPS, whole, settings, shape=shape) == STEPS
+    seen = [
+        go_on(Sharding(features=2), 8, changed, settings, shape=shape),
+        go_on(Sharding(), 13, changed, settings, shape=shape),
+        go_on(Sharding(data=2), 18, changed, settings, shape=shape),
+        go_on(Sharding(features=4), STEPS, changed, settings, shape=shape),
+    ]
+    assert 0 < seen[0] < seen[1] < seen[2] < seen[3] == STEPS
+    expected = safetensors.torch.load_file(whole / "dictionary.safetensors")
+    made = safetensors.torch.load_file(changed / "dictionary.safetensors")
+    for name, value in expected.items():
+        assert torch.equal(made[name], value), name
+    torch.testing.assert_close(torch.load(changed / "curves.pt"), torch.load(whole / "curves.pt"), rtol=1e-6, atol=0)

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from pipeline.dictionary.model import DictionaryConfig, TopKDictionary, from_bytes, to_bytes
+from pipeline.dictionary.model import DictionaryConfig, TopKDictionary
 from pipeline.dictionary.optimizer import SphereAdam, peak_rate, rate
+from pipeline.dictionary.stored import from_bytes, to_bytes
 from schemas.errors import IntegrityError
 from schemas.training import Train
 

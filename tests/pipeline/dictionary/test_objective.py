@@ -119,7 +119,7 @@ def test_rows_in_bfloat16_learn_from_steps_that_are_too_small_for_it() -> None:
         z = torch.ones(4, 1)
         grouped = kernels.group(z, torch.arange(4).unsqueeze(1), 4)
         error_BD = torch.zeros(4, 64)
-        gradient = portable.RowGradient(grouped, z, z, torch.ones(4, 64), (error_BD,), (1.0,))
+        gradient = portable.RowGradient(grouped, z, z, (torch.ones(4, 64),), (error_BD,), (1.0,))
         for step in range(1, 501):
             kernels.update(gradient, rows, portable.Adam(step, 1e-4, 0.9, 0.0, 1.0, seed=1))
         moved = 1 - rows.W_enc.double()

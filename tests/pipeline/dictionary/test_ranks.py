@@ -13,7 +13,7 @@ from pipeline.dictionary import parallel
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.parallel import joined
 from pipeline.dictionary.trainer import StepScalars, Trainer
-from schemas.manifest import Sharding
+from schemas.compute import Sharding
 from schemas.training import Train
 
 STEPS, BATCH = 30, 64

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.dictionary import topk
 from pipeline.dictionary.kernels import native, portable
-from tests.support.kernel_contract import RowsContract, SearchContract, StepContract
+from tests.support.kernel_contract import RowsContract, SearchContract, StepContract, TreeContract
 from tests.support.runs import ROOT
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not there")
@@ -32,6 +32,12 @@ class TestRowsOnGpu(RowsContract):
 
 @pytest.mark.gpu
 @needs_gpu
+class TestTreeOnGpu(TreeContract):
+    device = "cuda"
+
+
+@pytest.mark.gpu
+@needs_gpu
 class TestStepOnGpu(StepContract):
     device = "cuda"
 
@@ -47,7 +53,7 @@ def run(arguments: list[str], folder: Path, **environment: str) -> str:
 
 
 @needs_triton
-@pytest.mark.parametrize("part", ["TestSearch", "TestRows", "TestStep"])
+@pytest.mark.parametrize("part", ["TestSearch", "TestRows", "TestTree", "TestStep"])
 def test_interpreted_kernels_keep_the_contract(part: str, tmp_path: Path) -> None:
     """In another process: triton decides once in each whether it interprets, and this one may have others for it."""
     script = "tests/pipeline/dictionary/interpreted_kernels.py"
@@ -60,7 +66,7 @@ import re
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from pipeline.dictionary.kernels import triton_rows, triton_search
+from pipeline.dictionary.kernels import triton_rows, triton_search, triton_tree
 
 def made(kernel, types, constants, warps):
     types, names = iter(types), kernel.arg_names
@@ -83,21 +89,26 @@ visit = made(
     triton_rows.visit,
     [long, long, whole, single, single, "*u8", *[single] * 3, "*u16", "*u16", *[single] * 4, whole, single, double,
      *["i32"] * 8, *["fp32"] * 5],
-    dict(BLOCK_E=1024, BLOCK_D=1024, ROWS=8, PARTS=2, ROW_WISE=True, HALF=True, MOVE=True), 8,
+    dict(BLOCK_E=1024, BLOCK_D=1024, ROWS=8, PARTS=2, INPUTS=2, ROW_WISE=True, HALF=True, MOVE=True), 8,
 )
 made(triton_search.sift, [*[single] * 7, whole, whole, *["i32"] * 3, "fp32", "fp32"],
      dict(ROOM=256, GROUP=32, PASSES=9, BLOCK=1024), 4)
 made(triton_search.score, [single, half, single, whole, whole, long, "i32"], dict(WIDTH=768, ROWS=16, BLOCK=256), 4)
 made(triton_search.halve, [single, half, single, single, "i32"], dict(WIDTH=768, STORE=True, ROWS=4, BLOCK=1024), 4)
 made(triton_rows.explain, [single, long, half, *[single] * 4, double, "fp32", "i32", "i32"],
-     dict(HAS_BIAS=True, HAS_TARGET=True, ROWS=8, BLOCK=1024), 8)
+     dict(HAS_BIAS=True, HAS_TARGET=True, DOUBLE=False, ROWS=8, BLOCK=1024), 8)
+made(triton_rows.explain, [single, long, half, *[single] * 4, double, "fp32", "i32", "i32"],
+     dict(HAS_BIAS=False, HAS_TARGET=True, DOUBLE=True, ROWS=8, BLOCK=1024), 8)
+children = made(triton_tree.score_children, [single, half, single, long, whole, long, long, "i32", "i32", "i32"],
+                dict(WIDTH=768, TOKENS=16, CHILDREN=64, BLOCK=64), 4)
+assert "mma.sync" in children.asm["ptx"] or "wgmma" in children.asm["ptx"]
 made(triton_rows.products, [single, single, long, half, single, "i32", "i32"], dict(ROWS=8, BLOCK=1024), 8)
 made(triton_rows.add_up, [long, long, whole, *[single] * 3, "i32", "i32"], dict(ROWS=8, BLOCK=1024), 8)
 made(triton_rows.bound, [long, whole, single, single, "*u8", double, double, single, double, "i32", "i32"],
-     dict(PARTS=2, ROWS=128), 1)
+     dict(PARTS=2, INPUTS=2, ROWS=128), 1)
 made(triton_search.largest, [long, long, "i32"], dict(ROOM=256), 1)
 # No sum depends on who comes first.
-assert not any("atomic" in each.asm["ttgir"] for each in (search, visit))
+assert not any("atomic" in each.asm["ttgir"] for each in (search, visit, children))
 print("compiled")
 """
 

@@ -1,0 +1,85 @@
+"""Holding a dictionary against known features."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from pipeline.synthetic.rows import Active
+from pipeline.truth import BLOCK, Tally, Truth, nearest, recovery
+
+
+def truth_of(directions_MD: torch.Tensor, represented: list[bool] | None = None) -> Truth:
+    count = len(directions_MD)
+    return Truth(
+        normalize(directions_MD, dim=1),
+        torch.ones(count),
+        torch.tensor(represented or [True] * count),
+        torch.full((count,), -1),
+        torch.zeros(count, dtype=torch.int64),
+    )
+
+
+def always(features: int, known: int) -> Tally:
+    tally = Tally(features, known)
+    tally.fires_F += 1
+    return tally
+
+
+def test_nearest_across_blocks_equals_brute_force() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = normalize(torch.randn(BLOCK + 30, 8, generator=generator), dim=1)
+    b = normalize(torch.randn(50, 8, generator=generator), dim=1)
+    indices, cosines = nearest(a, b, 3)
+    expected = (a @ b.T).numpy()
+    order = np.argsort(-expected, axis=1)[:, :3]
+    assert indices.tolist() == order.tolist()
+    np.testing.assert_allclose(cosines.numpy(), np.take_along_axis(expected, order, 1), atol=1e-6)
+    assert nearest(a[:2], b[:2], 5)[0].shape == (2, 2)
+
+
+def test_recovery_of_the_truth_itself_in_another_order_is_perfect() -> None:
+    directions_MD = torch.randn(40, 12, generator=torch.Generator().manual_seed(1))
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(2))
+    found = recovery(3.0 * directions_MD[order], truth_of(directions_MD), always(40, 40))
+    assert found.metrics["mmcs_found"] == pytest.approx(1.0, abs=1e-6)
+    assert found.metrics["mmcs_true"] == pytest.approx(1.0, abs=1e-6)
+    assert found.metrics["found"] == 1.0
+    assert order[found.nearest_M].tolist() == list(range(40))
+
+
+def test_recovery_both_ways_tells_what_is_missing_from_what_is_invented() -> None:
+    half = recovery(torch.eye(4)[:2], truth_of(torch.eye(4)), always(2, 4))
+    assert (half.metrics["mmcs_found"], half.metrics["mmcs_true"], half.metrics["found"]) == (0.5, 1.0, 0.5)
+    more = recovery(torch.eye(4), truth_of(torch.eye(4)[:2]), always(4, 2))
+    assert (more.metrics["mmcs_found"], more.metrics["mmcs_true"], more.metrics["found"]) == (1.0, 0.5, 1.0)
+
+
+def test_recovery_takes_signs_for_what_they_are() -> None:
+    assert recovery(-torch.eye(2)[:1], truth_of(torch.eye(2)[:1]), always(1, 1)).metrics["mmcs_found"] == -1.0
+
+
+def test_recovery_knows_only_features_that_fired_and_known_ones_that_are_represented() -> None:
+    tally = Tally(2, 2)
+    tally.fires_F += torch.tensor([0, 7])
+    found = recovery(torch.eye(2), truth_of(torch.eye(2), [True, False]), tally)
+    assert (found.metrics["mmcs_found"], found.metrics["mmcs_true"], found.metrics["represented"]) == (0.0, 0.0, 1)
+    assert found.nearest_M.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("none", ["fired", "represented"])
+def test_recovery_where_there_is_nothing_to_compare_has_no_mean(none: str) -> None:
+    truth = truth_of(torch.eye(2), [False, False] if none == "represented" else None)
+    found = recovery(torch.eye(2), truth, Tally(2, 2) if none == "fired" else always(2, 2))
+    assert not {"mmcs_found", "mmcs_true", "found"} & found.metrics.keys()
+    assert found.nearest_M.tolist() == [-1, -1]
+
+
+def test_tally_counts_what_fired_on_both_sides_and_adds_up() -> None:
+    active = Active.of(3, np.array([0, 0, 2]), np.array([1, 4, 1]), np.ones(3))
+    tally, other = Tally(4, 5), Tally(4, 5)
+    tally.add(torch.tensor([[1.0, 0.0], [2.0, 3.0], [0.5, 0.1]]), torch.tensor([[0, 1], [2, 3], [0, 2]]), active)
+    assert (tally.rows, tally.fires_F.tolist(), tally.known_fires_M.tolist()) == (3, [2, 0, 2, 1], [0, 2, 0, 0, 1])
+    other.merge(tally)
+    other.merge(tally)
+    assert (other.rows, other.fires_F.tolist(), other.known_fires_M.tolist()) == (6, [4, 0, 4, 2], [0, 4, 0, 0, 2])
