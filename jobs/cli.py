@@ -358,6 +358,8 @@ def _print_results(parsed: Manifest, done: dict[str, Committed], as_json: bool) 
             "mmcs_found": "MMCS found",
             "mmcs_true": "MMCS true",
             "found": "found",
+            "mcc": "MCC",
+            "f1": "F1",
         }
         contenders = ("dictionary", "parents", "pca", "random", "oracle")
         present = [key for key in shown if any(key in judged.get(who, {}) for who in contenders)]

@@ -1,9 +1,12 @@
 """recover: judges a dictionary of a synthetic harvest, on rows of a stream that nothing was trained on.
 
-It stands in evaluate's place, under its name. A unit is a span of held-out rows: they are made, the dictionary and the
-baselines encode them, and only sums are kept. How well features match the known ones is decided at the end, once for
-all rows, by `pipeline.truth.recovery`. Beside the usual baselines stands an oracle, which encodes with the true
-directions, k of them: what the best dictionary would reach with an encoder as simple as a dictionary's.
+It stands in evaluate's place, under its name. First the dictionary's directions are matched with the true ones. Then a
+unit is a span of held-out rows: they are made, the dictionary and the baselines encode them, and only sums are kept, of
+what fired together with its match among them. What was recovered is decided at the end, once for all rows: by
+`pipeline.truth` of what is alive, and by `pipeline.recovery` as SynthSAEBench has it.
+
+Beside the usual baselines stands an oracle, which encodes with the true directions, k of them: what the best dictionary
+would reach with an encoder as simple as a dictionary's.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import torch
 from cluster.pool import Resources
 from cluster.storage.create import create_or_adopt
 from cluster.storage.formats import read_tensors
+from cluster.storage.parsing import parsing
 from cluster.storage.path import StoragePath
 from pipeline import metrics
 from pipeline.activations.source import open_store
@@ -29,11 +33,14 @@ from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.stored import open_dictionary
 from pipeline.generate import truth_bytes
 from pipeline.metrics import Moments
+from pipeline.recovery import kept, summary
+from pipeline.recovery.firings import Firings
+from pipeline.recovery.matches import Links, Matches, links, match
 from pipeline.stage import Committed, Estimate, Out, Params, Sources, Task
 from pipeline.synthetic.draws import Split
 from pipeline.synthetic.rows import Active, Source, rows
 from pipeline.tokenize import parquet_body
-from pipeline.truth import Tally, Truth, open_rows, open_truth, recovery
+from pipeline.truth import Represented, Tally, Truth, open_rows, open_truth, recovery, represented
 from schemas.layouts import KNOWN, METRICS
 from schemas.manifest import Dictionary, Manifest
 from schemas.records import ObjectEntry, Outputs, Unit
@@ -42,6 +49,10 @@ from schemas.tables import KNOWN as KNOWN_SCHEMA
 UNIT_ROWS = 16_384
 OURS = "dictionary"
 ORACLE = "oracle"
+MATCHED = "matches.safetensors"
+# Of all features, dead ones too, as SynthSAEBench has them.
+BENCHMARK = ("mcc", "f1", "uniqueness")
+DETECTION = ("precision", "recall", "f1")
 BASELINES = "baselines.safetensors"
 # The oracle looks at every known feature on every row. With more of them that would take longer than all else.
 ORACLE_FEATURES = 2**16
@@ -69,6 +80,14 @@ class BaselineTask(Task):
     params: RecoverParams
 
 
+class MatchTask(Task):
+    """Match the dictionary's directions with the true ones."""
+
+    harvest: Committed
+    train: Committed
+    params: RecoverParams
+
+
 class SpanTask(Task):
     """One span of held-out rows."""
 
@@ -76,6 +95,7 @@ class SpanTask(Task):
     end: int
     harvest: Committed
     train: Committed
+    matches: ObjectEntry | None
     baselines: ObjectEntry | None
     params: RecoverParams
 
@@ -85,6 +105,7 @@ class RecoveryTask(Task):
 
     harvest: Committed
     train: Committed
+    matches: ObjectEntry | None
     sums: tuple[ObjectEntry, ...]
     baselines: ObjectEntry | None
     params: RecoverParams
@@ -119,11 +140,12 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
     batch = settings.batch_tokens * (width * 4 * 16 + max(settings.features, min(known, ORACLE_FEATURES)) * 8)
     spans = min(UNIT_ROWS, settings.tokens) * (width * 8 + 4096)
     return Estimate(
-        units=units + 1 + bool(settings.baselines),
+        units=units + 2 + bool(settings.baselines),
         rows=settings.tokens,
-        stored_bytes=units * (settings.features + known) * 8 + known * 40,
-        objects=2 * units + 8,
-        memory=WORKER_MEMORY + truth + weights + batch + spans + known * 128,
+        stored_bytes=units * (settings.features + known) * 32 + settings.features * 32 + known * 64,
+        objects=2 * units + 10,
+        # Matching has candidates of both sides beside both sides' directions.
+        memory=WORKER_MEMORY + truth + weights + batch + spans + (known + settings.features) * 1024,
         workers=manifest.compute.workers,
     )
 
@@ -136,6 +158,8 @@ def run(inputs: Mapping[str, Committed], params: RecoverParams, out: Out) -> Out
     if params.baselines:
         fitting = BaselineTask(unit="baselines", harvest=harvest, params=params)
         (fitted,) = out.map(fit_baselines, [fitting], resources)["baselines"].made.objects
+    beside = MatchTask(unit="matches", harvest=harvest, train=train, params=params)
+    matches = next(iter(out.map(match_features, [beside], resources)["matches"].made.objects), None)
     tasks = [
         SpanTask(
             unit=f"{index:06d}",
@@ -143,6 +167,7 @@ def run(inputs: Mapping[str, Committed], params: RecoverParams, out: Out) -> Out
             end=min(first + UNIT_ROWS, params.tokens),
             harvest=harvest,
             train=train,
+            matches=matches,
             baselines=fitted,
             params=params,
         )
@@ -154,12 +179,14 @@ def run(inputs: Mapping[str, Committed], params: RecoverParams, out: Out) -> Out
         unit="recovery",
         harvest=harvest,
         train=train,
+        matches=matches,
         sums=tuple(unit.objects[0] for unit in spans),
         baselines=fitted,
         params=params,
     )
     found = out.map(judge_features, [matching], resources)["recovery"].made
     judged = summarize(params, train, out.path, spans, found.facts["recovery"])
+    judged |= {name: found.facts[name] for name in ("benchmark", "by_fires") if name in found.facts}
     body = json.dumps(judged, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
     # The table belongs to its unit; the stage names it as well, so that whoever reads the stage finds it.
     return Outputs(
@@ -177,6 +204,28 @@ def fit_baselines(task: BaselineTask, path: StoragePath) -> Unit:
     return Unit(objects=(ObjectEntry.of(BASELINES, body),))
 
 
+def match_features(task: MatchTask, path: StoragePath) -> Unit:
+    """Whose best is whose, among all of the dictionary's features and the true ones that have a direction."""
+    dictionary = open_dictionary(task.train).dictionary
+    known = represented(open_truth(task.harvest, task.params.hook_point))
+    if known is None:
+        return Unit(objects=())
+    found = match(dictionary.W_dec.detach(), known.directions_RD, dictionary.W_enc.detach(), task.params.seed)
+    body = safetensors.torch.save(kept.tensors(found))
+    create_or_adopt(path / MATCHED, body)
+    return Unit(objects=(ObjectEntry.of(MATCHED, body),))
+
+
+def _links(entry: ObjectEntry | None, truth: Truth, path: StoragePath) -> tuple[Represented, Matches, Links] | None:
+    """What firings are counted by; None where there is nothing to count."""
+    known = represented(truth)
+    if entry is None or known is None:
+        return None
+    with parsing(path / entry.key, "matches"):
+        found = kept.matches_of(read_tensors(path, entry))
+    return known, found, links(found, known.parents_R)
+
+
 def judge_span(task: SpanTask, path: StoragePath) -> Unit:
     """All sums of one span. Sums are kept as an object, because some of them are as wide as the dictionary."""
     settings = task.params
@@ -187,14 +236,18 @@ def judge_span(task: SpanTask, path: StoragePath) -> Unit:
         contenders = {name: baselines.reconstructor(name, fitted, settings.k) for name in settings.baselines}
     source = open_rows(task.harvest, settings.hook_point)
     oracle = _oracle(truth, source, settings.k)
-    tally = Tally(dictionary.features, len(truth))
+    tally, counting = Tally(dictionary.features, len(truth)), _links(task.matches, truth, path)
+    firings = None if counting is None else Firings.none(counting[2])
     moments: dict[str, Moments] = {}
     made = rows(source, Split.HELDOUT, task.first, task.end)
     with torch.inference_mode():
         for first in range(0, len(made.active), settings.batch_tokens):
             x_ND = made.x_ND[first : first + settings.batch_tokens]
             z_NK, indices_NK = dictionary.encode(x_ND)
-            tally.add(z_NK, indices_NK, made.active.sliced(first, first + len(x_ND)))
+            active = made.active.sliced(first, first + len(x_ND))
+            tally.add(z_NK, indices_NK, active)
+            if counting is not None and firings is not None:
+                firings.add(counting[2], z_NK, indices_NK, *counting[0].active(active))
             seen = {OURS: Moments.of(x_ND, dictionary.decode(z_NK, indices_NK), z_NK)}
             seen |= {name: Moments.of(x_ND, contender(x_ND)) for name, contender in contenders.items()}
             if oracle is not None:
@@ -202,6 +255,7 @@ def judge_span(task: SpanTask, path: StoragePath) -> Unit:
                 seen[ORACLE] = Moments.of(x_ND, oracle.decode(code_NK, known_NK), code_NK)
             moments = {name: moments[name] + each if name in moments else each for name, each in seen.items()}
     tensors, numbers = {"fires": tally.fires_F, "known_fires": tally.known_fires_M}, dict[str, float]()
+    tensors |= {} if firings is None else kept.counted(firings)
     for name, each in moments.items():
         for field, value in asdict(each).items():
             if isinstance(value, torch.Tensor):
@@ -230,10 +284,14 @@ def judge_features(task: RecoveryTask, path: StoragePath) -> Unit:
     settings = task.params
     truth, dictionary = open_truth(task.harvest, settings.hook_point), open_dictionary(task.train).dictionary
     tally = Tally(dictionary.features, len(truth))
+    firings: Firings | None = None
     for entry in task.sums:
         sums = read_tensors(path, entry)
         tally.fires_F += sums["fires"]
         tally.known_fires_M += sums["known_fires"]
+        if task.matches is not None:
+            more = kept.firings_of(sums)
+            firings = more if firings is None else firings + more
     tally.rows = settings.tokens
     found = recovery(dictionary.W_dec.detach(), truth, tally)
     judged = {OURS: found.metrics}
@@ -250,10 +308,26 @@ def judge_features(task: RecoveryTask, path: StoragePath) -> Unit:
         "fires": truth.fires_M.numpy(),
         "nearest": found.nearest_M.numpy(),
         "cosine": found.cosine_M.numpy(),
+        **{name: pa.nulls(len(truth), KNOWN_SCHEMA.field(name).type) for name in ("matched", *DETECTION)},
     }
+    facts: dict[str, Any] = {"recovery": judged}
+    counting = _links(task.matches, truth, path)
+    if counting is not None and firings is not None:
+        known, matches, linked = counting
+        whole = summary.recovery(matches, linked, firings, tally.fires_F > 0, known.fires_R)
+        facts |= {"benchmark": whole.metrics, "by_fires": whole.bins}
+        judged[OURS] |= {name: whole.metrics[name] for name in BENCHMARK}
+        columns |= {"matched": _spread(whole.true["feature"], known)}
+        columns |= {name: _spread(whole.true[name].float(), known) for name in DETECTION}
     body = parquet_body(pa.Table.from_pydict(columns, KNOWN_SCHEMA), 65_536)
     create_or_adopt(path / KNOWN, body)
-    return Unit(objects=(ObjectEntry.of(KNOWN, body),), facts={"recovery": judged})
+    return Unit(objects=(ObjectEntry.of(KNOWN, body),), facts=facts)
+
+
+def _spread(values_R: torch.Tensor, known: Represented) -> pa.Array:
+    """A column of all known features, null where one has no direction."""
+    place_M = known.place_M.numpy()
+    return pa.array(values_R.numpy()[place_M.clip(0)], mask=place_M < 0)
 
 
 def summarize(
@@ -294,7 +368,7 @@ def summarize(
             judged[name]["l0"] = float(params.k)
             del judged[name]["l1"]
         found = recovered.get(name, {})
-        judged[name] |= {key: found[key] for key in ("mmcs_found", "mmcs_true", "found") if key in found}
+        judged[name] |= {key: found[key] for key in ("mmcs_found", "mmcs_true", "found", *BENCHMARK) if key in found}
     judged[OURS]["dead"] = train.facts["dead"]
     judged[OURS]["never_fired_heldout"] = float((tensors["fires"] == 0).double().mean())
     return judged

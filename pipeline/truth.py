@@ -80,6 +80,47 @@ def open_rows(harvest: Committed, hook_point: str) -> Source:
     return open_source(section_of(harvest), hook_point, harvest.path, _entry(harvest, hook_point))
 
 
+@dataclass(frozen=True, slots=True)
+class Represented:
+    """The known features that have a direction (R of them), as recovery is judged by them.
+
+    Attributes:
+        known_R: Which ones.
+        place_M: The place of every known feature among them, or -1.
+        directions_RD: Unit vectors.
+        parents_R: The place of the feature above each, or -1; None where there is no hierarchy.
+        fires_R: How often each fired in the training split.
+    """
+
+    known_R: torch.Tensor
+    place_M: torch.Tensor
+    directions_RD: torch.Tensor
+    parents_R: torch.Tensor | None
+    fires_R: torch.Tensor
+
+    def active(self, active: Active) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where each row's active ones begin, and where the last one's end; and their places. Shapes (N + 1,), (E,)."""
+        place_E = self.place_M[torch.from_numpy(active.feature_E)]
+        kept_E = place_E >= 0
+        before_E = torch.cat([torch.zeros(1, dtype=torch.int64), kept_E.long().cumsum(0)])
+        return before_E[torch.from_numpy(active.start_N1)], place_E[kept_E]
+
+
+def represented(truth: Truth) -> Represented | None:
+    """What recovery is judged by; None where no known feature has a direction."""
+    known_R = torch.nonzero(truth.represented_M).squeeze(1)
+    if not len(known_R):
+        return None
+    place_M = torch.full((len(truth),), -1)
+    place_M[known_R] = torch.arange(len(known_R))
+    above_R = truth.parent_M[known_R]
+    parents_R = place_M[above_R.clamp_min(0)].where(above_R >= 0, -1)
+    has_tree = bool((parents_R >= 0).any())
+    return Represented(
+        known_R, place_M, truth.directions_MD[known_R], parents_R if has_tree else None, truth.fires_M[known_R]
+    )
+
+
 def section_of(harvest: Committed) -> World | Toy:
     """The source that a harvest was made from.
 

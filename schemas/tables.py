@@ -84,11 +84,17 @@ KNOWN = pa.schema(
         pa.field("fires", pa.int64(), nullable=False),
         pa.field("nearest", pa.int64(), nullable=False),
         pa.field("cosine", pa.float32(), nullable=False),
+        pa.field("matched", pa.int64()),
+        pa.field("precision", pa.float32()),
+        pa.field("recall", pa.float32()),
+        pa.field("f1", pa.float32()),
     ],
     metadata={
         "fires": "in the training split",
         "nearest": "feature of the dictionary whose decoder row is nearest, -1 if none fired",
         "cosine": "with it",
+        "matched": "feature, dead or alive, whose decoder row has the largest cosine of either sign",
+        "precision": "of that feature's firing, on held-out rows; recall and f1 likewise",
     },
 )
 

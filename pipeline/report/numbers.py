@@ -36,9 +36,25 @@ METRICS = (
     Metric("output_cosine", "Output cosine", "number", "higher", "of the model's output, reconstruction spliced in"),
     Metric("mmcs_found", "MMCS, found", "number", "higher", "of known features with the nearest feature"),
     Metric("mmcs_true", "MMCS, true", "number", "higher", "of features that fired with the nearest known one"),
+    Metric("mcc", "MCC", "number", "higher", "mean cosine of a one-to-one matching with the known features"),
+    Metric("f1", "F1", "number", "higher", "of firing with the known feature that matches best"),
+    Metric("uniqueness", "Uniqueness", "fraction", "higher", "distinct known features among all best matches"),
     Metric("found", "Known features found", "fraction", "higher", "with a cosine of 0.9 or more"),
 )
-TILES = ("mmcs_found", "mmcs_true", "found", "fvu", "l0", "dead", "ce_recovered", "kl", "output_cosine", "cosine")
+TILES = (
+    "mcc",
+    "f1",
+    "mmcs_found",
+    "mmcs_true",
+    "found",
+    "fvu",
+    "l0",
+    "dead",
+    "ce_recovered",
+    "kl",
+    "output_cosine",
+    "cosine",
+)
 BARS = ("fvu", "ce_recovered", "output_cosine", "cosine")
 BASELINES = ("dictionary", "parents", "pca", "random")
 ORACLE = "oracle"

@@ -18,7 +18,7 @@ from jobs.fingerprint import fingerprint, spec
 from jobs.plan import instances
 from jobs.sources import survey
 from jobs.workspace import label
-from pipeline.dictionary.model import from_bytes
+from pipeline.dictionary.stored import from_bytes
 from pipeline.synthetic.directions import random_directions
 from pipeline.synthetic.draws import Split
 from pipeline.synthetic.rows import rows
