@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from pydantic import BaseModel
+from scipy.optimize import linear_sum_assignment
 
 from jobs import manifest as manifests
 from jobs.fingerprint import fingerprint, spec
@@ -28,7 +29,7 @@ from schemas.synthetic import Toy, World
 from tests.support import runs
 from tests.support.command import invoke
 from tests.support.fixtures import write_manifest
-from tests.support.synthetic import PRESET, manifest_tree, toy_tree, world_tree
+from tests.support.synthetic import PRESET, dense, manifest_tree, toy_tree, world_tree
 
 Tree = dict[str, Any]
 TOY = Path(__file__).parents[2] / "jobs" / "manifests" / "toy.yaml"
@@ -55,6 +56,47 @@ def only(root: Path, pattern: str) -> Path:
 
 def metrics_of(root: Path) -> Any:
     return json.loads(only(root, "dictionaries/small/evaluate/*/metrics.json").read_text())
+
+
+def dictionary_of(root: Path) -> Any:
+    folder = only(root, "dictionaries/small/train/*")
+    bodies = [(folder / name).read_bytes() for name in ("dictionary.safetensors", "dictionary.json")]
+    return from_bytes(*bodies).dictionary
+
+
+def test_recovery_of_a_world_is_what_everything_beside_everything_says(world: SimpleNamespace) -> None:
+    """All cosines, and both codes of all held-out rows as matrices."""
+    section = World.model_validate(manifests.load(world.manifest).synthetic.model_dump())
+    source = WorldSource(section, random_directions(section.features, section.width, section.seed))
+    made, dictionary = rows(source, Split.HELDOUT, 0, 2000), dictionary_of(world.root)
+    z_NF = torch.zeros(2000, 64)
+    z_NK, indices_NK = dictionary.encode(made.x_ND)
+    z_NF.scatter_add_(1, indices_NK, z_NK)
+    fires_NF, true_NM = z_NF > 0, torch.from_numpy(dense(made.active, section.features)) > 0
+    cosine_FM = (
+        torch.nn.functional.normalize(dictionary.W_dec, dim=1)
+        @ torch.from_numpy(np.asarray(random_directions(section.features, section.width, section.seed))).T
+    )
+    best_F, best_M = cosine_FM.abs().argmax(1), cosine_FM.abs().argmax(0)
+
+    def f1(mine_N: torch.Tensor, theirs_N: torch.Tensor) -> float:
+        both = int((mine_N & theirs_N).sum())
+        return 2 * both / max(int(mine_N.sum()) + int(theirs_N.sum()), 1)
+
+    judged = metrics_of(world.root)
+    by_learned = [f1(fires_NF[:, f], true_NM[:, m]) for f, m in enumerate(best_F.tolist())]
+    assert judged["benchmark"]["f1"] == pytest.approx(float(np.mean(by_learned)), abs=1e-6)
+    assert judged["dictionary"]["f1"] == judged["benchmark"]["f1"]
+    assert judged["benchmark"]["uniqueness"] == len(set(best_F.tolist())) / 64
+    assert judged["benchmark"]["absorption"] is not None
+    pairs = linear_sum_assignment(-cosine_FM.abs().numpy())
+    assert judged["dictionary"]["mcc"] == pytest.approx(float(cosine_FM.abs().numpy()[pairs].mean()), abs=1e-5)
+    assert sum(each["features"] for each in judged["by_fires"]) == 60
+    table = pq.read_table(only(world.root, "dictionaries/small/evaluate/*/known.parquet"))
+    assert table["matched"].to_pylist() == best_M.tolist()
+    by_true = [f1(fires_NF[:, f], true_NM[:, m]) for m, f in enumerate(best_M.tolist())]
+    np.testing.assert_allclose(table["f1"].to_numpy(), by_true, atol=1e-6)
+    assert "MCC" in world.result.out
 
 
 def test_plan_of_a_synthetic_manifest_knows_its_rows_and_writes_nothing(tmp_path: Path) -> None:
