@@ -176,6 +176,31 @@ WITH_TILES HalfRows halves_of(const uint16_t* rows, int64_t count, int64_t d, Pa
     return fits ? HalfRows{rows, d} : HalfRows{packed.rows.data(), stride};
 }
 
+// Sixteen rows of sixteen words become columns.
+WITH_TILES inline void turn_over(__m512i r[WIDE]) {
+    __m512i t[WIDE];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 8; ++i) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    }
+}
+
 // Compilers are not told that an instruction on tiles reads memory: everything must be there before.
 inline void settle() { asm volatile("" ::: "memory"); }
 
@@ -214,14 +239,22 @@ class Tiles {
 // As score_children, of rounded rows, and in whatever order. `x` are tokens in bfloat16.
 WITH_TILES void score_in_tiles(const uint16_t* x, HalfRows rows, int64_t children, int64_t d, int64_t parents,
                                const int32_t* entries, int64_t count, int64_t stride, Packed& packed, float* scores) {
-    alignas(64) float sums[WIDE * WIDE];
+    alignas(64) float sums[WIDE * WIDE] = {};
     uint32_t* columns = packed.tokens.data();
     for (int64_t i = 0; i < count; i += WIDE) {
         int64_t some = std::min(WIDE, count - i);
-        for (int64_t t = 0; t < some; ++t) {
-            const uint16_t* token = x + entries[i + t] / parents * d;
-            for (int64_t pair = 0; pair < d / 2; ++pair) std::memcpy(columns + pair * WIDE + t, token + 2 * pair, 4);
-            if (d % 2) columns[d / 2 * WIDE + t] = token[d - 1];
+        __m512i turned[WIDE];
+        for (int64_t block = 0; block < packed.blocks; ++block) {
+            int64_t first = block * PAIRS;
+            // What lies behind a token is another one's.
+            __mmask32 there = d - first >= PAIRS ? 0xffffffffu : (1u << (d - first)) - 1;
+            for (int64_t t = 0; t < WIDE; ++t) {
+                const uint16_t* token = x + entries[i + std::min(t, some - 1)] / parents * d;
+                turned[t] = _mm512_maskz_loadu_epi16(there, token + first);
+            }
+            turn_over(turned);
+            for (int64_t pair = 0; pair < WIDE; ++pair)
+                _mm512_storeu_si512(columns + (block * WIDE + pair) * WIDE, turned[pair]);
         }
         settle();
         for (int64_t row = 0; row < children; row += WIDE) {
@@ -243,11 +276,11 @@ WITH_TILES void score_in_tiles(const uint16_t* x, HalfRows rows, int64_t childre
                 }
                 _tile_stored(1, sums, 64);
             }
-            int64_t many = std::min(WIDE, children - row);
-            for (int64_t t = 0; t < some; ++t) {
-                float* made = scores + int64_t(entries[i + t]) * stride + row;
-                for (int64_t r = 0; r < many; ++r) made[r] = sums[r * WIDE + t];
-            }
+            // Columns are tokens. Behind the last child there is room for as many as a vector has.
+            for (int64_t r = 0; r < WIDE; ++r) turned[r] = _mm512_loadu_si512(sums + r * WIDE);
+            turn_over(turned);
+            for (int64_t t = 0; t < some; ++t)
+                _mm512_storeu_si512(scores + int64_t(entries[i + t]) * stride + row, turned[t]);
         }
     }
 }
@@ -260,7 +293,8 @@ inline float children_floor(const float* scores, const int64_t* parents, int64_t
     parts.assign(wide, -INFINITY);
     WideBounds bounds(m);
     int64_t seen = 0;
-    for (int64_t p = 0; p < width; ++p) {
+    // Any part of all scores gives a floor. That of the first parents, which fired most strongly, is nearly as high.
+    for (int64_t p = 0; p < width && seen < 16 * wide; ++p) {
         if (parents[p] < 0) continue;
         int64_t first = parents[p] * size + 1;
         Block block{size - 1, first, bias + first, norm + first, error + first};
