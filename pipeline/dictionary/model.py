@@ -18,6 +18,7 @@ from torch import nn
 
 from pipeline.dictionary import sharding
 from pipeline.dictionary.activation import Activation, Encoder, TopK
+from pipeline.dictionary.kernels.native_library import zeros
 from pipeline.dictionary.ranks import Ranks
 from pipeline.dictionary.topk import Decode, EncodeTopK, decode, kernels
 
@@ -115,9 +116,9 @@ class TopKDictionary(nn.Module):
     ) -> None:
         super().__init__()
         self.activation: Activation = TopK(activation) if isinstance(activation, int) else activation
-        self.W_enc = nn.Parameter(torch.zeros(features, width, dtype=rows))
+        self.W_enc = nn.Parameter(zeros(features, width, dtype=rows))
         self.b_enc = nn.Parameter(torch.zeros(features))
-        self.W_dec = nn.Parameter(torch.zeros(features, target_width or width, dtype=rows))
+        self.W_dec = nn.Parameter(zeros(features, target_width or width, dtype=rows))
         self.b_dec = nn.Parameter(torch.zeros(target_width or width))
         # It need not be learned: b_enc can make up for any other.
         self.b_in: nn.Parameter | None = None

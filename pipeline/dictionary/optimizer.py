@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from pipeline.dictionary.kernels.native_library import zeros
 from pipeline.dictionary.kernels.portable import Adam, RowGradient, Rows
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.objective import SparseObjective
@@ -164,8 +165,8 @@ class RowAdam(torch.optim.Optimizer):
             W_enc=W_enc_FD,
             W_dec=W_dec_FD,
             b_enc=dictionary.b_enc.data,
-            encoder_v=torch.zeros_like(W_enc_FD[:, 0] if row_wise else W_enc_FD, dtype=torch.float32),
-            decoder_v=torch.zeros_like(W_dec_FD[:, 0] if row_wise else W_dec_FD, dtype=torch.float32),
+            encoder_v=_moments(W_enc_FD, row_wise),
+            decoder_v=_moments(W_dec_FD, row_wise),
             bias_v=torch.zeros_like(dictionary.b_enc.data),
             stamps_F=torch.zeros(dictionary.features, dtype=torch.int32, device=W_enc_FD.device),
             first=objective.ranks.feature_rank * dictionary.features,
@@ -224,6 +225,11 @@ class RowAdam(torch.optim.Optimizer):
             v.mul_(self.beta2).addcmul_(moved, moved, value=1 - self.beta2)
             self._small[name].addcdiv_(moved, (v / (1 - self.beta2**self.steps)).sqrt_().add_(EPSILON), value=-rate)
         self.objective.pending, self._bound = None, None
+
+
+def _moments(W_FD: torch.Tensor, row_wise: bool) -> torch.Tensor:
+    """Second moments of nothing yet, for rows or for all of their numbers."""
+    return zeros(*W_FD.shape[: 1 if row_wise else 2]).to(W_FD.device)
 
 
 def peak_rate(settings: Train, features: int) -> float:

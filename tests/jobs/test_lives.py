@@ -8,6 +8,7 @@ from cluster.storage.path import StoragePath
 from jobs.log import SlotLog, TrainingLog
 from schemas.errors import OutrunError
 from schemas.layouts import slot_key
+from schemas.records import CheckpointRecord
 
 
 def log(folder: Path) -> TrainingLog:
@@ -22,9 +23,10 @@ def commit(of: TrainingLog, step: int) -> None:
 
 
 def steps(folder: Path) -> list[int]:
+    """Of every checkpoint in the log, those that newer ones have superseded as well."""
     found = SlotLog(StoragePath.parse(folder))
     found.refresh()
-    return [record.step for record in found.checkpoints]
+    return [record.step for record in found.slots if isinstance(record, CheckpointRecord)]
 
 
 def test_checkpoint_of_an_older_life_that_comes_late_is_where_the_next_one_begins(tmp_path: Path) -> None:

@@ -4,6 +4,10 @@
 
 #include "search.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace {
 
 template <typename T>
@@ -22,7 +26,16 @@ void scan(const T* scores, int64_t stride, int64_t tokens, const Block& block, c
 } // namespace
 
 // What the Python side expects; raised with every change of a signature.
-KILOBASIS int64_t kilobasis_version() { return 3; }
+KILOBASIS int64_t kilobasis_version() { return 4; }
+
+// Ask for large pages where nothing was written yet: rows are read from all over, and each would be another small page.
+KILOBASIS void kilobasis_ask_for_large_pages(void* memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr uintptr_t PAGE = 1 << 21;
+    uintptr_t begin = ((uintptr_t)memory + PAGE - 1) / PAGE * PAGE, end = ((uintptr_t)memory + bytes) / PAGE * PAGE;
+    if (end > begin) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+#endif
+}
 
 // Norms of rows.
 KILOBASIS void kilobasis_norms(const void* rows, int64_t half, int64_t count, int64_t d, float* norm) {
