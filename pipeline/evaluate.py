@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import safetensors.torch
@@ -316,13 +315,11 @@ class _Judge:
 
     def sums(self) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         """Wide sums and single ones."""
-        tensors, numbers = {}, dict(self._numbers)
+        tensors, numbers = dict[str, torch.Tensor](), dict(self._numbers)
         for name, moments in self._moments.items():
-            for field, value in asdict(moments).items():
-                if isinstance(value, torch.Tensor):
-                    tensors[f"{name}.{field}"] = value
-                else:
-                    numbers[f"{name}.{field}"] = float(value)
+            wide, single = moments.sums(name)
+            tensors |= wide
+            numbers |= single
         return tensors, numbers
 
 
@@ -348,13 +345,13 @@ def summarize(params: EvaluateParams, train: Committed, units: list[tuple[Storag
         return judged
     parents = (PARENTS,) if f"{PARENTS}.tokens" in numbers else ()
     for name in (OURS, *parents, *params.baselines):
-        judged[name] = metrics.reconstruction(_moments(name, tensors, numbers)) | _output(name, numbers)
+        judged[name] = metrics.reconstruction(Moments.of_sums(name, tensors, numbers)) | _output(name, numbers)
         if name in params.baselines:
             # Baselines keep no code; PCA has k components on for every token, the random dictionary k features.
             judged[name] |= {"l0": float(params.k)}
             del judged[name]["l1"]
     if "audit.wanted" in numbers:
-        fvu = {name: metrics.fvu(_moments(f"audit-{name}", tensors, numbers)) for name in AUDIT}
+        fvu = {name: metrics.fvu(Moments.of_sums(f"audit-{name}", tensors, numbers)) for name in AUDIT}
         judged["audit"] = {
             "tokens": int(numbers["audit-routed.tokens"]),
             "routing_recall": numbers["audit.found"] / max(numbers["audit.wanted"], 1.0),
@@ -372,14 +369,6 @@ def summarize(params: EvaluateParams, train: Committed, units: list[tuple[Storag
         }
         judged["model"] = {("ce_loss" if name == "model" else f"ce_{name}"): value for name, value in per.items()}
     return judged
-
-
-def _moments(name: str, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, float]) -> Moments:
-    fields: dict[str, Any] = {
-        field: tensors[f"{name}.{field}"] if field in ("x_D", "error_D") else numbers[f"{name}.{field}"]
-        for field in Moments.__dataclass_fields__
-    }
-    return Moments(**fields)
 
 
 def _output(name: str, numbers: Mapping[str, float]) -> dict[str, float]:

@@ -33,11 +33,12 @@ from pipeline.profiles import (
     spread,
     weights_table,
 )
+from pipeline.recovery.neighbours import neighbours
 from pipeline.report.known import Known
 from pipeline.report.page import render
 from pipeline.stage import Committed, Estimate, Out, Params, Sources, Task
 from pipeline.tokenize import parquet_body
-from pipeline.truth import nearest, open_truth
+from pipeline.truth import open_truth
 from schemas.layouts import CURVES, FEATURES, MATCHES, METRICS, REPORT
 from schemas.manifest import Dictionary, Manifest
 from schemas.records import ObjectEntry, Outputs, Unit
@@ -162,8 +163,8 @@ def describe_weights(task: WeightsTask, path: StoragePath) -> Unit:
     known_FX, cosine_FX = torch.zeros((dictionary.features, 0), dtype=torch.int64), torch.zeros(dictionary.features, 0)
     if len(represented_R):
         unit_FD = normalize(dictionary.W_dec.detach(), dim=1)
-        near_FX, cosine_FX = nearest(unit_FD, truth.directions_MD[represented_R], task.params.examples)
-        known_FX = represented_R[near_FX]
+        near = neighbours(unit_FD, truth.directions_MD[represented_R], task.params.examples)
+        known_FX, cosine_FX = represented_R[near.indices_QM], near.cosines_QM
     features, ranks = known_FX.shape
     columns = {
         "feature": np.repeat(np.arange(features), ranks),

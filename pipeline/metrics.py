@@ -15,7 +15,9 @@ Peers use several formulas under one name, so the names here are explicit:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -72,6 +74,21 @@ class Moments:
             l0=0.0 if code_NK is None else float((code_NK > 0).sum()),
             l1=0.0 if code_NK is None else float(code_NK.double().sum()),
         )
+
+    @classmethod
+    def of_sums(cls, name: str, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, float]) -> Moments:
+        """Those of a contender, out of all that workers wrote; `sums` says how they are called."""
+        fields: dict[str, Any] = {
+            field: tensors[f"{name}.{field}"] if f"{name}.{field}" in tensors else numbers[f"{name}.{field}"]
+            for field in cls.__dataclass_fields__
+        }
+        return cls(**fields)
+
+    def sums(self, name: str) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """What a worker writes of a contender: wide sums and single ones, by its name and theirs."""
+        every = {f"{name}.{field}": getattr(self, field) for field in self.__dataclass_fields__}
+        wide = {key: value for key, value in every.items() if isinstance(value, torch.Tensor)}
+        return wide, {key: float(value) for key, value in every.items() if key not in wide}
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))

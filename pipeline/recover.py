@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -257,11 +256,9 @@ def judge_span(task: SpanTask, path: StoragePath) -> Unit:
     tensors, numbers = {"fires": tally.fires_F, "known_fires": tally.known_fires_M}, dict[str, float]()
     tensors |= {} if firings is None else kept.counted(firings)
     for name, each in moments.items():
-        for field, value in asdict(each).items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{name}.{field}"] = value
-            else:
-                numbers[f"{name}.{field}"] = float(value)
+        wide, single = each.sums(name)
+        tensors |= wide
+        numbers |= single
     key, body = f"sums/{task.unit}.safetensors", safetensors.torch.save(tensors)
     create_or_adopt(path / key, body)
     return Unit(objects=(ObjectEntry.of(key, body),), rows=len(made.active), facts={"sums": numbers})
@@ -358,11 +355,7 @@ def summarize(
     for name in (OURS, *params.baselines, ORACLE):
         if f"{name}.tokens" not in numbers:
             continue
-        fields: dict[str, Any] = {
-            field: tensors[f"{name}.{field}"] if field in ("x_D", "error_D") else numbers[f"{name}.{field}"]
-            for field in Moments.__dataclass_fields__
-        }
-        judged[name] = metrics.reconstruction(Moments(**fields))
+        judged[name] = metrics.reconstruction(Moments.of_sums(name, tensors, numbers))
         if name in params.baselines:
             # Baselines keep no code; PCA has k components on for every token, the random dictionary k features.
             judged[name]["l0"] = float(params.k)

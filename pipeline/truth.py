@@ -3,7 +3,7 @@
 `recovery` is the one place where a dictionary is held against the truth. It gets decoder rows, true directions, and a
 `Tally` that was shown every held-out batch: the dictionary's code (z_NK, indices_NK) and the true one, compressed by
 row. The measure is MMCS, the mean of maximal cosine similarities (Sharkey et al. 2022, "Taking features out of
-superposition with sparse autoencoders"), both ways, by exact maxima block by block.
+superposition with sparse autoencoders"), both ways, exactly where that can be paid (see `neighbours`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.nn.functional import normalize
 from cluster.storage.formats import read_tensors
 from cluster.storage.parsing import parsing
 from cluster.storage.path import StoragePath
+from pipeline.recovery.neighbours import neighbours
 from pipeline.stage import Committed
 from pipeline.synthetic.features import parents
 from pipeline.synthetic.rows import Active, Source
@@ -30,8 +31,6 @@ from schemas.synthetic import Toy, World
 REPRESENTED_NORM = 0.5
 # A true feature is found if a feature of the dictionary is so near.
 FOUND = 0.9
-# Cosines of so many rows at once, with all others.
-BLOCK = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,21 +170,6 @@ class Tally:
         self.known_fires_M += other.known_fires_M
 
 
-def nearest(a_AD: torch.Tensor, b_BD: torch.Tensor, count: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows of `b` that are nearest to each row of `a`, exactly, the nearest first.
-
-    Args:
-        a_AD: Unit vectors.
-        b_BD: Unit vectors.
-        count: How many; fewer where `b` has not so many.
-
-    Returns:
-        Indices and cosines. Shapes (A, count), (A, count).
-    """
-    found = [torch.topk(block_AD @ b_BD.T, min(count, len(b_BD)), dim=1) for block_AD in torch.split(a_AD, BLOCK)]
-    return torch.cat([each.indices for each in found]), torch.cat([each.values for each in found])
-
-
 @dataclass(frozen=True, slots=True)
 class Recovery:
     """How well a dictionary's features match the known ones.
@@ -226,9 +210,9 @@ def recovery(W_dec_FD: torch.Tensor, truth: Truth, tally: Tally) -> Recovery:
     }
     if len(alive_A) and len(known_R):
         alive_AD = normalize(W_dec_FD[alive_A].float(), dim=1)
-        indices_M1, cosines_M1 = nearest(truth.directions_MD, alive_AD)
-        nearest_M, cosine_M = alive_A[indices_M1[:, 0]], cosines_M1[:, 0]
-        _, cosines_A1 = nearest(alive_AD, truth.directions_MD[known_R])
+        found = neighbours(truth.directions_MD, alive_AD, 1)
+        nearest_M, cosine_M = alive_A[found.indices_QM[:, 0]], found.cosines_QM[:, 0]
+        cosines_A1 = neighbours(alive_AD, truth.directions_MD[known_R], 1).cosines_QM
         metrics["mmcs_found"] = float(cosine_M[known_R].double().mean())
         metrics["mmcs_true"] = float(cosines_A1.double().mean())
         metrics["found"] = float((cosine_M[known_R] >= FOUND).double().mean())

@@ -82,6 +82,11 @@ def load(monkeypatch: pytest.MonkeyPatch):
                 "d64x64/encoder-gemm/times",
             },
         ),
+        (
+            "overcomplete.py",
+            ["--only", "tree-64", "--only", "dense-64"],
+            {"d64/kilobasis/seconds", "d64/tree-64/times", "d64/dense-64/peak_rss"},
+        ),
         # On a GPU a case of its own, elsewhere kernels that are interpreted.
         ("gpu.py", ["--only", "encoder-gemm"], {"/kilobasis/mfu"} if ON_GPU else {"/interpreted/seconds"}),
         (

@@ -27,7 +27,8 @@ from pipeline.dictionary.topk import kernels
 class TreeCode(NamedTuple):
     """What fires, parents and children, and what parents leave unexplained.
 
-    Features are counted from this rank's first. `routed_BP` has the parents whose children were searched, -1 for none.
+    Features are counted from this rank's first. `parents_FD` are the parents' encoder rows; `routed_BP` has the parents
+    whose children were searched, -1 for none.
     """
 
     coarse_z_BK: torch.Tensor
@@ -35,6 +36,7 @@ class TreeCode(NamedTuple):
     fine_z_BK: torch.Tensor
     fine_BK: torch.Tensor
     routed_BP: torch.Tensor
+    parents_FD: torch.Tensor
     centred_BD: torch.Tensor
     residual_BD: torch.Tensor
 
@@ -72,7 +74,8 @@ class TreeDictionary(TopKDictionary):
         however many ranks share the parents.
         """
         tree, centred_BD = self.tree, self.centred(x_BD).detach()
-        z_BP, parents_BP = sharding.top_k(centred_BD, *self.coarse(), tree.routed, ranks)
+        parents_FD, biases_F = self.coarse()
+        z_BP, parents_BP = sharding.top_k(centred_BD, parents_FD, biases_F, tree.routed, ranks)
         coarse_z_BK = sharding.among(z_BP, tree.coarse_k, ranks)
         coarse_BK = parents_BP[:, : tree.coarse_k] * tree.size
         routed_BP = self._routed(z_BP, parents_BP, ranks)
@@ -89,7 +92,7 @@ class TreeDictionary(TopKDictionary):
 
         fine_k = self.k - tree.coarse_k
         fine = own(slice(None), fine_k) if ranks.features == 1 else sharding.agreed(own, fine_k, ranks)
-        return TreeCode(coarse_z_BK, coarse_BK, *fine, routed_BP, centred_BD, residual_BD)
+        return TreeCode(coarse_z_BK, coarse_BK, *fine, routed_BP, parents_FD, centred_BD, residual_BD)
 
     def _routed(self, z_BP: torch.Tensor, parents_BP: torch.Tensor, ranks: Ranks) -> torch.Tensor:
         """The parents that fired, and those that are always routed, each once."""

@@ -13,7 +13,7 @@ from pipeline.dictionary.kernels.portable import RowGradient, weighted
 from pipeline.dictionary.objective import Made, SparseObjective
 from pipeline.dictionary.ranks import Ranks
 from pipeline.dictionary.topk import kernels
-from pipeline.dictionary.tree import TreeDictionary
+from pipeline.dictionary.tree import TreeCode, TreeDictionary
 
 
 class TreeObjective(SparseObjective):
@@ -85,7 +85,7 @@ class _Tree(torch.autograd.Function):
         )
         objective.seen_BD, objective.unexplained_BD, objective.routed_BP = residual_BD, error_BD, code.routed_BP
         # b_dec is added to parents' reconstructions, and taken off what they encode.
-        encoded_D = ranks.total(_encoded(objective, code.coarse_BK, coarse_grad_BK), "b_dec")
+        encoded_D = ranks.total(_encoded(objective, code, coarse_grad_BK), "b_dec")
         grad_b_dec_D = (moves_BD.sum(0, dtype=torch.float64) - encoded_D).float()
         ctx.save_for_backward(grad_b_dec_D)
         ctx.mark_non_differentiable(indices_BK)
@@ -117,12 +117,11 @@ def _errors(
     return error_BD, with_.inner(error_BD, z_BK, indices_BK, W_FD) * scale, error_BD.double().square().sum(1)
 
 
-def _encoded(objective: TreeObjective, coarse_BK: torch.Tensor, grad_BK: torch.Tensor) -> torch.Tensor:
+def _encoded(objective: TreeObjective, code: TreeCode, grad_BK: torch.Tensor) -> torch.Tensor:
     """Sum over the whole batch of parents' encoder rows, each times the gradient by its score. Shape (D,)."""
     tree, ranks = objective.tree, objective.ranks
-    W_FD, _ = tree.coarse()
-    with_ = kernels(W_FD, grad_BK)
+    with_ = kernels(code.parents_FD, grad_BK)
     every_BK = ranks.gather(grad_BK, "codes")
-    grouped = with_.group(every_BK, ranks.gather(coarse_BK, "codes") // tree.tree.size, tree.parents)
+    grouped = with_.group(every_BK, ranks.gather(code.coarse_BK, "codes") // tree.tree.size, tree.parents)
     sums_F = with_.sums(grouped, every_BK, every_BK.new_ones(len(every_BK), 1)).squeeze(1)
-    return weighted(W_FD, sums_F.double())
+    return weighted(code.parents_FD, sums_F.double())

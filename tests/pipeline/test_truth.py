@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import normalize
 
 from pipeline.synthetic.rows import Active
-from pipeline.truth import BLOCK, Tally, Truth, nearest, recovery
+from pipeline.truth import Tally, Truth, recovery
 
 
 def truth_of(directions_MD: torch.Tensor, represented: list[bool] | None = None) -> Truth:
@@ -24,18 +24,6 @@ def always(features: int, known: int) -> Tally:
     tally = Tally(features, known)
     tally.fires_F += 1
     return tally
-
-
-def test_nearest_across_blocks_equals_brute_force() -> None:
-    generator = torch.Generator().manual_seed(0)
-    a = normalize(torch.randn(BLOCK + 30, 8, generator=generator), dim=1)
-    b = normalize(torch.randn(50, 8, generator=generator), dim=1)
-    indices, cosines = nearest(a, b, 3)
-    expected = (a @ b.T).numpy()
-    order = np.argsort(-expected, axis=1)[:, :3]
-    assert indices.tolist() == order.tolist()
-    np.testing.assert_allclose(cosines.numpy(), np.take_along_axis(expected, order, 1), atol=1e-6)
-    assert nearest(a[:2], b[:2], 5)[0].shape == (2, 2)
 
 
 def test_recovery_of_the_truth_itself_in_another_order_is_perfect() -> None:
