@@ -1,5 +1,6 @@
 """Runs that are killed, twice killed, stopped and woken, or raced, at chosen operations of their store."""
 
+import contextlib
 import os
 import random
 import re
@@ -162,8 +163,10 @@ def stopped(going: dying.Going) -> bool:
     """
     deadline = time.monotonic() + 60
     while going.runs():
-        if psutil.Process(going.process.pid).status() == psutil.STATUS_STOPPED:
-            return True
+        # It may end between being asked whether it runs and how.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if psutil.Process(going.process.pid).status() == psutil.STATUS_STOPPED:
+                return True
         assert time.monotonic() < deadline, going.log.read_text()
         time.sleep(0.01)
     assert going.wait() == 0, going.log.read_text()
