@@ -3,8 +3,9 @@
     python benchmarks/overcomplete.py [--quick] [--case d384 ...] [--batch B] [--only NAME ...] [--json FILE]
 
 Trees have 16 D parents whatever their size: at 64 D with 3 children each, at 1024 D with 63. Half of the k that fire
-are parents, and the children of those are searched. Float32 with full second moments, as the dense ones, but for
-`tree-1024-bfloat16`: rows in bfloat16 that share one second moment. One process is alive at a time (see `race.py`); a
+are parents, and the children of those are searched. `slim` ones have 8 D parents with twice as many children, and a
+quarter of k are parents. Float32 with full second moments, but for those of `bfloat16`: rows in bfloat16 that share one
+second moment. The reference is our fastest dense one. One process is alive at a time (see `race.py`); a
 round starts each afresh, warms it up, and times it. The ratio is of a contender's step to the dense step at 16 D, in
 the same round.
 
@@ -29,18 +30,21 @@ BASE = 16
 STEP = "kilobasis_step.py"
 
 
-def tree(expansion: int, variant: str = "") -> Contender:
-    """A tree of 16 D parents."""
-    return Contender(f"tree-{expansion}{variant}", STEP, f"tree-{expansion // BASE - 1}{variant}", OURS)
+def tree(expansion: int, ways: str = "", parents: int = BASE) -> Contender:
+    """A tree, of so many parents times D."""
+    name = f"tree-{expansion}{'-slim' if parents < BASE else ''}{ways}"
+    return Contender(name, STEP, f"tree-{expansion // parents - 1}{ways}", OURS)
 
 
 # Who, and how many times more features than dimensions.
 CONTENDERS: tuple[tuple[Contender, int], ...] = (
-    (Contender(REFERENCE, STEP, "row_adam", OURS), BASE),
+    (Contender(REFERENCE, STEP, "bfloat16", OURS), BASE),
+    (Contender("dense-16", STEP, "row_adam", OURS), BASE),
     (tree(64), 64),
     (tree(256), 256),
     (tree(1024), 1024),
     (tree(1024, "-bfloat16"), 1024),
+    (tree(1024, "-bfloat16", BASE // 2), 1024),
     (tree(4096, "-bfloat16"), 4096),
     (Contender("dense-64", STEP, "row_adam", OURS), 64),
     (Contender("dense-256", STEP, "row_adam", OURS), 256),

@@ -13,7 +13,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "train",
-        3,
+        4,
         ("harvest",),
         train.params,
         train.run,

@@ -32,6 +32,8 @@ SEED = int(os.environ.get("KILOBASIS_CHAOS_SEED", "20261122"))
 SECONDS = 900.0
 # What a scenario ends with in which a strike came too late to hit anything, and how often one is drawn anew then.
 MISSED, DRAWS = 3, 3
+# Before what befell a run: Ray prints to the same place.
+STRUCK = "struck: "
 TWO_RANKS = ("--set", "compute.sharding.data=2")
 
 
@@ -128,7 +130,7 @@ def scenario(manifest: Path, name: str, draw: int = 0) -> None:
         struck.append(f"{strike.whom} in {strike.stage}{'' if hit else ' (missed)'}")
         missed = missed or not hit
     wait(lambda: going.poll() is not None)
-    print(", ".join(struck))
+    print(f"{STRUCK}{', '.join(struck)}", flush=True)
     if missed:
         sys.exit(MISSED)
 
@@ -152,7 +154,8 @@ def test_run_on_a_cluster_that_loses_what_it_has_loses_no_row(
         log = (folder / "log").read_text()
         assert "(raylet)" not in log, "what Ray says is between our own lines"
         assert process.returncode in (0, MISSED), process.stdout[-2000:] + process.stderr[-3000:] + log[-2000:]
-        print(f"\nseed {SEED}, {name}, draw {draw}: {process.stdout.strip().splitlines()[-1]}", file=sys.stderr)
+        struck = [line for line in process.stdout.splitlines() if line.startswith(STRUCK)]
+        print(f"\nseed {SEED}, {name}, draw {draw}: {''.join(struck).removeprefix(STRUCK)}", file=sys.stderr)
         if process.returncode == 0:
             break
     assert process.returncode == 0, f"seed {SEED}: of {DRAWS} draws none hit with all of its strikes"

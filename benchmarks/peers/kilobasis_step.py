@@ -4,8 +4,8 @@ The manifest's defaults, deterministic kernels among them, and the step's scalar
 loop asks for them a few hundred times in a run).
 
 Variants: `row_adam` (the default), `bfloat16` (rows in bfloat16 that share one second moment), and `encoder`: no
-training, the search alone with rows in bfloat16. `tree-63` is a tree of 63 children a parent, half of whose k are
-parents, and `tree-63-bfloat16` the same with rows in bfloat16.
+training, the search alone with rows in bfloat16. `tree-63` is a tree of 63 children a parent, and `tree-63-bfloat16`
+the same with rows in bfloat16.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ kind, *ways = setting.variant.split("-")
 low = setting.variant in ("bfloat16", "encoder") or "bfloat16" in ways
 rows = torch.bfloat16 if low else torch.float32
 if kind == "tree":
-    parents = setting.k // 2
-    shape = TreeShape(children=int(ways[0]), coarse_k=parents, routed=parents)
+    children = int(ways[0])
+    # Half of what fires are parents where there are 16 D of them, less where there are fewer.
+    parents = setting.k * setting.features // (32 * setting.width * (1 + children))
+    shape = TreeShape(children=children, coarse_k=parents, routed=parents)
     dictionary = TreeDictionary(setting.width, setting.features, setting.k, shape, rows)
 else:
     dictionary = TopKDictionary(setting.width, setting.features, setting.k, rows)

@@ -14,7 +14,7 @@ from torch import nn
 
 from pipeline.dictionary import loss, sharding
 from pipeline.dictionary.activation import Code
-from pipeline.dictionary.kernels.portable import RowGradient, weighted
+from pipeline.dictionary.kernels.portable import RowGradient
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.ranks import Ranks
 from pipeline.dictionary.topk import kernels
@@ -185,7 +185,7 @@ class _Rows(torch.autograd.Function):
         grad_b_dec_D = scales[0] * errors[0].sum(0)
         if dictionary.b_in is None:
             fired_F = with_.sums(grouped, grad_z_BN, x_BD.new_ones(len(z_BN), 1)).squeeze(1)
-            grad_b_dec_D -= ranks.total(weighted(encoder.W_FD, fired_F), "b_dec")
+            grad_b_dec_D -= ranks.total(with_.weighted(encoder.W_FD, fired_F), "b_dec")
         grad_threshold_F = None
         if threshold_F is not None:
             by_count = sparsity.by_count / (len(x_BD) * ranks.data)

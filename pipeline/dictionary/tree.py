@@ -28,7 +28,7 @@ class TreeCode(NamedTuple):
     """What fires, parents and children, and what parents leave unexplained.
 
     Features are counted from this rank's first. `parents_FD` are the parents' encoder rows; `routed_BP` has the parents
-    whose children were searched, -1 for none.
+    whose children were searched, -1 for none, and `residual_B` the squared norm of a token's residual.
     """
 
     coarse_z_BK: torch.Tensor
@@ -39,6 +39,39 @@ class TreeCode(NamedTuple):
     parents_FD: torch.Tensor
     centred_BD: torch.Tensor
     residual_BD: torch.Tensor
+    residual_B: torch.Tensor
+
+
+def left(
+    z_BK: torch.Tensor, indices_BK: torch.Tensor, W_FD: torch.Tensor, target_BD: torch.Tensor, ranks: Ranks
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a code that may lie on several ranks leaves of a target, and its squared norm: the same bits as on one.
+
+    Collective. Shapes (B, D), (B,).
+    """
+    error_BD, _, squares_B = errors(z_BK, indices_BK, W_FD, target_BD, 0.0, ranks)
+    return error_BD.neg_(), squares_B
+
+
+def errors(
+    z_BK: torch.Tensor,
+    indices_BK: torch.Tensor,
+    W_FD: torch.Tensor,
+    target_BD: torch.Tensor,
+    scale: float,
+    ranks: Ranks,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `portable.errors_double`, of a code that may lie on several ranks: the same bits as on one. Collective."""
+    with_ = kernels(W_FD, z_BK)
+    if ranks.features == 1:
+        made: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = with_.errors_double(
+            z_BK, indices_BK, W_FD, target_BD, scale
+        )
+        return made
+    sums_BD = ranks.total(with_.decode_double(z_BK, indices_BK, W_FD), "rows")
+    error_BD = (sums_BD - target_BD.double()).float()
+    grad_z_BK = with_.inner(error_BD, z_BK, indices_BK, W_FD) * scale if scale else torch.zeros_like(z_BK)
+    return error_BD, grad_z_BK, error_BD.double().square().sum(1)
 
 
 class TreeDictionary(TopKDictionary):
@@ -79,9 +112,7 @@ class TreeDictionary(TopKDictionary):
         coarse_z_BK = sharding.among(z_BP, tree.coarse_k, ranks)
         coarse_BK = parents_BP[:, : tree.coarse_k] * tree.size
         routed_BP = self._routed(z_BP, parents_BP, ranks)
-        with_ = kernels(self.W_dec, coarse_z_BK)
-        coarse_BD = ranks.total(with_.decode_double(coarse_z_BK, coarse_BK, self.W_dec.detach()), "rows")
-        residual_BD = (centred_BD.double() - coarse_BD).float()
+        residual_BD, residual_B = left(coarse_z_BK, coarse_BK, self.W_dec.detach(), centred_BD, ranks)
         W_FD, b_F = self.W_enc.detach(), self.b_enc.detach()
 
         def own(tokens: slice | torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,7 +123,7 @@ class TreeDictionary(TopKDictionary):
 
         fine_k = self.k - tree.coarse_k
         fine = own(slice(None), fine_k) if ranks.features == 1 else sharding.agreed(own, fine_k, ranks)
-        return TreeCode(coarse_z_BK, coarse_BK, *fine, routed_BP, parents_FD, centred_BD, residual_BD)
+        return TreeCode(coarse_z_BK, coarse_BK, *fine, routed_BP, parents_FD, centred_BD, residual_BD, residual_B)
 
     def _routed(self, z_BP: torch.Tensor, parents_BP: torch.Tensor, ranks: Ranks) -> torch.Tensor:
         """The parents that fired, and those that are always routed, each once."""

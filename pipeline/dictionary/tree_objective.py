@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from pipeline.dictionary.kernels.portable import RowGradient, weighted
+from pipeline.dictionary.kernels.portable import RowGradient
 from pipeline.dictionary.objective import Made, SparseObjective
 from pipeline.dictionary.ranks import Ranks
 from pipeline.dictionary.topk import kernels
-from pipeline.dictionary.tree import TreeCode, TreeDictionary
+from pipeline.dictionary.tree import TreeCode, TreeDictionary, errors, left
 
 
 class TreeObjective(SparseObjective):
@@ -55,16 +55,15 @@ class _Tree(torch.autograd.Function):
         code = tree.code(x_BD, ranks)
         W_enc_FD, W_dec_FD = tree.W_enc.detach(), tree.W_dec.detach()
         with_ = kernels(W_dec_FD, x_BD)
-        error_BD, fine_grad_BK, squares_B = _errors(
+        error_BD, fine_grad_BK, squares_B = errors(
             code.fine_z_BK, code.fine_BK, W_dec_FD, code.residual_BD, scale, ranks
         )
-        coarse_squares_B = code.residual_BD.double().square().sum(1)
-        # What moves parents' reconstructions: their part in the whole, their own error, and what children saw of it.
-        seen_BD = ranks.total(with_.decode_double(fine_grad_BK, code.fine_BK, W_enc_FD), "rows").float()
-        moves_BD = scale * error_BD - weight * scale * code.residual_BD - seen_BD
+        # What moves what parents make: their part in the whole and their own error, less what children saw of it.
+        pulled_BD = torch.sub(scale * error_BD, code.residual_BD, alpha=weight * scale)
+        moves_BD, _ = left(fine_grad_BK, code.fine_BK, W_enc_FD, pulled_BD, ranks)
         coarse_grad_BK = with_.inner(moves_BD, code.coarse_z_BK, code.coarse_BK, W_dec_FD)
         main = ranks.gather(squares_B, "scalars").sum() / count
-        coarse = ranks.gather(coarse_squares_B, "scalars").sum() / count
+        coarse = ranks.gather(code.residual_B, "scalars").sum() / count
         z_BK = torch.cat([code.coarse_z_BK, code.fine_z_BK], 1)
         indices_BK = torch.cat([code.coarse_BK, code.fine_BK], 1)
         part_BK = torch.zeros_like(indices_BK, dtype=torch.uint8)
@@ -86,7 +85,7 @@ class _Tree(torch.autograd.Function):
         objective.seen_BD, objective.unexplained_BD, objective.routed_BP = residual_BD, error_BD, code.routed_BP
         # b_dec is added to parents' reconstructions, and taken off what they encode.
         encoded_D = ranks.total(_encoded(objective, code, coarse_grad_BK), "b_dec")
-        grad_b_dec_D = (moves_BD.sum(0, dtype=torch.float64) - encoded_D).float()
+        grad_b_dec_D = (with_.weighted(moves_BD, moves_BD.new_ones(len(moves_BD))) - encoded_D).float()
         ctx.save_for_backward(grad_b_dec_D)
         ctx.mark_non_differentiable(indices_BK)
         return (main + weight * coarse).float(), main.float(), coarse.float(), z_BK, indices_BK
@@ -97,26 +96,6 @@ class _Tree(torch.autograd.Function):
         return gradients[0] * grad_b_dec_D, None, None
 
 
-def _errors(
-    z_BK: torch.Tensor,
-    indices_BK: torch.Tensor,
-    W_FD: torch.Tensor,
-    target_BD: torch.Tensor,
-    scale: float,
-    ranks: Ranks,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `portable.errors_double`, of a code that lies on several ranks: the same bits as on one."""
-    with_ = kernels(W_FD, z_BK)
-    if ranks.features == 1:
-        made: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = with_.errors_double(
-            z_BK, indices_BK, W_FD, target_BD, scale
-        )
-        return made
-    sums_BD = ranks.total(with_.decode_double(z_BK, indices_BK, W_FD), "rows")
-    error_BD = (sums_BD - target_BD.double()).float()
-    return error_BD, with_.inner(error_BD, z_BK, indices_BK, W_FD) * scale, error_BD.double().square().sum(1)
-
-
 def _encoded(objective: TreeObjective, code: TreeCode, grad_BK: torch.Tensor) -> torch.Tensor:
     """Sum over the whole batch of parents' encoder rows, each times the gradient by its score. Shape (D,)."""
     tree, ranks = objective.tree, objective.ranks
@@ -124,4 +103,5 @@ def _encoded(objective: TreeObjective, code: TreeCode, grad_BK: torch.Tensor) ->
     every_BK = ranks.gather(grad_BK, "codes")
     grouped = with_.group(every_BK, ranks.gather(code.coarse_BK, "codes") // tree.tree.size, tree.parents)
     sums_F = with_.sums(grouped, every_BK, every_BK.new_ones(len(every_BK), 1)).squeeze(1)
-    return weighted(code.parents_FD, sums_F.double())
+    made_D: torch.Tensor = with_.weighted(code.parents_FD, sums_F)
+    return made_D

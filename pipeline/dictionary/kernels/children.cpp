@@ -2,13 +2,7 @@
 //
 // Shapes: B tokens, D width, F features in subtrees of `size` rows, P parents of a token, K entries of its code.
 
-#include "search.h"
-
-#if defined(__linux__) && defined(__x86_64__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+#include "tiles.h"
 
 namespace {
 
@@ -113,204 +107,6 @@ inline void by_parent(const int64_t* parents, int64_t count, int64_t subtrees, i
     starts[0] = 0;
 }
 
-// Matrix tiles (AMX) of bfloat16: a product of sixteen rows with sixteen tokens is one instruction for 32 of their numbers.
-#if defined(__AVX512F__) && defined(__linux__) && defined(__x86_64__) && defined(__GNUC__)
-#define KILOBASIS_TILES
-#define WITH_TILES __attribute__((target("amx-tile,amx-bf16,avx512bf16")))
-
-constexpr int64_t PAIRS = 2 * WIDE; // numbers of a tile's row
-
-// Room for what products are made of: rows and tokens that end where a tile does.
-struct Packed {
-    int64_t blocks; // tiles that a row has
-    std::vector<uint16_t> rows;
-    std::vector<uint32_t> tokens;
-
-    Packed(int64_t children, int64_t d)
-        : blocks((d + PAIRS - 1) / PAIRS), rows(children * blocks * PAIRS), tokens(blocks * WIDE * WIDE) {}
-};
-
-struct HalfRows {
-    const uint16_t* rows;
-    int64_t stride;
-};
-
-// A parent's children in bfloat16, their norms, and the norms of what rounding took away.
-WITH_TILES HalfRows halves_of(const float* rows, int64_t count, int64_t d, Packed& packed, float* norm, float* error) {
-    int64_t stride = packed.blocks * PAIRS;
-    for (int64_t r = 0; r < count; ++r) {
-        const float* row = rows + r * d;
-        uint16_t* out = packed.rows.data() + r * stride;
-        __m512 squares = _mm512_setzero_ps(), losses = _mm512_setzero_ps();
-        for (int64_t i = 0; i < d; i += WIDE) {
-            __mmask16 there = d - i >= WIDE ? 0xffff : (1u << (d - i)) - 1;
-            __m512 value = _mm512_maskz_loadu_ps(there, row + i);
-            __m256i half = (__m256i)_mm512_cvtneps_pbh(value);
-            __m512 lost = _mm512_sub_ps(value, widened(half));
-            _mm256_storeu_si256((__m256i*)(out + i), half);
-            squares = _mm512_fmadd_ps(value, value, squares);
-            losses = _mm512_fmadd_ps(lost, lost, losses);
-        }
-        norm[r] = std::sqrt(_mm512_reduce_add_ps(squares));
-        error[r] = std::sqrt(_mm512_reduce_add_ps(losses));
-    }
-    return {packed.rows.data(), stride};
-}
-
-// Rows that are bfloat16 lie as tiles want them, unless they end within one.
-WITH_TILES HalfRows halves_of(const uint16_t* rows, int64_t count, int64_t d, Packed& packed, float* norm, float* error) {
-    bool fits = d % PAIRS == 0;
-    int64_t stride = packed.blocks * PAIRS;
-    for (int64_t r = 0; r < count; ++r) {
-        const uint16_t* row = rows + r * d;
-        if (!fits) std::memcpy(packed.rows.data() + r * stride, row, d * sizeof *row);
-        __m512 squares = _mm512_setzero_ps();
-        for (int64_t i = 0; i < d; i += PAIRS) {
-            __mmask32 there = d - i >= PAIRS ? 0xffffffffu : (1u << (d - i)) - 1;
-            __m512bh value = (__m512bh)_mm512_maskz_loadu_epi16(there, row + i);
-            squares = _mm512_dpbf16_ps(squares, value, value);
-        }
-        norm[r] = std::sqrt(_mm512_reduce_add_ps(squares));
-        error[r] = 0;
-    }
-    return fits ? HalfRows{rows, d} : HalfRows{packed.rows.data(), stride};
-}
-
-// Sixteen rows of sixteen words become columns.
-WITH_TILES inline void turn_over(__m512i r[WIDE]) {
-    __m512i t[WIDE];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; ++i) {
-        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 8; ++i) {
-        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    }
-}
-
-// Compilers are not told that an instruction on tiles reads memory: everything must be there before.
-inline void settle() { asm volatile("" ::: "memory"); }
-
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t bytes[16] = {};
-    uint8_t rows[16] = {};
-};
-
-// Tiles of a thread, shaped for this product: what others had made of them is there again in the end.
-class Tiles {
-  public:
-    // Sums 0 and rows 2 are full, sums 1 and rows 3 those of the last block; 4 are tokens.
-    WITH_TILES explicit Tiles(int64_t children) {
-        _tile_storeconfig(&before);
-        settle();
-        TileConfig shape;
-        int64_t last = children % WIDE ? children % WIDE : WIDE;
-        for (int tile : {0, 1, 2, 3, 4}) {
-            shape.bytes[tile] = 64;
-            shape.rows[tile] = uint8_t(tile == 1 || tile == 3 ? last : WIDE);
-        }
-        settle();
-        _tile_loadconfig(&shape);
-    }
-    WITH_TILES ~Tiles() {
-        if (before.palette) _tile_loadconfig(&before);
-        else _tile_release();
-    }
-    Tiles(const Tiles&) = delete;
-
-  private:
-    TileConfig before;
-};
-
-// As score_children, of rounded rows, and in whatever order. `x` are tokens in bfloat16.
-WITH_TILES void score_in_tiles(const uint16_t* x, HalfRows rows, int64_t children, int64_t d, int64_t parents,
-                               const int32_t* entries, int64_t count, int64_t stride, Packed& packed, float* scores) {
-    alignas(64) float sums[WIDE * WIDE] = {};
-    uint32_t* columns = packed.tokens.data();
-    for (int64_t i = 0; i < count; i += WIDE) {
-        int64_t some = std::min(WIDE, count - i);
-        __m512i turned[WIDE];
-        for (int64_t block = 0; block < packed.blocks; ++block) {
-            int64_t first = block * PAIRS;
-            // What lies behind a token is another one's.
-            __mmask32 there = d - first >= PAIRS ? 0xffffffffu : (1u << (d - first)) - 1;
-            for (int64_t t = 0; t < WIDE; ++t) {
-                const uint16_t* token = x + entries[i + std::min(t, some - 1)] / parents * d;
-                turned[t] = _mm512_maskz_loadu_epi16(there, token + first);
-            }
-            turn_over(turned);
-            for (int64_t pair = 0; pair < WIDE; ++pair)
-                _mm512_storeu_si512(columns + (block * WIDE + pair) * WIDE, turned[pair]);
-        }
-        settle();
-        for (int64_t row = 0; row < children; row += WIDE) {
-            const uint16_t* own = rows.rows + row * rows.stride;
-            if (row + WIDE <= children) {
-                _tile_zero(0);
-                for (int64_t block = 0; block < packed.blocks; ++block) {
-                    _tile_loadd(2, own + block * PAIRS, rows.stride * 2);
-                    _tile_loadd(4, columns + block * WIDE * WIDE, 64);
-                    _tile_dpbf16ps(0, 2, 4);
-                }
-                _tile_stored(0, sums, 64);
-            } else {
-                _tile_zero(1);
-                for (int64_t block = 0; block < packed.blocks; ++block) {
-                    _tile_loadd(3, own + block * PAIRS, rows.stride * 2);
-                    _tile_loadd(4, columns + block * WIDE * WIDE, 64);
-                    _tile_dpbf16ps(1, 3, 4);
-                }
-                _tile_stored(1, sums, 64);
-            }
-            // Columns are tokens. Behind the last child there is room for as many as a vector has.
-            for (int64_t r = 0; r < WIDE; ++r) turned[r] = _mm512_loadu_si512(sums + r * WIDE);
-            turn_over(turned);
-            for (int64_t t = 0; t < some; ++t)
-                _mm512_storeu_si512(scores + int64_t(entries[i + t]) * stride + row, turned[t]);
-        }
-    }
-}
-
-// A floor for a token, as in first_floor, over the children of all its parents.
-inline float children_floor(const float* scores, const int64_t* parents, int64_t width, int64_t stride, int64_t size,
-                            int64_t k, const float* bias, const float* norm, const float* error, const Margin& m,
-                            std::vector<float>& parts) {
-    int64_t wide = (2 * k + WIDE - 1) / WIDE * WIDE, at = 0;
-    parts.assign(wide, -INFINITY);
-    WideBounds bounds(m);
-    int64_t seen = 0;
-    // Any part of all scores gives a floor. That of the first parents, which fired most strongly, is nearly as high.
-    for (int64_t p = 0; p < width && seen < 16 * wide; ++p) {
-        if (parents[p] < 0) continue;
-        int64_t first = parents[p] * size + 1;
-        Block block{size - 1, first, bias + first, norm + first, error + first};
-        for (int64_t j = 0; j + WIDE <= block.count; j += WIDE) {
-            __m512 lower, upper;
-            bounds.at(scores + p * stride, j, block, lower, upper);
-            // Of a number and what is none, max takes its second operand.
-            _mm512_storeu_ps(&parts[at], _mm512_max_ps(lower, _mm512_loadu_ps(&parts[at])));
-            at = at + WIDE == wide ? 0 : at + WIDE;
-            seen += WIDE;
-        }
-    }
-    return seen < 2 * wide ? 0 : std::max(0.0f, kth_largest(parts, k));
-}
-#endif
-
 } // namespace
 
 // Whether this machine has tiles and lets this process use them. Asking for them is what makes it do so.
@@ -364,16 +160,15 @@ KILOBASIS void kilobasis_children(const float* x, const void* weights, int64_t h
 }
 
 // The same, where products of rows rounded to bfloat16 find candidates; see kilobasis_scan for what bounds their error.
-// `rounded` are the tokens so rounded; `norm` and `error` (F) are room for what is found out about rows; `state` and
-// `found` have room for all children of a token's parents.
+// `rounded` are the tokens so rounded; `reaches` has room for three numbers a subtree.
 KILOBASIS void kilobasis_children_in_tiles(const float* x, const uint16_t* rounded, const void* weights, int64_t half,
                                           const float* bias, const int64_t* parents, int64_t tokens, int64_t width,
                                           int64_t d, int64_t subtrees, int64_t size, int64_t k, int64_t stride,
-                                          const float* margins, int64_t room, int64_t* starts, int32_t* entries,
-                                          float* scores, float* norm, float* error, void* state, void* found, float* z,
-                                          int64_t* indices) {
+                                          const float* margins, int64_t* starts, int32_t* entries, float* scores,
+                                          float* reaches, float* z, int64_t* indices) {
 #ifdef KILOBASIS_TILES
     by_parent(parents, tokens * width, subtrees, starts, entries);
+    Reach* reach = (Reach*)reaches;
     auto run = [&](auto* typed) {
 #pragma omp parallel
         {
@@ -383,30 +178,31 @@ KILOBASIS void kilobasis_children_in_tiles(const float* x, const uint16_t* round
             for (int64_t s = 0; s < subtrees; ++s) {
                 int64_t count = starts[s + 1] - starts[s], first = s * size + 1;
                 if (!count) continue;
-                HalfRows own = halves_of(typed + first * d, size - 1, d, packed, norm + first, error + first);
-                score_in_tiles(rounded, own, size - 1, d, width, entries + starts[s], count, stride, packed, scores);
+                HalfRows own = halves_of(typed + first * d, size - 1, d, packed, reach[s]);
+                reach[s].bias = largest_bias(bias + first, size - 1);
+                score_in_tiles(rounded, own, bias + first, size - 1, d, width, entries + starts[s], count, stride,
+                               packed, scores);
             }
         }
 #pragma omp parallel
         {
-            std::vector<float> parts;
-#pragma omp for schedule(static)
+            std::vector<float> parts, margin(width);
+            std::vector<Scored> kept;
+            const int64_t room = width * stride + WIDE;
+            std::vector<float> memory(3 * room);
+            Found found = found_at(memory.data(), 0, room);
+#pragma omp for schedule(dynamic, 16)
             for (int64_t b = 0; b < tokens; ++b) {
-                Token& token = ((Token*)state)[b] = {0, 0.0f};
-                const Margin& margin = ((const Margin*)margins)[b];
                 const int64_t* own = parents + b * width;
-                token.floor = children_floor(scores + b * width * stride, own, width, stride, size, k, bias, norm,
-                                             error, margin, parts);
-                for (int64_t p = 0; p < width; ++p) {
-                    if (own[p] < 0) continue;
-                    int64_t first = own[p] * size + 1;
-                    Block block{size - 1, first, bias + first, norm + first, error + first};
-                    scan_token(scores + (b * width + p) * stride, block, margin, k, room, token,
-                               found_at(found, b, room), parts);
-                }
+                const float* made = scores + b * width * stride;
+                for (int64_t p = 0; p < width; ++p)
+                    if (own[p] >= 0) margin[p] = margin_of(((const Margin*)margins)[b], reach[own[p]]);
+                Token token{0, children_floor(made, own, margin.data(), width, stride, k, parts)};
+                scan_children(made, own, margin.data(), width, stride, size, token, found);
+                select_token(x + b * d, typed, bias, d, subtrees * size, k, token, found, false, z + b * k,
+                             indices + b * k, parts, kept);
             }
         }
-        select(x, typed, bias, tokens, d, subtrees * size, k, room, (Token*)state, found, false, z, indices);
     };
     half ? run((const uint16_t*)weights) : run((const float*)weights);
 #endif

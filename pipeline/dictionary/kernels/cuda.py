@@ -15,6 +15,7 @@ import triton
 
 from pipeline.dictionary.kernels import triton_rows, triton_search, triton_tree
 from pipeline.dictionary.kernels.portable import Adam, Grouped, RowGradient, Rows
+from pipeline.dictionary.kernels.portable import weighted as weighted
 
 # Whether kernels are interpreted on a CPU, as tests do. Triton decides when they are defined.
 INTERPRETED = bool(triton.knobs.runtime.interpret)

@@ -97,6 +97,43 @@ template <typename W> inline void add_scaled(float* to, const W* from, float sca
     for (; i < d; ++i) to[i] += scale * number(from[i]);
 }
 
+// Numbers of a row, sixteen at a time or one: what computes with them is written once, and told which by its first
+// argument.
+inline Lanes at(Lanes, const float* from) { return load(from); }
+inline Lanes at(Lanes, const uint16_t* from) { return load(from); }
+inline float at(float, const float* from) { return *from; }
+inline float at(float, const uint16_t* from) { return from_bf16(*from); }
+
+inline Lanes put(float* to, Lanes lanes) { return store(to, lanes), lanes; }
+inline float put(float* to, float value) { return *to = value; }
+
+template <typename Each> inline void along(int64_t d, Each each) {
+    int64_t i = 0;
+    for (; i + WIDE <= d; i += WIDE) each(Lanes{}, i);
+    for (; i < d; ++i) each(0.0f, i);
+}
+
+// The squared norm of a row that is made on the way, summed as `dot` sums it.
+template <typename Make> inline float square_of(int64_t d, Make make) {
+    Lanes s[4] = {};
+    int64_t i = 0;
+    for (; i + 4 * WIDE <= d; i += 4 * WIDE)
+        for (int64_t c = 0; c < 4; ++c) {
+            Lanes made = make(Lanes{}, i + c * WIDE);
+            s[c] += made * made;
+        }
+    for (; i + WIDE <= d; i += WIDE) {
+        Lanes made = make(Lanes{}, i);
+        s[0] += made * made;
+    }
+    float sum = total((s[0] + s[1]) + (s[2] + s[3]));
+    for (; i < d; ++i) {
+        float made = make(0.0f, i);
+        sum += made * made;
+    }
+    return sum;
+}
+
 // Rows are gathered from all over memory: ask for one while others are worked on.
 constexpr int64_t AHEAD = 2;
 

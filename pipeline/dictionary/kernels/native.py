@@ -1,4 +1,4 @@
-"""The sparse parts of a step on a CPU, compiled: `native.cpp` through ctypes.
+"""The sparse parts of a step on a CPU, compiled: the `.cpp` files beside this one, through ctypes.
 
 Where no compiler was found when the package was installed there is none, and `portable` does the same with torch alone.
 """
@@ -26,6 +26,8 @@ def fits(rows: torch.Tensor, *others: torch.Tensor) -> bool:
 
 # Features of a block: their scores, for all tokens of a batch, are all of the B x F scores that ever exist at once.
 BLOCK = 1024
+# Rows that are added up as one.
+TOGETHER = 256
 # Scores of children that are in memory at once; and how many are scored by one instruction.
 SCORES, WIDE = 2**26, 16
 UNIT = 2.0**-24
@@ -176,6 +178,15 @@ def decode_double(z_BK: torch.Tensor, indices_BK: torch.Tensor, W_FD: torch.Tens
     return sums_BD
 
 
+def weighted(W_FD: torch.Tensor, weights_F: torch.Tensor) -> torch.Tensor:
+    """See `portable.weighted`."""
+    # As if so many rows were a token's: rows that are read once need no copy in float64.
+    whole = len(W_FD) // TOGETHER * TOGETHER
+    places_NK = torch.arange(whole).view(-1, TOGETHER)
+    sum_D = decode_double(weights_F[:whole].view(-1, TOGETHER), places_NK, W_FD).sum(0)
+    return sum_D + decode_double(weights_F[whole:].unsqueeze(0), torch.arange(whole, len(W_FD)).unsqueeze(0), W_FD)[0]
+
+
 def errors_double(
     z_BK: torch.Tensor, indices_BK: torch.Tensor, W_FD: torch.Tensor, target_BD: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -231,7 +242,7 @@ def children(
     z_BK, indices_BK = torch.empty(tokens, k), torch.empty(tokens, k, dtype=torch.int64)
     # Scores of a parent's children begin where a vector does.
     stride = -(-(size - 1) // WIDE) * WIDE
-    span, room = max(1, min(tokens, SCORES // max(1, parents * stride))), parents * stride + WIDE
+    span = max(1, min(tokens, SCORES // max(1, parents * stride)))
     starts, entries = (
         torch.empty(len(W_FD) // size + 1, dtype=torch.int64),
         torch.empty(span * parents, dtype=torch.int32),
@@ -240,9 +251,7 @@ def children(
     if half:
         rounded_BD, norm_B, error_B = _round(loaded, x_BD, half)
         margins_B3 = _margins(norm_B, error_B, width, 0.0)
-        norm_F, error_F = torch.empty(2, len(W_FD)).unbind()
-        state = torch.empty(span * ctypes.sizeof(Token), dtype=torch.uint8)
-        found = torch.empty(span * 3 * room)
+        reaches = torch.empty(3 * (len(W_FD) // size))
     for first in range(0, tokens, span):
         some = slice(first, first + span)
         shape = (len(x_BD[some]), parents, width, len(W_FD) // size, size, k, stride)
@@ -252,7 +261,7 @@ def children(
         if half:
             loaded.kilobasis_children_in_tiles(
                 x_BD[some].data_ptr(), rounded_BD[some].data_ptr(), *of_rows, *shape, margins_B3[some].data_ptr(),
-                room, *sorted_, norm_F.data_ptr(), error_F.data_ptr(), state.data_ptr(), found.data_ptr(), *made,
+                *sorted_, reaches.data_ptr(), *made,
             )  # fmt: skip
         else:
             loaded.kilobasis_children(x_BD[some].data_ptr(), *of_rows, *shape, *sorted_, *made)

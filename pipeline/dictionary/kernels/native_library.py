@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-VERSION = 4
+VERSION = 5
 # What torch calls the machine, and the library for it.
 LIBRARIES = {"AVX512": "_native_avx512", "AVX2": "_native_avx2"}
 
@@ -25,7 +25,7 @@ class Token(ctypes.Structure):
 
 
 class Update(ctypes.Structure):
-    """`KilobasisUpdate` in native.cpp."""
+    """`KilobasisUpdate` in rows.cpp."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("starts", "order")),
@@ -69,7 +69,7 @@ def library() -> ctypes.CDLL | None:
         ("decode_double", [p, p, p, n, p, x, n, n, n, p, p, p, p], None),
         ("has_tiles", [], n),
         ("children", [p, p, n, p, p, n, n, n, n, n, n, n, p, p, p, p, p], None),
-        ("children_in_tiles", [p, p, p, n, p, p, *[n] * 7, p, n, *[p] * 9], None),
+        ("children_in_tiles", [p, p, p, n, p, p, *[n] * 7, p, *[p] * 6], None),
         ("inner", [p, p, p, p, n, n, n, n, p], None),
         ("group", [p, p, n, n, p, p], n),
         ("sums", [p, p, p, p, n, n, n, p], None),

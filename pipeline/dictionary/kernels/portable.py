@@ -270,11 +270,9 @@ def sums(grouped: Grouped, values_BK: torch.Tensor, rows_BD: torch.Tensor) -> to
 
 
 def weighted(W_FD: torch.Tensor, weights_F: torch.Tensor) -> torch.Tensor:
-    """Sum of all rows, weighted, in the type of the weights. Shape (D,)."""
-    if W_FD.dtype == weights_F.dtype:
-        return W_FD.T @ weights_F
+    """Sum of all rows, weighted, in float64. Shape (D,)."""
     parts = zip(torch.split(W_FD, BLOCK), torch.split(weights_F, BLOCK), strict=True)
-    return torch.stack([part_fD.to(part_f.dtype).T @ part_f for part_fD, part_f in parts]).sum(0)
+    return torch.stack([part_fD.double().T @ part_f.double() for part_fD, part_f in parts]).sum(0)
 
 
 class _Touched(NamedTuple):

@@ -179,47 +179,37 @@ inline bool before(const Scored& a, const Scored& b) {
     return a.feature < b.feature;
 }
 
-// Score candidates exactly, and keep the k largest that are above zero. A token whose candidates did not fit is scored
-// against every feature. Where fewer are above zero, the rest is 0: with `fill` it names other features, so that a code
-// never names one twice, and otherwise feature 0. Returns how many scores were computed.
+// Score a token's candidates exactly, and keep the k largest that are above zero. One whose candidates did not fit is
+// scored against every feature. Where fewer are above zero, the rest is 0: with `fill` it names other features, so that a
+// code never names one twice, and otherwise feature 0. Returns how many scores were computed.
 template <typename W>
-int64_t select(const float* x, const W* weights, const float* bias, int64_t tokens, int64_t d, int64_t features,
-               int64_t k, int64_t room, Token* state, void* found, bool fill, float* z, int64_t* indices) {
-    int64_t scored_in_all = 0;
-#pragma omp parallel reduction(+ : scored_in_all)
-    {
-        std::vector<float> lowers;
-        std::vector<Scored> scored;
-#pragma omp for schedule(dynamic, 16)
-        for (int64_t b = 0; b < tokens; ++b) {
-            Token& token = state[b];
-            Found candidates = found_at(found, b, room);
-            if (token.count >= 0) prune(token, candidates, k, lowers);
-            int64_t count = token.count >= 0 ? token.count : features;
-            scored.clear();
-            for (int64_t i = 0; i < count; ++i) {
-                int64_t f = token.count >= 0 ? candidates.feature[i] : i;
-                if (token.count >= 0 && i + AHEAD < count) fetch(weights + candidates.feature[i + AHEAD] * d, d);
-                float value = dot(x + b * d, weights + f * d, d) + bias[f];
-                if (!(value <= 0)) scored.push_back({value, int32_t(f)});
-            }
-            scored_in_all += count;
-            int64_t kept = std::min<int64_t>(k, int64_t(scored.size()));
-            std::partial_sort(scored.begin(), scored.begin() + kept, scored.end(), before);
-            for (int64_t i = 0; i < kept; ++i) {
-                z[b * k + i] = scored[i].value;
-                indices[b * k + i] = scored[i].feature;
-            }
-            // The rest is filled with other features at zero, so that a code never names one twice.
-            int64_t next = 0;
-            for (int64_t i = kept; i < k; ++i, ++next) {
-                while (fill && std::find(indices + b * k, indices + b * k + kept, next) != indices + b * k + kept) ++next;
-                z[b * k + i] = 0.0f;
-                indices[b * k + i] = fill ? next : 0;
-            }
-        }
+int64_t select_token(const float* x, const W* weights, const float* bias, int64_t d, int64_t features, int64_t k,
+                     Token& token, const Found& candidates, bool fill, float* z, int64_t* indices,
+                     std::vector<float>& lowers, std::vector<Scored>& scored) {
+    if (token.count >= 0) prune(token, candidates, k, lowers);
+    bool few = token.count >= 0;
+    int64_t count = few ? token.count : features;
+    scored.clear();
+    for (int64_t i = 0; few && i < std::min(AHEAD, count); ++i) fetch(weights + candidates.feature[i] * d, d);
+    for (int64_t i = 0; i < count; ++i) {
+        int64_t f = few ? candidates.feature[i] : i;
+        if (few && i + AHEAD < count) fetch(weights + candidates.feature[i + AHEAD] * d, d);
+        float value = dot(x, weights + f * d, d) + bias[f];
+        if (!(value <= 0)) scored.push_back({value, int32_t(f)});
     }
-    return scored_in_all;
+    int64_t kept = std::min<int64_t>(k, int64_t(scored.size()));
+    std::partial_sort(scored.begin(), scored.begin() + kept, scored.end(), before);
+    for (int64_t i = 0; i < kept; ++i) {
+        z[i] = scored[i].value;
+        indices[i] = scored[i].feature;
+    }
+    int64_t next = 0;
+    for (int64_t i = kept; i < k; ++i, ++next) {
+        while (fill && std::find(indices, indices + kept, next) != indices + kept) ++next;
+        z[i] = 0.0f;
+        indices[i] = fill ? next : 0;
+    }
+    return count;
 }
 
 } // namespace

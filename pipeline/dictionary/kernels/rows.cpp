@@ -1,0 +1,264 @@
+// What a training step does to a dictionary's rows: gradient, Adam and rounding in one visit to each row that fired.
+//
+// Shapes: B tokens, D width, F features, K entries of a token's code.
+
+#include "lanes.h"
+
+// What a training step made, and how the rows that fired are to move.
+struct KilobasisUpdate {
+    // The step's code turned over (see kilobasis_group), K of its entries a token.
+    const int64_t* starts;
+    const int32_t* order;
+    int64_t features, k, encoder_d, decoder_d;
+    const float *z, *grad_z; // (B, K)
+    // What entries encoded, (B, encoder_d) each; errors that they explain, (B, decoder_d) each, and what turns an error
+    // into the gradient of the loss by its reconstruction. `part` says which ones are an entry's; without it all are of
+    // the first.
+    const float* const* inputs;
+    const float* const* errors;
+    const float* scales;
+    const uint8_t* part;
+    int64_t parts, half;
+    void *encoder, *decoder; // (F, encoder_d), (F, decoder_d); bfloat16 where `half` is set
+    float* bias;
+    float *encoder_v, *decoder_v, *bias_v; // second moments: like their rows, or (F) where row_wise
+    int32_t* stamps;                       // the step of each row's last update, from 1; 0 for never
+    int64_t row_wise, step, first, seed;   // first: which of all features is the first one here
+    double rate, beta2, epsilon, clip;
+};
+
+namespace {
+
+inline int64_t part_of(const KilobasisUpdate& u, int64_t entry) { return u.part ? u.part[entry] : 0; }
+
+// A thread's room for a feature's gradients, and for its rows while they move.
+struct Scratch {
+    std::vector<float> encoder, decoder, row;
+    float bias = 0;
+    double encoder_square = 0, decoder_square = 0;
+
+    explicit Scratch(const KilobasisUpdate& u)
+        : encoder(u.encoder_d), decoder(u.decoder_d), row(std::max(u.encoder_d, u.decoder_d)) {}
+
+    // The gradients of one feature's rows.
+    void gather(const KilobasisUpdate& u, int64_t f) {
+        bias = 0;
+        for (int64_t i = u.starts[f]; i < u.starts[f + 1]; ++i) {
+            // Those of features to come as well: entries lie in the order of features.
+            if (i + AHEAD < u.starts[u.features]) {
+                int64_t next = u.order[i + AHEAD], part = part_of(u, next);
+                fetch(u.errors[part] + next / u.k * u.decoder_d, u.decoder_d);
+                fetch(u.inputs[part] + next / u.k * u.encoder_d, u.encoder_d);
+            }
+            int64_t entry = u.order[i], b = entry / u.k, part = part_of(u, entry);
+            bool first = i == u.starts[f];
+            add(first, decoder.data(), u.errors[part] + b * u.decoder_d, u.z[entry] * u.scales[part], u.decoder_d);
+            add(first, encoder.data(), u.inputs[part] + b * u.encoder_d, u.grad_z[entry], u.encoder_d);
+            bias += u.grad_z[entry];
+        }
+        encoder_square = dot(encoder.data(), encoder.data(), u.encoder_d);
+        decoder_square = dot(decoder.data(), decoder.data(), u.decoder_d);
+    }
+
+    double square() const { return encoder_square + decoder_square + double(bias) * bias; }
+
+  private:
+    static void add(bool first, float* to, const float* from, float scale, int64_t d) {
+        if (!first) return add_scaled(to, from, scale, d);
+        along(d, [&](auto one, int64_t i) { put(to + i, scale * at(one, from + i)); });
+    }
+};
+
+// Ask for the rows of a feature that comes soon.
+inline void fetch_rows(const KilobasisUpdate& u, int64_t f) {
+    if (f >= u.features || u.starts[f] == u.starts[f + 1]) return;
+    if (u.half) {
+        fetch((const uint16_t*)u.encoder + f * u.encoder_d, u.encoder_d);
+        fetch((const uint16_t*)u.decoder + f * u.decoder_d, u.decoder_d);
+    } else {
+        fetch((const float*)u.encoder + f * u.encoder_d, u.encoder_d);
+        fetch((const float*)u.decoder + f * u.decoder_d, u.decoder_d);
+    }
+}
+
+// Every feature that fired, with its gradients; squares: the squared norm of each feature's, before clipping.
+template <bool MOVES, typename Visit> void visit(const KilobasisUpdate& u, double* squares, Visit each) {
+#pragma omp parallel
+    {
+        Scratch scratch(u);
+#pragma omp for schedule(dynamic, 64)
+        for (int64_t f = 0; f < u.features; ++f) {
+            if (MOVES) fetch_rows(u, f + 2 * AHEAD);
+            squares[f] = 0;
+            if (u.starts[f] == u.starts[f + 1]) continue;
+            scratch.gather(u, f);
+            squares[f] = scratch.square();
+            each(f, scratch);
+        }
+    }
+}
+
+// Adam without a first moment (beta1 = 0). Steps in which a row had no gradient only let the second moment decay, which
+// is caught up here: the same as if every row were visited in every step.
+struct Adam {
+    float decay, correction, fresh, rate, epsilon;
+
+    Adam(const KilobasisUpdate& u, int64_t f, float correction)
+        : decay(float(std::pow(u.beta2, double(u.step - u.stamps[f])))), correction(correction),
+          fresh(float((1 - u.beta2) * u.clip * u.clip)), rate(float(u.rate * u.clip)), epsilon(float(u.epsilon)) {}
+
+    // A row whose numbers have a second moment each.
+    void move(float* w, float* v, const float* g, int64_t d) const {
+        for (int64_t i = 0; i < d; ++i) {
+            v[i] = decay * v[i] + fresh * (g[i] * g[i]);
+            w[i] -= rate * g[i] / (std::sqrt(v[i] / correction) + epsilon);
+        }
+    }
+
+    // The rate of a row that has one, given the squared norm of its gradient.
+    float rate_of(float* v, float square, int64_t d) const {
+        *v = decay * *v + fresh * (square / float(d));
+        return rate / (std::sqrt(*v / correction) + epsilon);
+    }
+};
+
+inline float inverse_length(float square) { return 1 / std::max(std::sqrt(square), 1e-12f); }
+
+// Sixteen bits that depend on a number's place alone, for sixteen places. See `portable.noise`.
+inline Words noise(Words place) {
+    place = (place ^ (place >> 16)) * 0x7feb352du;
+    place = (place ^ (place >> 15)) * 0x846ca68bu;
+    return (place ^ (place >> 16)) >> 16;
+}
+
+// Float32 to bfloat16, up or down by `noise_`; what is not finite stays what it is.
+inline Halves rounded(Lanes lanes, Words noise_) {
+    Words bits;
+    std::memcpy(&bits, &lanes, sizeof bits);
+    Words is_nan = Words((bits & 0x7fffffffu) > 0x7f800000u), is_finite = Words((bits & 0x7f800000u) != 0x7f800000u);
+    Words up = (bits + noise_) >> 16, same = (bits >> 16) | (is_nan & 64u);
+    return __builtin_convertvector((up & is_finite) | (same & ~is_finite), Halves);
+}
+
+inline uint32_t place_of(const KilobasisUpdate& u, int64_t f, uint32_t salt) {
+    return uint32_t(u.seed) * 0x27d4eb2fu + uint32_t(u.step) * 0xc2b2ae3du + uint32_t(u.first + f) * 0x9e3779b1u + salt;
+}
+
+// Rows move in float32: those that are bfloat16 are rounded up or down at random, so that steps that are too small for
+// them add up all the same. `make` gives a row's numbers, one or sixteen at a time.
+template <typename Make> void put_row(float* to, int64_t d, uint32_t, Make make) {
+    along(d, [&](auto one, int64_t i) { put(to + i, make(one, i)); });
+}
+
+template <typename Make> void put_row(uint16_t* to, int64_t d, uint32_t place, Make make) {
+    constexpr Words LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    auto rounded_at = [&](int64_t i, Lanes lanes) {
+        return rounded(lanes, noise(place + (uint32_t(i) + LANE) * 0x85ebca77u));
+    };
+    int64_t i = 0;
+    for (; i + WIDE <= d; i += WIDE) {
+        Halves halves = rounded_at(i, make(Lanes{}, i));
+        std::memcpy(to + i, &halves, sizeof halves);
+    }
+    if (i == d) return;
+    Lanes rest{};
+    for (int64_t j = i; j < d; ++j) rest[j - i] = make(0.0f, j);
+    Halves halves = rounded_at(i, rest);
+    std::memcpy(to + i, &halves, (d - i) * sizeof *to);
+}
+
+// A row that has one second moment: what is left of `gradient` moves it.
+template <typename W>
+void move_encoder(const KilobasisUpdate& u, const Adam& adam, W* row, float* v, Scratch& scratch, uint32_t place) {
+    const float* gradient = scratch.encoder.data();
+    float rate = adam.rate_of(v, float(scratch.encoder_square), u.encoder_d);
+    put_row(row, u.encoder_d, place, [&](auto one, int64_t i) { return at(one, row + i) - rate * at(one, gradient + i); });
+}
+
+// The same of a decoder row, which stays a unit vector: what would only lengthen it is taken off its gradient.
+template <typename W>
+void move_decoder(const KilobasisUpdate& u, const Adam& adam, W* row, float* v, Scratch& scratch, uint32_t place) {
+    float *gradient = scratch.decoder.data(), *moved = scratch.row.data();
+    float radial = -dot(gradient, row, u.decoder_d);
+    float square = square_of(u.decoder_d, [&](auto one, int64_t i) {
+        return put(gradient + i, at(one, gradient + i) + radial * at(one, row + i));
+    });
+    float rate = adam.rate_of(v, square, u.decoder_d);
+    float length = square_of(u.decoder_d, [&](auto one, int64_t i) {
+        return put(moved + i, at(one, row + i) - rate * at(one, gradient + i));
+    });
+    float inverse = inverse_length(length);
+    put_row(row, u.decoder_d, place, [&](auto one, int64_t i) { return at(one, moved + i) * inverse; });
+}
+
+// Both rows of a feature, where each of their numbers has a second moment.
+template <typename W>
+void move_fully(const KilobasisUpdate& u, const Adam& adam, W* encoder, W* decoder, int64_t f, Scratch& scratch) {
+    float *row = scratch.row.data(), *gradient = scratch.decoder.data();
+    auto take = [&](const W* from, int64_t d) { along(d, [&](auto one, int64_t i) { put(row + i, at(one, from + i)); }); };
+    take(encoder, u.encoder_d);
+    adam.move(row, u.encoder_v + f * u.encoder_d, scratch.encoder.data(), u.encoder_d);
+    put_row(encoder, u.encoder_d, place_of(u, f, 1), [&](auto one, int64_t i) { return at(one, row + i); });
+    add_scaled(gradient, decoder, -dot(gradient, decoder, u.decoder_d), u.decoder_d);
+    take(decoder, u.decoder_d);
+    adam.move(row, u.decoder_v + f * u.decoder_d, gradient, u.decoder_d);
+    float inverse = inverse_length(dot(row, row, u.decoder_d));
+    put_row(decoder, u.decoder_d, place_of(u, f, 2), [&](auto one, int64_t i) { return at(one, row + i) * inverse; });
+}
+
+template <typename W> void update_rows(const KilobasisUpdate& u, W* encoder, W* decoder, double* squares) {
+    const float correction = float(1 - std::pow(u.beta2, double(u.step)));
+    visit<true>(u, squares, [&](int64_t f, Scratch& scratch) {
+        Adam adam(u, f, correction);
+        W *own_encoder = encoder + f * u.encoder_d, *own_decoder = decoder + f * u.decoder_d;
+        if (u.row_wise) {
+            move_encoder(u, adam, own_encoder, u.encoder_v + f, scratch, place_of(u, f, 1));
+            move_decoder(u, adam, own_decoder, u.decoder_v + f, scratch, place_of(u, f, 2));
+        } else {
+            move_fully(u, adam, own_encoder, own_decoder, f, scratch);
+        }
+        u.bias[f] -= adam.rate_of(u.bias_v + f, scratch.bias * scratch.bias, 1) * scratch.bias;
+        u.stamps[f] = int32_t(u.step);
+    });
+}
+
+} // namespace
+
+// No less than the norm of the gradient of everything that fired, from the norms of tokens' rows alone: as if all that
+// fired a feature pulled it one way. Cheap, and mostly enough to know that nothing is to be clipped.
+KILOBASIS double kilobasis_norm_bound(const KilobasisUpdate* update, int64_t tokens) {
+    const KilobasisUpdate& u = *update;
+    std::vector<float> input(tokens * u.parts), error(tokens * u.parts);
+#pragma omp parallel for schedule(static)
+    for (int64_t b = 0; b < tokens; ++b)
+        for (int64_t p = 0; p < u.parts; ++p) {
+            const float *row = u.errors[p] + b * u.decoder_d, *x = u.inputs[p] + b * u.encoder_d;
+            error[b * u.parts + p] = u.scales[p] * std::sqrt(dot(row, row, u.decoder_d));
+            bool known = p && u.inputs[p] == u.inputs[p - 1];
+            input[b * u.parts + p] = known ? input[b * u.parts + p - 1] : std::sqrt(dot(x, x, u.encoder_d) + 1);
+        }
+    double sum = 0;
+    for (int64_t f = 0; f < u.features; ++f) {
+        double encoder = 0, decoder = 0;
+        for (int64_t i = u.starts[f]; i < u.starts[f + 1]; ++i) {
+            int64_t entry = u.order[i], at = entry / u.k * u.parts + part_of(u, entry);
+            decoder += u.z[entry] * error[at];
+            encoder += std::fabs(u.grad_z[entry]) * input[at];
+        }
+        sum += encoder * encoder + decoder * decoder;
+    }
+    return 1.001 * std::sqrt(sum);
+}
+
+// The squared norm of each feature's gradient, before clipping.
+KILOBASIS void kilobasis_squares(const KilobasisUpdate* update, double* squares) {
+    visit<false>(*update, squares, [](int64_t, Scratch&) {});
+}
+
+// Gradient, clipping, removal of what would only lengthen a decoder row, Adam and normalisation: one visit to each row
+// that fired, and no gradient is ever stored. squares: as kilobasis_squares has them.
+KILOBASIS void kilobasis_update(const KilobasisUpdate* update, double* squares) {
+    const KilobasisUpdate& u = *update;
+    if (u.half) update_rows(u, (uint16_t*)u.encoder, (uint16_t*)u.decoder, squares);
+    else update_rows(u, (float*)u.encoder, (float*)u.decoder, squares);
+}
