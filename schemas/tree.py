@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -24,6 +24,9 @@ class Tree(Section):
     )
     always: Steps = Field(
         default=0, description="The children of the first so many parents are searched for every token."
+    )
+    sees: Literal["rest", "input"] = Field(
+        default="rest", description="What children encode: what parents leave unexplained, or what parents encode."
     )
     coarse_weight: float = Field(
         default=0.1, ge=0.0, description="Of the loss that parents have alone, beside that of the whole dictionary."

@@ -41,7 +41,7 @@ def audit(tree: TreeDictionary, x_ND: torch.Tensor) -> Audit:
     children_F = torch.arange(tree.features, device=x_ND.device) % tree.tree.size > 0
     # No parent fires with such a bias. Infinity would be no bound for the search.
     b_F = tree.b_enc.detach().where(children_F, NEVER)
-    best_z_NK, best_NK = topk.top_k(code.residual_BD, tree.W_enc, b_F, code.fine_z_BK.shape[1])
+    best_z_NK, best_NK = topk.top_k(code.seen_BD, tree.W_enc, b_F, code.fine_z_BK.shape[1])
     wanted_NK = best_z_NK > 0
     routed_NK = (best_NK // tree.tree.size).unsqueeze(2) == code.routed_BP.unsqueeze(1)
     coarse_ND = topk.decode(code.coarse_z_BK, code.coarse_BK, tree.W_dec, tree.b_dec)

@@ -32,7 +32,8 @@ SAMPLE = 8 * 1024
 class TreeShape(BaseModel):
     """Of a dictionary in two levels: children of each parent, parents that fire, and those whose children are searched.
 
-    The children of the first `always` parents are searched for every token.
+    The children of the first `always` parents are searched for every token. Children see the rest of it that parents
+    leave, or the whole input.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -41,6 +42,7 @@ class TreeShape(BaseModel):
     coarse_k: int
     routed: int
     always: int = 0
+    sees: Literal["rest", "input"] = "rest"
 
     @property
     def size(self) -> int:

@@ -28,7 +28,8 @@ class TreeCode(NamedTuple):
     """What fires, parents and children, and what parents leave unexplained.
 
     Features are counted from this rank's first. `parents_FD` are the parents' encoder rows; `routed_BP` has the parents
-    whose children were searched, -1 for none, and `residual_B` the squared norm of a token's residual.
+    whose children were searched, -1 for none, `seen_BD` what children encode, and `residual_B` the squared norm of a
+    token's residual.
     """
 
     coarse_z_BK: torch.Tensor
@@ -39,6 +40,7 @@ class TreeCode(NamedTuple):
     parents_FD: torch.Tensor
     centred_BD: torch.Tensor
     residual_BD: torch.Tensor
+    seen_BD: torch.Tensor
     residual_B: torch.Tensor
 
 
@@ -111,22 +113,34 @@ class TreeDictionary(TopKDictionary):
         z_BP, parents_BP = sharding.top_k(centred_BD, parents_FD, biases_F, tree.routed, ranks)
         coarse_z_BK = sharding.among(z_BP, tree.coarse_k, ranks)
         coarse_BK = parents_BP[:, : tree.coarse_k] * tree.size
-        routed_BP = self._routed(z_BP, parents_BP, ranks)
+        routed_BP = self.route(centred_BD, z_BP, parents_BP, ranks)
         residual_BD, residual_B = left(coarse_z_BK, coarse_BK, self.W_dec.detach(), centred_BD, ranks)
+        seen_BD = residual_BD if tree.sees == "rest" else centred_BD
         W_FD, b_F = self.W_enc.detach(), self.b_enc.detach()
 
         def own(tokens: slice | torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-            made: tuple[torch.Tensor, torch.Tensor] = kernels(W_FD, residual_BD).children(
-                residual_BD[tokens], W_FD, b_F, routed_BP[tokens], tree.size, count
+            made: tuple[torch.Tensor, torch.Tensor] = kernels(W_FD, seen_BD).children(
+                seen_BD[tokens], W_FD, b_F, routed_BP[tokens], tree.size, count
             )
             return made
 
         fine_k = self.k - tree.coarse_k
         fine = own(slice(None), fine_k) if ranks.features == 1 else sharding.agreed(own, fine_k, ranks)
-        return TreeCode(coarse_z_BK, coarse_BK, *fine, routed_BP, parents_FD, centred_BD, residual_BD, residual_B)
+        return TreeCode(
+            coarse_z_BK, coarse_BK, *fine, routed_BP, parents_FD, centred_BD, residual_BD, seen_BD, residual_B
+        )
 
-    def _routed(self, z_BP: torch.Tensor, parents_BP: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-        """The parents that fired, and those that are always routed, each once."""
+    def route(
+        self, centred_BD: torch.Tensor, z_BP: torch.Tensor, parents_BP: torch.Tensor, ranks: Ranks
+    ) -> torch.Tensor:
+        """Parents whose children are searched, each once; -1 for none: those that fired, and those that always are.
+
+        Args:
+            centred_BD: What parents encoded.
+            z_BP: Values of its largest parents, the first `coarse_k` of which fire.
+            parents_BP: Which those are.
+            ranks: Those that share the features.
+        """
         routed_BP = parents_BP.where(z_BP > 0, -1)
         here = max(0, min(self.parents, self.tree.always - ranks.feature_rank * self.parents))
         if not here:

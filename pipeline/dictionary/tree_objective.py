@@ -23,7 +23,7 @@ class TreeObjective(SparseObjective):
     one rank, where one rank's sums lie no nearer than 2^-52 to the middle between two numbers.
 
     The gradient is that of the loss with the features that fire held fixed, all of it: what a parent explains is no
-    longer there for its children to see, so their encoders' gradient flows back through the residual.
+    longer there for children that see the rest, so their encoders' gradient flows back through it.
 
     Args:
         dictionary: What is trained: this rank's features.
@@ -60,7 +60,8 @@ class _Tree(torch.autograd.Function):
         )
         # What moves what parents make: their part in the whole and their own error, less what children saw of it.
         pulled_BD = torch.sub(scale * error_BD, code.residual_BD, alpha=weight * scale)
-        moves_BD, _ = left(fine_grad_BK, code.fine_BK, W_enc_FD, pulled_BD, ranks)
+        unseen_BD, _ = left(fine_grad_BK, code.fine_BK, W_enc_FD, pulled_BD, ranks)
+        moves_BD = unseen_BD if tree.tree.sees == "rest" else pulled_BD
         coarse_grad_BK = with_.inner(moves_BD, code.coarse_z_BK, code.coarse_BK, W_dec_FD)
         main = ranks.gather(squares_B, "scalars").sum() / count
         coarse = ranks.gather(code.residual_B, "scalars").sum() / count
@@ -68,8 +69,8 @@ class _Tree(torch.autograd.Function):
         indices_BK = torch.cat([code.coarse_BK, code.fine_BK], 1)
         part_BK = torch.zeros_like(indices_BK, dtype=torch.uint8)
         part_BK[:, code.coarse_BK.shape[1] :] = 1
-        moves_BD, error_BD, centred_BD, residual_BD = (
-            ranks.gather(each_BD, "rows") for each_BD in (moves_BD, error_BD, code.centred_BD, code.residual_BD)
+        moves_BD, unseen_BD, error_BD, centred_BD, seen_BD, residual_BD = _gathered(
+            ranks, moves_BD, unseen_BD, error_BD, code.centred_BD, code.seen_BD, code.residual_BD
         )
         every_z_BK = ranks.gather(z_BK, "codes")
         grouped = with_.group(every_z_BK, ranks.gather(indices_BK, "codes"), tree.features)
@@ -77,15 +78,15 @@ class _Tree(torch.autograd.Function):
             grouped,
             every_z_BK,
             ranks.gather(torch.cat([coarse_grad_BK, fine_grad_BK], 1), "codes"),
-            (centred_BD, residual_BD),
+            (centred_BD, seen_BD),
             (moves_BD, error_BD),
             (1.0, scale),
             ranks.gather(part_BK, "codes"),
         )
         objective.seen_BD, objective.unexplained_BD, objective.routed_BP = residual_BD, error_BD, code.routed_BP
-        # b_dec is added to parents' reconstructions, and taken off what they encode.
+        # b_dec is added to parents' reconstructions, and taken off what they encode, and children with them.
         encoded_D = ranks.total(_encoded(objective, code, coarse_grad_BK), "b_dec")
-        grad_b_dec_D = (with_.weighted(moves_BD, moves_BD.new_ones(len(moves_BD))) - encoded_D).float()
+        grad_b_dec_D = (with_.weighted(unseen_BD, unseen_BD.new_ones(len(unseen_BD))) - encoded_D).float()
         ctx.save_for_backward(grad_b_dec_D)
         ctx.mark_non_differentiable(indices_BK)
         return (main + weight * coarse).float(), main.float(), coarse.float(), z_BK, indices_BK
@@ -94,6 +95,13 @@ class _Tree(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_b_dec_D,) = ctx.saved_tensors
         return gradients[0] * grad_b_dec_D, None, None
+
+
+def _gathered(ranks: Ranks, *every: torch.Tensor) -> list[torch.Tensor]:
+    """Of the whole batch; what is given twice is sent once. Collective."""
+    made = {id(each_BD): each_BD for each_BD in every}
+    whole = {name: ranks.gather(each_BD, "rows") for name, each_BD in made.items()}
+    return [whole[id(each_BD)] for each_BD in every]
 
 
 def _encoded(objective: TreeObjective, code: TreeCode, grad_BK: torch.Tensor) -> torch.Tensor:

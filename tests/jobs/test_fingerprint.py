@@ -71,6 +71,7 @@ IDENTITY: dict[str, tuple[str, str]] = {
     FIRST + "tree.coarse_k": ("1", "train"),
     FIRST + "tree.routed": ("3", "train"),
     FIRST + "tree.always": ("1", "train"),
+    FIRST + "tree.sees": ("input", "train"),
     FIRST + "tree.coarse_weight": ("0.5", "train"),
     FIRST + "train.tokens": ("4096", "train"),
     FIRST + "train.batch": ("128", "train"),

@@ -1,6 +1,7 @@
 """Trees: what fires against a search that knows nothing of them, gradients against autograd, ranks against one."""
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -45,9 +46,10 @@ def searched(tree: TreeDictionary, x_D: torch.Tensor) -> tuple[dict[int, float],
     order = [f for f in sorted(parents, key=lambda f: -parents[f]) if parents[f] > 0]
     coarse = {f: parents[f] for f in order[: shape.coarse_k]}
     residual_D = x_D - sum((z * W_dec[f] for f, z in coarse.items()), torch.zeros(len(x_D), dtype=torch.float64))
+    seen_D = residual_D if shape.sees == "rest" else x_D
     routed = {f // shape.size for f in order[: shape.routed]} | set(range(shape.always))
     children = {
-        f: float(W_enc[f] @ residual_D + b_enc[f])
+        f: float(W_enc[f] @ seen_D + b_enc[f])
         for parent in routed
         for f in range(parent * shape.size + 1, (parent + 1) * shape.size)
     }
@@ -64,16 +66,24 @@ def searched(tree: TreeDictionary, x_D: torch.Tensor) -> tuple[dict[int, float],
     more=st.integers(0, 4),
     always=st.integers(0, 3),
     fine_k=st.integers(1, 12),
+    sees=st.sampled_from(["rest", "input"]),
     seed=st.integers(0, 10_000),
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_tree_fires_what_a_search_of_everything_finds(
-    kind: object, width: int, parents: int, children: int, coarse_k: int, more: int, always: int, fine_k: int, seed: int
+    kind: object,
+    width: int,
+    parents: int,
+    children: int,
+    coarse_k: int,
+    more: int,
+    always: int,
+    fine_k: int,
+    sees: Literal["rest", "input"],
+    seed: int,
 ) -> None:
-    coarse_k = min(coarse_k, parents)
-    shape = TreeShape(
-        children=children, coarse_k=coarse_k, routed=min(parents, coarse_k + more), always=min(parents, always)
-    )
+    coarse_k, routed = min(coarse_k, parents), min(parents, coarse_k + more)
+    shape = TreeShape(children=children, coarse_k=coarse_k, routed=routed, always=min(parents, always), sees=sees)
     tree = random_tree(width, parents, shape, coarse_k + fine_k, seed)
     x_BD = torch.randn(8, width, generator=torch.Generator().manual_seed(seed + 1))
     with pytest.MonkeyPatch.context() as patch:
@@ -169,15 +179,17 @@ def expected_gradients(tree: TreeDictionary, x_BD: torch.Tensor, weight: float) 
         return torch.einsum("bk,bkd->bd", scores_BK * (z_BK > 0), own["W_dec"][indices_BK])
 
     residual_BD = x_BD - own["b_dec"] - explained(x_BD - own["b_dec"], code.coarse_z_BK, code.coarse_BK)
-    error_BD = residual_BD - explained(residual_BD, code.fine_z_BK, code.fine_BK)
+    seen_BD = residual_BD if tree.tree.sees == "rest" else x_BD - own["b_dec"]
+    error_BD = residual_BD - explained(seen_BD, code.fine_z_BK, code.fine_BK)
     (error_BD.square().mean() + weight * residual_BD.square().mean()).backward()
     return {name: each.grad for name, each in own.items()}
 
 
+@pytest.mark.parametrize("sees", ["rest", "input"])
 @pytest.mark.parametrize("weight", [0.0, 0.3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradient_is_that_of_the_loss(kind: object, weight: float) -> None:
-    shape = TreeShape(children=7, coarse_k=3, routed=5, always=1)
+def test_gradient_is_that_of_the_loss(kind: object, weight: float, sees: Literal["rest", "input"]) -> None:
+    shape = TreeShape(children=7, coarse_k=3, routed=5, always=1, sees=sees)
     tree = random_tree(20, 12, shape, 7, 0)
     x_BD = torch.randn(50, 20, generator=torch.Generator().manual_seed(1))
     with pytest.MonkeyPatch.context() as patch:
