@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 SEED = int(os.environ.get("KILOBASIS_CHAOS_SEED", "20261122"))
 SECONDS = 900.0
 # What a scenario ends with in which a strike came too late to hit anything, and how often one is drawn anew then.
-MISSED, DRAWS = 3, 3
+MISSED, DRAWS = 3, 8
 # Before what befell a run: Ray prints to the same place.
 STRUCK = "struck: "
 TWO_RANKS = ("--set", "compute.sharding.data=2")
