@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from contenders import HERE, REFERENCE, ROOT, Contender, environment, last_words
+from contenders import HERE, OURS, ROOT, Contender, environment, last_words
 
 # Data, and what was found; git ignores it.
 SCRATCH = ROOT / "runs" / "benchmarks"
@@ -116,7 +116,7 @@ def canonical(of: dict[str, Any]) -> str:
 def code_digest(contender: Contender) -> str:
     """Of the code that decides a contender's numbers, as far as it is in this repository."""
     paths = [HERE / "peers" / contender.script, HERE / "peers" / "training.py"]
-    if contender.name == REFERENCE:
+    if contender.python == OURS:
         for place in CODE:
             paths += sorted((ROOT / place).rglob("*.[ch]*")) + sorted((ROOT / place).rglob("*.py"))
             paths += [ROOT / place] if place.endswith(".py") else []

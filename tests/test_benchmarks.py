@@ -95,6 +95,14 @@ def load(monkeypatch: pytest.MonkeyPatch):
             {"quality/kilobasis/fvu", "quality/kilobasis/dead"},
         ),
         (
+            "trees.py",
+            [
+                *("--hook", "gpt_neox.layers.2.mlp", "--rates", "8", "--seeds", "0"),
+                *("--only", "no-residual", "--only", "random-routes", "--only", "product-keys"),
+            ],
+            {"layers.2.mlp/tree/fvu", "layers.2.mlp/no-residual/ratio", "layers.2.mlp/product-keys/dead"},
+        ),
+        (
             "recipe.py",
             ["--on", "quickstart", "--factor", "second_moment", "--seeds", "0"],
             {"recipe/quickstart/default/fvu", "recipe/quickstart/second_moment row/ratio"},

@@ -1,6 +1,10 @@
 """Kilobasis: a whole run of `Trainer` through the DeepSpeed engine, as the train stage does it on one rank.
 
 The manifest's defaults, but for what the task's `settings` say.
+
+Variants: a dense dictionary, or `tree-63-16-32`: 63 children a parent, 16 parents fire, those of 32 are searched.
+Behind that `-input`: children encode all of a token; `-random`: a token is routed by random directions, which nobody
+trains.
 """
 
 from __future__ import annotations
@@ -10,12 +14,27 @@ from torch import Tensor
 from training import Course
 
 from cluster.pool import free_port
+from pipeline.dictionary import topk
 from pipeline.dictionary.loop import scale_of
-from pipeline.dictionary.model import TopKDictionary
+from pipeline.dictionary.model import TopKDictionary, TreeShape
 from pipeline.dictionary.optimizer import peak_rate
 from pipeline.dictionary.parallel import be_deterministic, joined
+from pipeline.dictionary.ranks import Ranks
 from pipeline.dictionary.trainer import Trainer
+from pipeline.dictionary.tree import TreeDictionary
 from schemas.training import Train
+
+
+class RandomRoutes(TreeDictionary):
+    """A tree whose tokens find their parents by directions that have nothing to do with what parents encode."""
+
+    def route(self, centred_BD: Tensor, z_BP: Tensor, parents_BP: Tensor, ranks: Ranks) -> Tensor:
+        """See `TreeDictionary.route`."""
+        directions_FD = torch.randn(self.parents, self.width, generator=torch.Generator().manual_seed(task.seed))
+        unit_FD = torch.nn.functional.normalize(directions_FD, dim=1)
+        z_BP, routed_BP = topk.top_k(centred_BD, unit_FD, torch.zeros(self.parents), self.tree.routed)
+        return routed_BP.where(z_BP > 0, -1)
+
 
 course = Course()
 task = course.task
@@ -23,7 +42,15 @@ be_deterministic()
 
 sample_ND = course.sample()
 scale = scale_of(sample_ND)
-dictionary = TopKDictionary(task.width, task.features, task.k)
+kind, *ways = task.variant.split("-")
+if kind == "tree":
+    children, coarse_k, routed = (int(way) for way in ways[:3])
+    sees = "input" if "input" in ways else "rest"
+    shape = TreeShape(children=children, coarse_k=coarse_k, routed=routed, sees=sees)
+    made = RandomRoutes if "random" in ways else TreeDictionary
+    dictionary: TopKDictionary = made(task.width, task.features, task.k, shape)
+else:
+    dictionary = TopKDictionary(task.width, task.features, task.k)
 dictionary.initialize(sample_ND * scale, task.seed)
 with torch.no_grad():
     dictionary.W_enc.mul_(task.start)
@@ -40,7 +67,7 @@ def judge(x_BD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 with joined(0, 1, 1, f"tcp://127.0.0.1:{free_port()}") as ranks:
-    trainer = Trainer(dictionary, settings, task.steps, ranks)
+    trainer = Trainer(dictionary, settings, task.steps, ranks, coarse_weight=0.1)
     with trainer.engine:
         for step, x_BD in enumerate(course.batches()):
             trainer.step(step, x_BD * scale)
