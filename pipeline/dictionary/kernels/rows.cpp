@@ -44,12 +44,6 @@ struct Scratch {
     void gather(const KilobasisUpdate& u, int64_t f) {
         bias = 0;
         for (int64_t i = u.starts[f]; i < u.starts[f + 1]; ++i) {
-            // Those of features to come as well: entries lie in the order of features.
-            if (i + AHEAD < u.starts[u.features]) {
-                int64_t next = u.order[i + AHEAD], part = part_of(u, next);
-                fetch(u.errors[part] + next / u.k * u.decoder_d, u.decoder_d);
-                fetch(u.inputs[part] + next / u.k * u.encoder_d, u.encoder_d);
-            }
             int64_t entry = u.order[i], b = entry / u.k, part = part_of(u, entry);
             bool first = i == u.starts[f];
             add(first, decoder.data(), u.errors[part] + b * u.decoder_d, u.z[entry] * u.scales[part], u.decoder_d);
@@ -69,26 +63,13 @@ struct Scratch {
     }
 };
 
-// Ask for the rows of a feature that comes soon.
-inline void fetch_rows(const KilobasisUpdate& u, int64_t f) {
-    if (f >= u.features || u.starts[f] == u.starts[f + 1]) return;
-    if (u.half) {
-        fetch((const uint16_t*)u.encoder + f * u.encoder_d, u.encoder_d);
-        fetch((const uint16_t*)u.decoder + f * u.decoder_d, u.decoder_d);
-    } else {
-        fetch((const float*)u.encoder + f * u.encoder_d, u.encoder_d);
-        fetch((const float*)u.decoder + f * u.decoder_d, u.decoder_d);
-    }
-}
-
 // Every feature that fired, with its gradients; squares: the squared norm of each feature's, before clipping.
-template <bool MOVES, typename Visit> void visit(const KilobasisUpdate& u, double* squares, Visit each) {
+template <typename Visit> void visit(const KilobasisUpdate& u, double* squares, Visit each) {
 #pragma omp parallel
     {
         Scratch scratch(u);
 #pragma omp for schedule(dynamic, 64)
         for (int64_t f = 0; f < u.features; ++f) {
-            if (MOVES) fetch_rows(u, f + 2 * AHEAD);
             squares[f] = 0;
             if (u.starts[f] == u.starts[f + 1]) continue;
             scratch.gather(u, f);
@@ -208,7 +189,7 @@ void move_fully(const KilobasisUpdate& u, const Adam& adam, W* encoder, W* decod
 
 template <typename W> void update_rows(const KilobasisUpdate& u, W* encoder, W* decoder, double* squares) {
     const float correction = float(1 - std::pow(u.beta2, double(u.step)));
-    visit<true>(u, squares, [&](int64_t f, Scratch& scratch) {
+    visit(u, squares, [&](int64_t f, Scratch& scratch) {
         Adam adam(u, f, correction);
         W *own_encoder = encoder + f * u.encoder_d, *own_decoder = decoder + f * u.decoder_d;
         if (u.row_wise) {
@@ -252,7 +233,7 @@ KILOBASIS double kilobasis_norm_bound(const KilobasisUpdate* update, int64_t tok
 
 // The squared norm of each feature's gradient, before clipping.
 KILOBASIS void kilobasis_squares(const KilobasisUpdate* update, double* squares) {
-    visit<false>(*update, squares, [](int64_t, Scratch&) {});
+    visit(*update, squares, [](int64_t, Scratch&) {});
 }
 
 // Gradient, clipping, removal of what would only lengthen a decoder row, Adam and normalisation: one visit to each row
