@@ -108,8 +108,21 @@ def train(
         Which ones have failed, on every rank. Their last good checkpoints are kept, and the others were trained.
     """
     gang.beat(0, "meeting")
+    with parallel.joined(gang.rank, gang.world_size, features, gang.init_method) as ranks:
+        return _train(wanted, stream, checkpoint_seconds, ranks, gang, done)
+
+
+def _train(
+    wanted: Sequence[Wanted],
+    stream: Stream,
+    checkpoint_seconds: float,
+    ranks: Ranks,
+    gang: Gang,
+    done: Callable[[int, Trained], None],
+) -> dict[int, NonFiniteError]:
+    """A function of its own: what it knows of the gang is gone when the gang is left."""
     failed: dict[int, NonFiniteError] = {}
-    with parallel.joined(gang.rank, gang.world_size, features, gang.init_method) as ranks, ExitStack() as stack:
+    with ExitStack() as stack:
         gang.beat(0, "data")
         fresh = any(each.checkpoints.latest() is None for each in wanted)
         sample_ND = stream.sample() if fresh else None
@@ -146,7 +159,8 @@ def train(
                     try:
                         each.step(x_BD, y_BD, cursor, waited)
                     except NonFiniteError as error:
-                        failed[index] = error
+                        # The frames of its traceback know of the gang.
+                        failed[index] = error.with_traceback(None)
                         going.pop(index).close()
                         if len(wanted) > 1 and gang.rank == 0:
                             gang.emit(events.Note(each.wanted.stage, f"{error.what}; other dictionaries go on"))

@@ -7,6 +7,7 @@ is started, so that nothing is compiled on the way and its defaults do not chang
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import socket
@@ -19,6 +20,10 @@ from typing import Any, Literal, Self
 import psutil
 import torch
 import torch.distributed as dist
+
+# Its functions take the group of the moment in which it is imported as their default, and keep it for good: now, while
+# there is none. DeepSpeed would import it inside a gang.
+import torch.distributed.nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from pipeline.dictionary.ranks import Ranks
@@ -44,18 +49,28 @@ def joined(rank: int, world_size: int, features: int, init_method: str) -> Itera
     """
     _start(rank, world_size, init_method)
     try:
-        data = world_size // features
-        feature_group = data_group = None
-        # Every rank has to make every group, in the same order.
-        for part in range(data):
-            group = dist.new_group([part * features + each for each in range(features)])
-            feature_group = group if rank // features == part else feature_group
-        for part in range(features):
-            group = dist.new_group([each * features + part for each in range(data)])
-            data_group = group if rank % features == part else data_group
-        yield Ranks(rank, features, data, feature_group, data_group)
+        ranks = _mesh(rank, world_size // features, features)
+        yield ranks
     finally:
         _stop()
+    # gloo's threads end with the last that knows of their group. One that still holds a tensor when Python shuts down
+    # takes the process with it, behind everything that the rank had to do. (DeepSpeed's stage 3 keeps its group.)
+    ranks.feature_group = ranks.data_group = None
+    gc.collect()
+
+
+def _mesh(rank: int, data: int, features: int) -> Ranks:
+    """Every rank makes every group, in the same order."""
+    ranks = Ranks(rank, features, data)
+    for part in range(data):
+        group = dist.new_group([part * features + each for each in range(features)])
+        if part == ranks.data_rank:
+            ranks.feature_group = group
+    for part in range(features):
+        group = dist.new_group([each * features + part for each in range(data)])
+        if part == ranks.feature_rank:
+            ranks.data_group = group
+    return ranks
 
 
 class Mesh:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Ranks:
     """This rank's place. Every method is collective: call it on all ranks of the group or on none.
 

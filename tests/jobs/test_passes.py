@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as processes
 
 from cluster.pool import free_port
 from cluster.storage.path import StoragePath
@@ -29,6 +28,7 @@ from schemas.records import Owner
 from tests.pipeline.dictionary.test_meshes import SETTINGS, SHAPE, Batches
 from tests.support.command import invoke
 from tests.support.fixtures import manifest_tree, write_manifest
+from tests.support.gangs import spawn
 from tests.support.runs import run_inline
 
 # Of one stream; `long` goes on when the others are done.
@@ -239,7 +239,7 @@ def test_gang_trains_several_to_the_bits_of_each_alone(mesh: Sharding, tmp_path:
         folder.mkdir()
         for shapes in groups:
             arguments = (mesh, f"tcp://127.0.0.1:{free_port()}", shapes, folder)
-            processes.spawn(train, arguments, nprocs=mesh.ranks, join=True)
+            spawn(train, arguments, mesh.ranks)
     for shape in SHAPES:
         bodies = [(tmp_path / name / f"{shape.k}.safetensors").read_bytes() for name in ("together", "alone")]
         assert bodies[0] == bodies[1]

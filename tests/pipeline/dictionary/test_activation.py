@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as processes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +19,7 @@ from pipeline.dictionary.trainer import Trainer
 from schemas.compute import Sharding
 from schemas.training import Sparsity, Train
 from tests.pipeline.dictionary.test_sharding import batch, dense
+from tests.support.gangs import spawn
 
 NAMES = ("topk", "batch_topk", "jumprelu", "relu")
 
@@ -249,7 +249,7 @@ def learned(name: str, ranks: Ranks, steps: int) -> dict[str, torch.Tensor]:
 
 def outcomes(mesh: Sharding, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     """What ranks of a mesh learn together, by activation."""
-    processes.spawn(learn, (mesh, 40, f"tcp://127.0.0.1:{free_port()}", folder), nprocs=mesh.ranks, join=True)
+    spawn(learn, (mesh, 40, f"tcp://127.0.0.1:{free_port()}", folder), mesh.ranks)
     made = {}
     for name in TRAINED:
         parts = [torch.load(folder / f"{name}-{rank}.pt") for rank in range(mesh.features)]

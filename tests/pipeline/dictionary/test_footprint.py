@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-import torch.multiprocessing as processes
 
 from cluster.pool import free_port
 from pipeline.dictionary.footprint import footprint
@@ -16,6 +15,7 @@ from pipeline.dictionary.parallel import Dense, joined
 from pipeline.dictionary.trainer import Trainer
 from schemas.compute import Compute, Sharding, Zero
 from schemas.training import Train
+from tests.support.gangs import spawn
 
 WIDTH, FEATURES, BATCH = 256, 32768, 64
 WAYS = [
@@ -70,7 +70,7 @@ def rank(index: int, ports: Sequence[int], folder: Path) -> None:
 
 @pytest.mark.timeout(600)
 def test_footprint_is_no_less_than_what_a_rank_was_seen_to_keep(tmp_path: Path) -> None:
-    processes.spawn(rank, ([free_port() for _ in range(len(WAYS) + 1)], tmp_path), nprocs=2, join=True)
+    spawn(rank, ([free_port() for _ in range(len(WAYS) + 1)], tmp_path), 2)
     every = zip(*(torch.load(tmp_path / f"{index}.pt") for index in range(2)), strict=True)
     wrong = []
     for (optimizer, dense), seen in zip(WAYS, every, strict=True):

@@ -6,7 +6,6 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-import torch.multiprocessing as processes
 
 from cluster.pool import free_port
 from pipeline.dictionary import parallel
@@ -15,6 +14,7 @@ from pipeline.dictionary.parallel import joined
 from pipeline.dictionary.trainer import StepScalars, Trainer
 from schemas.compute import Sharding
 from schemas.training import Train
+from tests.support.gangs import spawn
 
 STEPS, BATCH = 30, 64
 SETTINGS = Train(
@@ -66,7 +66,7 @@ def talk(rank: int, init_method: str, folder: Path) -> None:
 
 
 def test_ranks_talk_where_groups_have_a_backend_for_each_device(tmp_path: Path) -> None:
-    processes.spawn(talk, (f"tcp://127.0.0.1:{free_port()}", tmp_path), nprocs=4, join=True)
+    spawn(talk, (f"tcp://127.0.0.1:{free_port()}", tmp_path), 4)
     words = ["word " * rank for rank in range(4)]
     for rank in range(4):
         said = json.loads((tmp_path / f"{rank}.json").read_text())
@@ -85,13 +85,13 @@ def listen(rank: int, init_method: str, folder: Path) -> None:
 
 
 def test_ranks_that_meet_on_loopback_listen_nowhere_else(tmp_path: Path) -> None:
-    processes.spawn(listen, (f"tcp://127.0.0.1:{free_port()}", tmp_path), nprocs=2, join=True)
+    spawn(listen, (f"tcp://127.0.0.1:{free_port()}", tmp_path), 2)
     assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [["127.0.0.1"]] * 2
 
 
 def outcome(mesh: Sharding, settings: Train, folder: Path) -> dict[str, torch.Tensor]:
     """What a gang ends with: the parts of the features together; every rank of a data group has the same."""
-    processes.spawn(train, (mesh, f"tcp://127.0.0.1:{free_port()}", settings, folder), nprocs=mesh.ranks, join=True)
+    spawn(train, (mesh, f"tcp://127.0.0.1:{free_port()}", settings, folder), mesh.ranks)
     every = [torch.load(folder / f"{rank}.pt") for rank in range(mesh.ranks)]
     for rank, made in enumerate(every):
         assert all(torch.equal(made[name], value) for name, value in every[rank % mesh.features].items())

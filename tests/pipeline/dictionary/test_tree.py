@@ -5,7 +5,6 @@ from typing import Literal
 
 import pytest
 import torch
-import torch.multiprocessing as processes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +21,7 @@ from pipeline.dictionary.tree import TreeDictionary
 from pipeline.dictionary.tree_objective import TreeObjective
 from schemas.compute import Sharding
 from schemas.training import Train
+from tests.support.gangs import spawn
 
 needs_native = pytest.mark.skipif(native.library() is None, reason="no compiler was there when this was installed")
 KINDS = [pytest.param(native, marks=needs_native, id="native"), pytest.param(portable, id="portable")]
@@ -344,7 +344,7 @@ def train(rank: int, mesh: Sharding, init_method: str, folder: Path, settings_: 
 
 def outcome(mesh: Sharding, folder: Path, settings_: Train = SETTINGS) -> dict[str, torch.Tensor]:
     """What a gang ends with, the parts of the features together."""
-    processes.spawn(train, (mesh, f"tcp://127.0.0.1:{free_port()}", folder, settings_), nprocs=mesh.ranks, join=True)
+    spawn(train, (mesh, f"tcp://127.0.0.1:{free_port()}", folder, settings_), mesh.ranks)
     every = [torch.load(folder / f"{rank}.pt") for rank in range(mesh.ranks)]
     parts = every[: mesh.features]
     whole = {name: torch.cat([part[name] for part in parts]) for name in ("W_enc", "b_enc", "W_dec", "since_fired")}

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as processes
 
 from cluster.pool import free_port
 from pipeline.dictionary.model import TopKDictionary
@@ -16,6 +15,7 @@ from pipeline.dictionary.shares import Share, normalize, remove_radial
 from pipeline.dictionary.trainer import Trainer
 from schemas.errors import NonFiniteError
 from tests.pipeline.dictionary.test_ranks import BATCH, SETTINGS, STEPS, activations
+from tests.support.gangs import spawn
 
 # Of 24 numbers a row: two ranks share the row in the middle.
 FEATURES = 125
@@ -71,7 +71,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, Dense]
         folder = tmp_path_factory.mktemp(str(world_size))
         ways = EXACT + ROUNDED
         ports = [free_port() for _ in ways]
-        processes.spawn(rank, (world_size, ports, ways, folder), nprocs=world_size, join=True)
+        spawn(rank, (world_size, ports, ways, folder), world_size)
         for number, dense in enumerate(ways):
             made[world_size, dense] = [torch.load(folder / f"{number}-{each}.pt") for each in range(world_size)]
     assert made[1, Dense()][0]["dead"] > 0, "nothing was dead: no auxiliary loss was tested"
@@ -137,7 +137,7 @@ def refused(index: int, ports: Sequence[int], folder: Path) -> None:
 
 
 def test_zero_gradient_that_is_not_finite_stops_all_ranks_before_the_update(tmp_path: Path) -> None:
-    processes.spawn(refused, ([free_port() for _ in STAGES], tmp_path), nprocs=2, join=True)
+    spawn(refused, ([free_port() for _ in STAGES], tmp_path), 2)
     assert len(list(tmp_path.iterdir())) == 2
 
 
