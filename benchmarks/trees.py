@@ -8,6 +8,7 @@ same tokens in the same order and the same k for everybody:
 
 - `tree`: 1024 D features; 16 D parents, of which half of k fire, and whose children are searched.
 - `tree-routed`: children of twice as many parents are searched. `tree-slim`: 8 D parents, a quarter of k.
+- `tree-balanced`: hot children and cold parents exchange places (`tree.rebalance`).
 - `dense-128`, `dense-1024`: exact TopK of so many times D features.
 - `random-routes`: parents fire as ever, but tokens are routed by random directions that nobody trains.
 - `no-residual`: children encode what parents encode, not what those leave.
@@ -80,6 +81,7 @@ ENTRANTS = (
     ours(TREE, "tree-63-16-16"),
     ours("tree-routed", "tree-63-16-32"),
     ours("tree-slim", "tree-127-8-8"),
+    ours("tree-balanced", "tree-63-16-16-balanced"),
     ours("dense-128", "dense", 128),
     ours("dense-1024", "dense", **MANY),
     ours("random-routes", "tree-63-16-16-random"),

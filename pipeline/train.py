@@ -234,8 +234,8 @@ def train_ranks(members: Sequence[Member[TrainTask]], gang: Gang) -> Sequence[Ou
 def _wanted(member: Member[TrainTask], layout: StoreLayout) -> loop.Wanted:
     task, settings = member.task, member.task.params.settings
     dense = parallel.Dense(task.zero.stage, task.zero.offload, task.accumulate, settings.weights == "bfloat16")
-    weight = 0.0 if task.params.tree is None else task.params.tree.coarse_weight
-    return loop.Wanted(task.stage, _config(task.params, layout), settings, member.checkpoints, dense, weight)
+    of_tree = {} if task.params.tree is None else task.params.tree.model_dump(include={"coarse_weight", "rebalance"})
+    return loop.Wanted(task.stage, _config(task.params, layout), settings, member.checkpoints, dense, **of_tree)
 
 
 def _config(params: TrainParams, layout: StoreLayout) -> DictionaryConfig:
@@ -245,7 +245,7 @@ def _config(params: TrainParams, layout: StoreLayout) -> DictionaryConfig:
         k=params.k,
         activation=params.activation,
         prefixes=params.settings.prefixes,
-        tree=None if params.tree is None else TreeShape(**params.tree.model_dump(exclude={"coarse_weight"})),
+        tree=None if params.tree is None else TreeShape(**params.tree.model_dump(include=set(TreeShape.model_fields))),
         hook_point=params.hook_point,
         target=params.target,
         target_width=None if params.target is None else layout.widths[params.target],

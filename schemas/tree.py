@@ -32,6 +32,12 @@ class Tree(Section):
         default=0.1, ge=0.0, description="Of the loss that parents have alone, beside that of the whole dictionary."
     )
 
+    rebalance: Count | None = Field(
+        default=None,
+        description="Tokens between two times that children which fire more than parents do become parents, in the "
+        "place of those that hardly fire; until the rate begins to fall. Never if left out.",
+    )
+
     @property
     def size(self) -> int:
         """Features of a parent and its children."""
@@ -62,6 +68,10 @@ def require_tree(dictionary: Dictionary, tree: Tree) -> None:
         raise ValueError(
             f"train.aux_k {train.aux_k} would score every dead feature for every token; leave it out, and set "
             "train.resample"
+        )
+    if tree.rebalance and not train.resample:
+        raise ValueError(
+            f"tree.rebalance {tree.rebalance} leaves places empty, which only train.resample fills; set it as well"
         )
     if k < 2:
         raise ValueError(f"a tree needs k of 2 or more, found {k}")

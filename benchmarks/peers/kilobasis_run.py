@@ -4,7 +4,7 @@ The manifest's defaults, but for what the task's `settings` say.
 
 Variants: a dense dictionary, or `tree-63-16-32`: 63 children a parent, 16 parents fire, those of 32 are searched.
 Behind that `-input`: children encode all of a token; `-random`: a token is routed by random directions, which nobody
-trains.
+trains; `-balanced`: parents and children exchange places as often as dead features start again.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def judge(x_BD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 with joined(0, 1, 1, f"tcp://127.0.0.1:{free_port()}") as ranks:
-    trainer = Trainer(dictionary, settings, task.steps, ranks, coarse_weight=0.1)
+    rebalance = settings.resample if "balanced" in ways else None
+    trainer = Trainer(dictionary, settings, task.steps, ranks, coarse_weight=0.1, rebalance=rebalance)
     with trainer.engine:
         for step, x_BD in enumerate(course.batches()):
             trainer.step(step, x_BD * scale)

@@ -28,7 +28,7 @@ STATE = "state.safetensors"
 ROWS = ("model.W_enc", "model.W_dec", "model.b_enc", "adam.encoder_v", "adam.decoder_v", "adam.bias_v", "adam.stamps_F")
 THRESHOLD_ROWS = ("model.threshold", "adam.threshold_v")
 DENSE_ROWS = ("adam.W_enc.exp", "adam.W_dec.exp", "adam.b_enc.exp")
-SINCE_FIRED, CURVES = "since_fired", "curves"
+SINCE_FIRED, FIRES, CURVES = "since_fired", "fires", "curves"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Progress:
 def state(
     weights: Mapping[str, torch.Tensor],
     moments: Mapping[str, torch.Tensor],
-    since_fired_F: torch.Tensor,
+    counters: Mapping[str, torch.Tensor],
     curves: list[list[float]],
     ranks: Ranks,
 ) -> dict[str, torch.Tensor]:
@@ -57,14 +57,14 @@ def state(
     Args:
         weights: Of the dictionary.
         moments: The optimizer's, and its step count.
-        since_fired_F: Tokens since each feature fired last.
+        counters: Of each feature: tokens since it fired last, and how often it did where that counts.
         curves: Rows of `schemas.tables.CURVES`.
         ranks: This rank's place.
     """
     tensors = {f"model.{name}": value for name, value in weights.items()}
     tensors |= {f"adam.{name}": value for name, value in moments.items()}
-    tensors |= {SINCE_FIRED: since_fired_F, CURVES: torch.tensor(curves, dtype=torch.float64)}
-    features = len(since_fired_F)
+    tensors |= {**counters, CURVES: torch.tensor(curves, dtype=torch.float64)}
+    features = len(counters[SINCE_FIRED])
     mine = slice(features * ranks.data_rank // ranks.data, features * (ranks.data_rank + 1) // ranks.data)
     return {
         name: (value[mine] if _has_rows(name) else value).detach().to("cpu", copy=True).contiguous()
@@ -73,7 +73,7 @@ def state(
 
 
 def _has_rows(name: str) -> bool:
-    return name in (*ROWS, *THRESHOLD_ROWS, SINCE_FIRED) or name.startswith(DENSE_ROWS)
+    return name in (*ROWS, *THRESHOLD_ROWS, SINCE_FIRED, FIRES) or name.startswith(DENSE_ROWS)
 
 
 def read(bodies: Iterable[bytes], first: int, count: int, moments: bool = True) -> dict[str, torch.Tensor]:

@@ -59,7 +59,8 @@ def sides(x_BD: torch.Tensor, shape: DictionaryConfig) -> tuple[torch.Tensor, to
 class Wanted:
     """A dictionary that is to be trained: its label for events, its shape, how, and where its checkpoints are.
 
-    `dense` is how DeepSpeed works on what a dense optimizer needs, `coarse_weight` that of a tree's parents' own loss.
+    `dense` is how DeepSpeed works on what a dense optimizer needs, `coarse_weight` that of a tree's parents' own loss,
+    and `rebalance` the tokens between two exchanges of its parents and children.
     """
 
     stage: str
@@ -68,6 +69,7 @@ class Wanted:
     checkpoints: Checkpoints
     dense: Dense = field(default_factory=Dense)
     coarse_weight: float = 0.0
+    rebalance: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +206,9 @@ class Training:
             # Weights come before the engine, which may shard them; moments behind it.
             with parsing(where, "checkpoint"):
                 since_fired_F, self._curves = checkpoint.restore(state, dictionary)
-        self._trainer = Trainer(dictionary, settings, self._steps, ranks, wanted.dense, wanted.coarse_weight)
+        self._trainer = Trainer(
+            dictionary, settings, self._steps, ranks, wanted.dense, wanted.coarse_weight, wanted.rebalance
+        )
         device = self._trainer.engine.device
         if gang.rank == 0 and (note := _without_kernels(device)):
             gang.emit(events.Note(wanted.stage, note))
@@ -212,6 +216,8 @@ class Training:
             with parsing(where, "checkpoint"):
                 checkpoint.remind(state, self._trainer.optimizer)
             self._trainer.since_fired_F = since_fired_F.to(device)
+            if self._trainer.balance is not None:
+                self._trainer.balance.load(state[checkpoint.FIRES])
         self._told = time.monotonic()
         self._pace = Pace(shape, device, ranks.world_size, self.progress.tokens)
         self._saver = Saver(wanted.checkpoints, ranks, checkpoint_seconds, self._committed)
@@ -240,6 +246,8 @@ class Training:
         scalars = trainer.step(index, x_BD * self.progress.scale, target_BD)
         if trainer.skipped and gang.rank == 0:
             gang.emit(events.Note(self.wanted.stage, f"DeepSpeed skipped step {index}, {trainer.skipped} in a row"))
+        if trainer.risen and gang.rank == 0:
+            gang.emit(events.Note(self.wanted.stage, f"step {index}: {_risen(trainer.risen)}"))
         tokens = self.progress.tokens + settings.batch
         self.progress = replace(self.progress, step=index + 1, tokens=tokens, cursor=cursor)
         if index % max(1, self._steps // CURVE_POINTS) == 0 or self.is_over:
@@ -324,6 +332,12 @@ def _without_kernels(device: torch.device) -> str | None:
     """What to tell a person whose training is slower than it could be."""
     there = library() is not None if device.type == "cpu" else has_triton()
     return None if there else NO_KERNELS[device.type]
+
+
+def _risen(count: int) -> str:
+    if count == 1:
+        return "a child became a parent, in the place of one that hardly fired"
+    return f"{count} children became parents, in the places of some that hardly fired"
 
 
 def _values(scalars: StepScalars) -> list[float]:

@@ -9,6 +9,7 @@ import torch
 
 from pipeline.dictionary import checkpoint, parallel
 from pipeline.dictionary.accumulation import accumulated
+from pipeline.dictionary.balance import Balance
 from pipeline.dictionary.kernels.portable import Rows
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.objective import DenseObjective, Made, RowObjective, SparseObjective
@@ -51,6 +52,7 @@ class Trainer:
         ranks: This rank's place.
         dense: How DeepSpeed works on what a dense optimizer needs.
         coarse_weight: Of a tree's parents' own loss.
+        rebalance: Tokens between two exchanges of a tree's parents and children; None for never.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Trainer:
         ranks: Ranks,
         dense: Dense | None = None,
         coarse_weight: float = 0.0,
+        rebalance: int | None = None,
     ) -> None:
         dense = dense or Dense()
         self._accumulate = dense.accumulate
@@ -72,6 +75,7 @@ class Trainer:
         self.since_fired_F = torch.zeros(dictionary.features, dtype=torch.int64, device=dictionary.W_enc.device)
         self.optimizer: RowAdam | SphereAdam
         self._objective: DenseObjective | None = None
+        self.balance: Balance | None = None
         if settings.optimizer == "row_adam":
             rows: SparseObjective
             if isinstance(dictionary, TreeDictionary):
@@ -83,6 +87,8 @@ class Trainer:
             # It clips by itself, because the engine sees no gradient but that of b_dec.
             self.optimizer = RowAdam(rows, self._peak, settings.beta2, settings.clip, row_wise, settings.seed)
             self.engine = Engine(rows, self.optimizer, settings.batch, 0.0, ranks)
+            if isinstance(rows, TreeObjective) and rebalance:
+                self.balance = Balance(rows, self.optimizer.rows, rebalance, settings.dead_after)
         else:
             self._objective, self._rows = DenseObjective(dictionary, aux_k, settings.aux_weight, ranks), None
             betas = (0.9 if settings.beta1 is None else settings.beta1, settings.beta2)
@@ -93,6 +99,8 @@ class Trainer:
             # From here on ZeRO may hold shares of the weights in place of the dictionary's.
             self.engine = Engine(self._objective, self.optimizer, settings.batch, settings.clip, ranks, dense)
         self.skipped = 0
+        # In the last step, over all ranks.
+        self.risen = 0
 
     def step(self, index: int, x_BD: torch.Tensor, y_BD: torch.Tensor | None = None) -> Callable[[], StepScalars]:
         """Train on this rank's share of a batch.
@@ -136,8 +144,11 @@ class Trainer:
             # A mean of all steps at first, later of the last hundred or so.
             self.dictionary.settle(self._rows.least, max(1 / (index + 1), THRESHOLD_WEIGHT))
         self._count(made.z_BK, made.indices_BK)
-        if rows is not None and int(dead) and self._restarts(index):
+        if rows is not None and int(dead) and self._is_time(index, self.settings.resample):
             self.since_fired_F[self._restart(rows.rows, dead_F, index, y_BD is not None)] = 0
+        self.risen = 0
+        if self.balance is not None and self._is_time(index, self.balance.every):
+            self.risen = self.balance.exchange(made.z_BK, made.indices_BK, self.since_fired_F)
         if self._rows is not None:
             self._rows.forget()
 
@@ -170,7 +181,10 @@ class Trainer:
         weights: Mapping[str, torch.Tensor] = self.dictionary.state_dict()
         if isinstance(self.optimizer, SphereAdam) and self.engine.shards:
             weights = self.optimizer.weights()
-        return checkpoint.state(weights, self.optimizer.tensors(), self.since_fired_F, curves, self.ranks)
+        counters = {checkpoint.SINCE_FIRED: self.since_fired_F}
+        if self.balance is not None:
+            counters[checkpoint.FIRES] = self.balance.fires()
+        return checkpoint.state(weights, self.optimizer.tensors(), counters, curves, self.ranks)
 
     def _passed(self, x_BD: torch.Tensor, dead_F: torch.Tensor | None, y_BD: torch.Tensor | None) -> Made:
         """Forward and backward."""
@@ -196,9 +210,9 @@ class Trainer:
                 "lower train.learning_rate; the last good checkpoint is kept",
             )
 
-    def _restarts(self, index: int) -> bool:
-        """Whether dead features start again behind a step."""
-        every, batch = self.settings.resample, self.settings.batch
+    def _is_time(self, index: int, every: int | None) -> bool:
+        """Whether what happens every so many tokens happens behind a step."""
+        batch = self.settings.batch
         if every is None or index >= self.steps * (1 - self.settings.decay):
             return False
         return (index + 1) * batch // every > index * batch // every
@@ -219,6 +233,8 @@ class Trainer:
         fired_F = self.ranks.any(fired_F)
         # Times 0 or 1: to write where a mask says so takes several times as long.
         self.since_fired_F.add_(self.settings.batch).mul_(1 - fired_F)
+        if self.balance is not None:
+            self.balance.count(z_BK, indices_BK)
 
 
 def sparsity_weight(step: int, steps: int, settings: Train) -> float:

@@ -276,6 +276,10 @@ FIELDS: dict[str, tuple[Change, tuple[str, ...]]] = {
         both(at(FIRST + "tree", {"children": 7}), at(FIRST + "train.aux_k", 8)),
         ("train.aux_k 8", "set train.resample"),
     ),
+    "tree_whose_empty_places_stay_empty": (
+        at(FIRST + "tree", {"children": 7, "rebalance": 4096}),
+        ("tree.rebalance 4096 leaves places empty", "train.resample"),
+    ),
     "tree_of_one_active_feature": (
         both(at(FIRST + "tree", {"children": 7}), at(FIRST + "k", 1)),
         ("a tree needs k of 2 or more, found 1",),

@@ -73,6 +73,7 @@ IDENTITY: dict[str, tuple[str, str]] = {
     FIRST + "tree.always": ("1", "train"),
     FIRST + "tree.sees": ("input", "train"),
     FIRST + "tree.coarse_weight": ("0.5", "train"),
+    FIRST + "tree.rebalance": ("4096", "train"),
     FIRST + "train.tokens": ("4096", "train"),
     FIRST + "train.batch": ("128", "train"),
     FIRST + "train.learning_rate": ("0.001", "train"),

@@ -15,12 +15,13 @@ from cluster.pool import free_port
 from cluster.storage.path import StoragePath
 from jobs.log import TrainingLog
 from pipeline.activations.read import Cursor
-from pipeline.dictionary import loop
+from pipeline.dictionary import balance, loop
 from pipeline.dictionary.model import DictionaryConfig, TreeShape
 from pipeline.dictionary.parallel import Dense
 from pipeline.dictionary.stored import to_bytes
 from pipeline.dictionary.trainer import Trainer
 from pipeline.stage import Gang
+from schemas import events
 from schemas.compute import Sharding
 from schemas.training import Train
 from tests.pipeline.dictionary.test_ranks import BATCH, activations
@@ -28,6 +29,7 @@ from tests.support.gangs import spawn, threads_of_gloo
 
 STEPS = 24
 SHAPE = DictionaryConfig(width=24, features=128, k=4, hook_point="h", model="m", model_digest="d")
+TREE = TreeShape(children=7, coarse_k=3, routed=4, always=2)
 SETTINGS = Train(
     tokens=STEPS * BATCH, batch=BATCH, learning_rate=1e-2, warmup=0.0, aux_k=8, dead_after=4 * BATCH, clip=0.02
 )
@@ -67,8 +69,12 @@ def train(
         return inner(self, index, *batch)
 
     Trainer.step = step  # type: ignore[method-assign]
-    wanted = [loop.Wanted("train", shape, settings, TrainingLog(StoragePath.parse(folder / "train")), dense, 0.1)]
-    gang = Gang(rank, mesh.ranks, init_method, lambda event: None, lambda at, phase: None)
+    log = TrainingLog(StoragePath.parse(folder / "train"))
+    # So few features are neither as hot nor as cold as those of large trees.
+    balance.HOT, balance.COLD = 0.1, 0.9
+    wanted = [loop.Wanted("train", shape, settings, log, dense, 0.1, 3 * BATCH if shape.tree else None)]
+    notes: list[events.Event] = []
+    gang = Gang(rank, mesh.ranks, init_method, notes.append, lambda at, phase: None)
     made: list[loop.Trained] = []
     failed = loop.train(
         wanted,
@@ -82,6 +88,8 @@ def train(
     assert dense.stage == 3 or not threads_of_gloo()
     assert not failed
     assert bool(made) == (rank == 0)
+    if shape.tree and rank == 0:
+        assert any(isinstance(each, events.Note) and "became" in each.text for each in notes)
     for each in made:
         (folder / "dictionary.safetensors").write_bytes(to_bytes(each.dictionary))
         torch.save(torch.tensor(each.curves, dtype=torch.float64), folder / "curves.pt")
@@ -167,8 +175,8 @@ def test_training_in_bfloat16_goes_on_to_the_same_bits(tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("weights", ["float32", "bfloat16"])
 def test_tree_goes_on_with_any_mesh_to_the_same_bits(weights: str, tmp_path: Path) -> None:
-    """Dead features start again on the way, before and behind each change of the mesh."""
-    shape = SHAPE.model_copy(update={"k": 8, "tree": TreeShape(children=7, coarse_k=3, routed=4, always=2)})
+    """Dead features start again on the way, parents and children exchange places, before and behind new meshes."""
+    shape = SHAPE.model_copy(update={"k": 8, "tree": TREE})
     settings = SETTINGS.model_copy(
         update={"aux_k": None, "resample": 5 * BATCH, "dead_after": 3 * BATCH, "weights": weights}
     )

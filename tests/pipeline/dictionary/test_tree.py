@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.pool import free_port
+from pipeline.dictionary import balance
 from pipeline.dictionary.kernels import native, portable
 from pipeline.dictionary.kernels.portable import Rows
 from pipeline.dictionary.model import TreeShape
@@ -315,6 +316,7 @@ SETTINGS = Train(
     resample=5 * BATCH,
     clip=0.02,
 )
+REBALANCE = 4 * BATCH
 
 
 def activations() -> torch.Tensor:
@@ -329,15 +331,19 @@ def activations() -> torch.Tensor:
 def train(rank: int, mesh: Sharding, init_method: str, folder: Path, settings_: Train) -> None:
     """One rank: train its subtrees on its share of every batch; leave weights and what fired."""
     torch.set_num_threads(1)
+    # So few features are neither as hot nor as cold as those of large trees.
+    balance.HOT, balance.COLD = 0.1, 0.9
     x_SBD = activations()
     tree = TreeDictionary(WIDTH, 16 * SHAPE.size // mesh.features, 8, SHAPE)
     with joined(rank, mesh.ranks, mesh.features, init_method) as ranks:
         tree.initialize(x_SBD[0], 0, ranks)
-        trainer = Trainer(tree, settings_, STEPS, ranks, coarse_weight=0.1)
-        share, losses = BATCH // mesh.data, []
+        trainer = Trainer(tree, settings_, STEPS, ranks, coarse_weight=0.1, rebalance=REBALANCE)
+        share, losses, risen = BATCH // mesh.data, [], 0
         with trainer.engine:
             for step, x_BD in enumerate(x_SBD):
                 losses.append(trainer.step(step, x_BD[ranks.data_rank * share :][:share])().loss)
+                risen += trainer.risen
+        assert risen > 3
         made = {**tree.state_dict(), "since_fired": trainer.since_fired_F, "losses": torch.tensor(losses)}
         torch.save(made, folder / f"{rank}.pt")
 
