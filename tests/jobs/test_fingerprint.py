@@ -168,6 +168,7 @@ def test_fingerprint_of_an_identity_field_changes_with_it(field: str, tiny_tree:
         dictionary["activation"] = "jumprelu"
     if field.startswith(FIRST + "tree"):
         dictionary["tree"] = {"children": 7}
+        dictionary["train"]["resample"] = 8192
     if field.startswith(FIRST + "transcode"):
         tiny_tree["harvest"]["hook_points"].append("gpt_neox.layers.0")
         dictionary["transcode"] = {"from": "gpt_neox.layers.0.mlp:in", "to": dictionary.pop("hook_point")}
