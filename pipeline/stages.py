@@ -40,7 +40,7 @@ SYNTHETIC_STAGES: tuple[Stage, ...] = (
     *(stage for stage in STAGES if stage.name == "train"),
     Stage("evaluate", 1, ("harvest", "train"), recover.params, recover.run, recover.estimate, recover.check),
     Stage(
-        "catalog", 1, ("harvest", "train", "evaluate"), identify.params, identify.run, identify.estimate, identify.check
+        "catalog", 2, ("harvest", "train", "evaluate"), identify.params, identify.run, identify.estimate, identify.check
     ),
     *(stage for stage in STAGES if stage.name == "export"),
 )

@@ -10,7 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import torch
 from markupsafe import Markup
+
+from pipeline.recovery.scores import by_fires
 
 Place = Callable[[float], float]
 
@@ -26,6 +29,7 @@ class Known:
     Attributes:
         metrics: The dictionary's, with `mmcs_found`, `mmcs_true` and `found` where any feature fired.
         cosines_of_known: Largest cosine of every represented known feature with a feature of the dictionary.
+        fires_of_known: Training rows on which each of these was active.
         cosines_of_features: Largest cosine of every feature that fired with a represented known one.
         toys: The harvest's toy models, see `pipeline.synthetic.toy.figure`; empty for a world.
         hook_point: Whose dictionary this is.
@@ -34,6 +38,7 @@ class Known:
 
     metrics: Mapping[str, Any]
     cosines_of_known: npt.NDArray[np.float32]
+    fires_of_known: npt.NDArray[np.int64]
     cosines_of_features: npt.NDArray[np.float32]
     toys: Sequence[Mapping[str, Any]]
     hook_point: str
@@ -59,13 +64,19 @@ def section(known: Known) -> Markup:
     if known.toys:
         figures += _toy_figures(known, found)
     else:
-        figures.append(
+        figures += [
             _figure(
                 "Found",
                 _recall(known.cosines_of_known),
                 "Share of known features whose nearest feature is at least so near.",
-            )
-        )
+            ),
+            _figure(
+                "Found, by how often active",
+                _shares(known.fires_of_known, known.cosines_of_known),
+                "Share within a cosine of 0.9, pale 0.7, of the known features that were active on so many rows of "
+                "training, or up to ten times as many.",
+            ),
+        ]
     summary = "No feature fired on held-out rows, so none can be compared."
     if "mmcs_found" in known.metrics:
         summary = (
@@ -73,11 +84,10 @@ def section(known: Known) -> Markup:
             f"{known.metrics['mmcs_true']:.3f} back: the mean of the largest cosines. {found:,} of {count:,} known "
             "features have a feature within a cosine of 0.9."
         )
-    columns = "four" if len(figures) == 4 else "three"
     # Numbers and words of this module alone.
     return Markup(  # noqa: S704
         '<section id="known" aria-labelledby="known-title">\n  <h2 id="known-title">Known features</h2>\n'
-        f'  <p>{summary}</p>\n  <div class="figures {columns}">\n{"".join(figures)}  </div>\n</section>'
+        f'  <p>{summary}</p>\n  <div class="figures four">\n{"".join(figures)}  </div>\n</section>'
     )
 
 
@@ -130,6 +140,41 @@ def _recall(values: npt.NDArray[np.float32]) -> str:
     line = f'<polyline points="{points}" fill="none" stroke="var(--accent)" stroke-width="1.6"/>'
     ticks = [(value, f"{value:.1f}") for value in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)]
     return _svg(line, x, y, ticks, [(value, f"{value:.0%}") for value in (0.0, 0.5, 1.0)], "cosine →")
+
+
+def _shares(fires: npt.NDArray[np.int64], cosines: npt.NDArray[np.float32]) -> str:
+    """A bar for each power of ten that has any known features."""
+    none = torch.zeros(len(fires))
+    rows = by_fires(torch.from_numpy(fires.astype(np.int64)), torch.from_numpy(cosines.astype(np.float32)), none)
+    x, y = _scale(0.0, float(max(len(rows), 1))), _height(0.0, 1.0)
+    marks = []
+    for index, row in enumerate(rows):
+        left, width = x(index + 0.15), x(index + 0.85) - x(index + 0.15)
+        told = (
+            f"active on {row['fires_from']:,} to {row['fires_below'] - 1:,} rows: {row['features']:,} known features, "
+            f"{row['found_90']:.1%} within 0.9, {row['found_70']:.1%} within 0.7"
+        )
+        marks.append(
+            "".join(
+                f'<rect x="{left:.1f}" y="{y(row[key]):.1f}" width="{width:.1f}" height="{y(0) - y(row[key]):.1f}" '
+                f'fill="var(--accent)" opacity="{opacity}"><title>{told}</title></rect>'
+                for key, opacity in (("found_70", 0.35), ("found_90", 1))
+            )
+        )
+    ticks = [(index + 0.5, _power(int(row["fires_from"]))) for index, row in enumerate(rows)]
+    return _svg("".join(marks), x, y, ticks, [(value, f"{value:.0%}") for value in (0.0, 0.5, 1.0)], "active rows →")
+
+
+def _power(least: int) -> str:
+    """How a bar is called that begins there.
+
+    >>> [_power(each) for each in (0, 1, 100, 10_000, 1_000_000)]
+    ['0', '1', '100', '10k', '1M']
+    """
+    for unit, name in ((10**6, "M"), (10**3, "k")):
+        if least >= unit:
+            return f"{least // unit}{name}"
+    return str(least)
 
 
 def _line(at: list[float], values: list[float], marked: list[bool], label: str, note: str) -> str:

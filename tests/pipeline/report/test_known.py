@@ -40,6 +40,7 @@ def known_of(**changes: Any) -> Known:
     arguments: dict[str, Any] = {
         "metrics": {"mmcs_found": 0.7512, "mmcs_true": 0.6, "found": 0.5},
         "cosines_of_known": np.array([1.0, 0.95, 0.2, 0.8], np.float32),
+        "fires_of_known": np.array([20_000, 40, 0, 31], np.int64),
         "cosines_of_features": np.array([1.0, -0.05, 0.95], np.float32),
         "toys": (),
         "hook_point": "hidden",
@@ -73,7 +74,7 @@ def test_section_is_well_formed_and_says_what_was_found(toys: Any) -> None:
     assert parser.open == []
     assert "MMCS 0.751 from known features to this dictionary" in made
     assert "2 of 4 known features" in made
-    assert made.count("<figure>") == (4 if toys else 3)
+    assert made.count("<figure>") == 4
 
 
 def test_histogram_counts_every_feature_once_and_shows_cosines_below_zero() -> None:
@@ -81,6 +82,21 @@ def test_histogram_counts_every_feature_once_and_shows_cosines_below_zero() -> N
     counts = [int(count) for count in re.findall(r"<title>(\d+) known features", made)]
     assert sum(counts) == 4
     assert sum(int(count) for count in re.findall(r"<title>(\d+) features that fired", made)) == 3
+
+
+def test_bars_are_known_features_by_how_often_they_are_active() -> None:
+    made = section(known_of())
+    bars = re.findall(r'height="([\d.]+)" fill="[^"]*" opacity="[^"]*"><title>([^<]*)</title>', made)
+    assert [told for _, told in bars[::2]] == [
+        "active on 0 to 0 rows: 1 known features, 0.0% within 0.9, 0.0% within 0.7",
+        "active on 10 to 99 rows: 2 known features, 50.0% within 0.9, 100.0% within 0.7",
+        "active on 10,000 to 99,999 rows: 1 known features, 100.0% within 0.9, 100.0% within 0.7",
+    ]
+    heights = [float(height) for height, _ in bars]
+    # Pale, then full.
+    assert heights == [0.0, 0.0, heights[4], heights[4] / 2, heights[4], heights[4]]
+    assert [f">{name}</text>" in made for name in ("0", "10", "10k")] == [True] * 3
+    assert "active rows" not in section(known_of(toys=TOYS, hook_point="hidden.S0.9"))
 
 
 def test_figure_of_toys_marks_this_dictionarys_sparsity_and_no_other() -> None:
