@@ -144,7 +144,8 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
         # Scores of children and what is kept of them, and a copy of the parents.
         searched = (settings.tree.routed or 0) + settings.tree.always
         step += min(share * searched * settings.tree.children, 2**26) * 16
-        step += settings.features // settings.tree.size * width * 4 + settings.features * 32
+        counters = 64 if settings.tree.rebalance else 32
+        step += settings.features // settings.tree.size * width * 4 + settings.features * counters
     step += train.batch * 8 * target * 4 if dense and tokens < train.batch else 0
     held = footprint(train, manifest.compute, settings.features, width + target)
     steps = -(-settings.settings.tokens // settings.settings.batch)
