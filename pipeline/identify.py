@@ -214,7 +214,6 @@ def _report(
     }
     fired_F = features["fires"].to_numpy() > 0
     first = matches.filter(pa.compute.equal(matches["rank"], 0))
-    represented = known.filter(known["represented"])
     return render(
         title=settings.dictionary,
         facts=facts,
@@ -227,8 +226,8 @@ def _report(
         shown_of=features.num_rows,
         known=Known(
             metrics=judged["dictionary"],
-            cosines_of_known=represented["cosine"].to_numpy(),
-            fires_of_known=represented["fires"].to_numpy(),
+            cosines_of_known=known.filter(known["represented"])["cosine"].to_numpy(),
+            by_fires=judged.get("by_fires", ()),
             cosines_of_features=first["cosine"].to_numpy()[fired_F[first["feature"].to_numpy()]],
             toys=harvest.facts["toys"],
             hook_point=settings.hook_point,

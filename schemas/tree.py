@@ -34,7 +34,7 @@ class Tree(Section):
 
     rebalance: Count | None = Field(
         default=None,
-        description="Tokens between two times that children which fire more than parents do become parents, in the "
+        description="Tokens between two times that children which fire as parents do become parents, in the "
         "place of those that hardly fire; until the rate begins to fall. Never if left out.",
     )
 

@@ -10,10 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import torch
 from markupsafe import Markup
-
-from pipeline.recovery.scores import by_fires
 
 Place = Callable[[float], float]
 
@@ -29,7 +26,7 @@ class Known:
     Attributes:
         metrics: The dictionary's, with `mmcs_found`, `mmcs_true` and `found` where any feature fired.
         cosines_of_known: Largest cosine of every represented known feature with a feature of the dictionary.
-        fires_of_known: Training rows on which each of these was active.
+        by_fires: As `pipeline.recovery.scores.by_fires`, of these; empty where no feature fired.
         cosines_of_features: Largest cosine of every feature that fired with a represented known one.
         toys: The harvest's toy models, see `pipeline.synthetic.toy.figure`; empty for a world.
         hook_point: Whose dictionary this is.
@@ -38,7 +35,7 @@ class Known:
 
     metrics: Mapping[str, Any]
     cosines_of_known: npt.NDArray[np.float32]
-    fires_of_known: npt.NDArray[np.int64]
+    by_fires: Sequence[Mapping[str, Any]]
     cosines_of_features: npt.NDArray[np.float32]
     toys: Sequence[Mapping[str, Any]]
     hook_point: str
@@ -72,7 +69,7 @@ def section(known: Known) -> Markup:
             ),
             _figure(
                 "Found, by how often active",
-                _shares(known.fires_of_known, known.cosines_of_known),
+                _shares(known.by_fires),
                 "Share within a cosine of 0.9, pale 0.7, of the known features that were active on so many rows of "
                 "training, or up to ten times as many.",
             ),
@@ -142,10 +139,8 @@ def _recall(values: npt.NDArray[np.float32]) -> str:
     return _svg(line, x, y, ticks, [(value, f"{value:.0%}") for value in (0.0, 0.5, 1.0)], "cosine →")
 
 
-def _shares(fires: npt.NDArray[np.int64], cosines: npt.NDArray[np.float32]) -> str:
+def _shares(rows: Sequence[Mapping[str, Any]]) -> str:
     """A bar for each power of ten that has any known features."""
-    none = torch.zeros(len(fires))
-    rows = by_fires(torch.from_numpy(fires.astype(np.int64)), torch.from_numpy(cosines.astype(np.float32)), none)
     x, y = _scale(0.0, float(max(len(rows), 1))), _height(0.0, 1.0)
     marks = []
     for index, row in enumerate(rows):
@@ -161,7 +156,7 @@ def _shares(fires: npt.NDArray[np.int64], cosines: npt.NDArray[np.float32]) -> s
                 for key, opacity in (("found_70", 0.35), ("found_90", 1))
             )
         )
-    ticks = [(index + 0.5, _power(int(row["fires_from"]))) for index, row in enumerate(rows)]
+    ticks = [(index + 0.5, _power(row["fires_from"])) for index, row in enumerate(rows)]
     return _svg("".join(marks), x, y, ticks, [(value, f"{value:.0%}") for value in (0.0, 0.5, 1.0)], "active rows →")
 
 

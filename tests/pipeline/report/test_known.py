@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
+from pipeline.recovery.scores import by_fires
 from pipeline.report.known import Known, section
 from schemas.tables import EXAMPLES, MATCHES
 from tests.pipeline.report.test_page import METRICS, Scripts, drawn, feature_table, page, visible
@@ -40,7 +42,7 @@ def known_of(**changes: Any) -> Known:
     arguments: dict[str, Any] = {
         "metrics": {"mmcs_found": 0.7512, "mmcs_true": 0.6, "found": 0.5},
         "cosines_of_known": np.array([1.0, 0.95, 0.2, 0.8], np.float32),
-        "fires_of_known": np.array([20_000, 40, 0, 31], np.int64),
+        "by_fires": by_fires(torch.tensor([20_000, 40, 0, 31]), torch.tensor([1.0, 0.95, 0.2, 0.8]), torch.zeros(4)),
         "cosines_of_features": np.array([1.0, -0.05, 0.95], np.float32),
         "toys": (),
         "hook_point": "hidden",
