@@ -3,8 +3,10 @@
     python benchmarks/gpu.py [--quick] [--case NAME ...] [--only NAME ...] [--tiles] [--json FILE]
 
 First the kernels are compared with torch's on the card, at the width and number of features of each case; a difference
-ends the run. Then contenders take turns as in `train.py`, one process at a time, all in bfloat16 (`kilobasis`: rows in
-bfloat16 that share one second moment; peers: their autocast), each through its own trainer.
+ends the run. Then contenders take turns as in `train.py`, all in bfloat16 (`kilobasis`: rows in bfloat16 that share one
+second moment; peers: their autocast), each through its own trainer.
+
+In cases of 1024 D our tree (see `overcomplete.py`) steps beside our dense dictionary of 16 D, with the same batch.
 
 `kilobasis-encoder` is the search for the k largest alone, `encoder-gemm` torch's product alone, x W_enc^T in bfloat16,
 whose scores are thrown away. Peak is the card's dense bfloat16 FLOP/s, MFU the useful FLOP of a step (see
@@ -22,6 +24,7 @@ import argparse
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import marks
@@ -34,7 +37,7 @@ from rich.table import Table
 from train import Outcomes, finished, middle, times
 
 from pipeline.dictionary.kernels import portable
-from pipeline.dictionary.model import DictionaryConfig
+from pipeline.dictionary.model import DictionaryConfig, TreeShape
 from pipeline.dictionary.pace import flops_per_token, peak_of
 
 ENCODER, FLOOR = "kilobasis-encoder", "encoder-gemm"
@@ -49,9 +52,17 @@ CONTENDERS = (
     Contender("sparsify-adam", "sparsify_step.py", "adam"),
 )
 CASES = (
-    Case(768, 32, 64, 16384, threads=8, warmup=20, rounds=5, steps=50, alive="one", batches=3, device="cuda"),
-    Case(768, 128, 64, 16384, threads=8, warmup=10, rounds=5, steps=20, alive="one", batches=3, device="cuda"),
-    Case(4096, 32, 64, 8192, threads=8, warmup=5, rounds=3, steps=10, alive="one", batches=3, device="cuda"),
+    Case(768, 32, 64, 16384, threads=8, warmup=20, rounds=5, steps=20, batches=2, device="cuda"),
+    Case(768, 128, 64, 16384, threads=8, warmup=5, rounds=5, steps=10, batches=2, device="cuda"),
+    Case(4096, 32, 64, 8192, threads=8, warmup=3, rounds=3, steps=5, batches=2, device="cuda"),
+    Case(768, 1024, 32, 65536, threads=8, warmup=5, rounds=5, steps=20, batches=2, device="cuda"),
+    Case(4096, 1024, 32, 16384, threads=8, warmup=5, rounds=5, steps=10, batches=2, device="cuda"),
+)
+# Those of a tree, of which the reference is a dense dictionary of BASE D.
+TREE, BASE, SIZE = "kilobasis-tree", 16, 1024
+TREES = (
+    Contender(REFERENCE, "kilobasis_step.py", "bfloat16", OURS),
+    Contender(TREE, "kilobasis_step.py", f"tree-{SIZE // BASE - 1}-bfloat16", OURS),
 )
 QUICK = (Case(256, 16, 32, 2048, threads=8, warmup=2, rounds=2, steps=3, alive="one", batches=2, device="cuda"),)
 INTERPRETED = Case(64, 16, 8, 8, threads=2, warmup=0, rounds=1, steps=1)
@@ -70,6 +81,8 @@ BANDWIDTHS = {
 # The encoder by the card's peak, where there are enough features for it to matter; a step by the best peer's.
 SHARE, SPEED = 0.6, 3.0
 LARGE = 98_304
+# Tokens/s of a tree, by D.
+PACE = {768: 2.5e6, 4096: 0.25e6}
 # Tokens whose features are compared.
 COMPARED = 256
 
@@ -96,12 +109,27 @@ def bytes_of(case: Case) -> float:
     return float(encoder + gathered + moved + 3 * 4 * case.batch * case.width)
 
 
-def useful(case: Case) -> int:
-    """FLOP of a step that somebody has to do."""
+def own(case: Case, name: str) -> Case:
+    """A case as a contender has it: the dense dictionary beside a tree is smaller."""
+    return replace(case, expansion=BASE) if case.expansion == SIZE and name != TREE else case
+
+
+def useful(case: Case, name: str) -> float:
+    """FLOP of a contender's step that somebody has to do; of a product alone those of the product."""
+    if name in (ENCODER, FLOOR):
+        return 2.0 * case.batch * case.features * case.width
+    parents = case.k // 2
+    tree = TreeShape(children=SIZE // BASE - 1, coarse_k=parents, routed=parents) if name == TREE else None
     shape = DictionaryConfig(
-        width=case.width, features=case.features, k=case.k, hook_point="", model="", model_digest=""
+        width=case.width,
+        features=own(case, name).features,
+        k=case.k,
+        tree=tree,
+        hook_point="",
+        model="",
+        model_digest="",
     )
-    return case.batch * flops_per_token(shape)
+    return float(case.batch * flops_per_token(shape))
 
 
 def differs(case: Case, device: str) -> str | None:
@@ -130,14 +158,14 @@ def differs(case: Case, device: str) -> str | None:
     return None if torch.equal(again[0], z_BK) and torch.equal(again[1], indices_BK) else "bits change between two runs"
 
 
-# Tokens, features and width of a tile, tiles of tokens that share features, warps, stages.
+# Tokens, features and width of a tile, tiles of tokens that share features, warps, stages, whether programs take turns.
 TILES = (
-    (128, 256, 64, 8, 8, 3),
-    (128, 256, 64, 8, 8, 4),
-    (128, 256, 64, 16, 8, 3),
-    (128, 256, 32, 8, 8, 4),
-    (64, 256, 64, 8, 4, 2),
-    (64, 256, 64, 8, 4, 3),
+    (128, 256, 64, 8, 8, 3, False),
+    (128, 256, 64, 8, 8, 3, True),
+    (128, 256, 64, 16, 8, 3, True),
+    (128, 256, 64, 32, 8, 3, True),
+    (128, 256, 64, 32, 8, 4, True),
+    (64, 256, 64, 32, 4, 2, True),
 )
 
 
@@ -150,7 +178,7 @@ def tiled(case: Case, card: str, console: Console) -> list[Fact]:
     b_F = torch.zeros(case.features, device="cuda")
     peak, found, expected = peak_of(card), list[Fact](), cuda.top_k(x_BD, W_FD, b_F, case.k)
     for shape in TILES:
-        cuda.tile = lambda device, shape=shape: cuda.Tile(*shape)
+        cuda.tile = lambda device, width, shape=shape: cuda.Tile(*shape)
         try:
             made = cuda.top_k(x_BD, W_FD, b_F, case.k)
             assert torch.equal(made[0], expected[0]), "a way to cut the product has changed what is found"
@@ -187,11 +215,14 @@ def judged(case: Case, outcomes: Outcomes, peak: float | None) -> list[Mark]:
     """The marks of a case. What could not be measured misses its mark, unless no peer was to be run."""
     alive, made = finished(outcomes), []
     product = 2.0 * case.batch * case.features * case.width
-    if case.features >= LARGE:
+    if case.features >= LARGE and TREE not in outcomes:
         known = ENCODER in alive and peak is not None
         share = middle(share_of_peak(case, alive[ENCODER], peak or 1.0, product)) if known else None
         made.append(Mark(f"{case.name}: encoder, by the peak", share, "at least", SHARE))
-    if any(name not in OURSELVES for name in outcomes):
+    if TREE in outcomes:
+        pace = case.batch / middle(alive[TREE].seconds) if TREE in alive else None
+        made.append(Mark(f"{case.name}: tokens/s of the tree", pace, "at least", PACE[case.width]))
+    elif any(name not in OURSELVES for name in outcomes):
         peers = [name for name in alive if name not in OURSELVES]
         best = min((middle(times(outcomes, name)) for name in peers), default=None) if REFERENCE in alive else None
         made.append(Mark(f"{case.name}: speed, by the best peer's", best, "at least", SPEED))
@@ -201,7 +232,7 @@ def judged(case: Case, outcomes: Outcomes, peak: float | None) -> list[Mark]:
 def table(case: Case, outcomes: Outcomes, card: str) -> Table:
     """What a person reads."""
     shown = Table(
-        title=f"{case.name}: D {case.width}, F {case.features}, k {case.k}, B {case.batch}, {card}: median of "
+        title=f"{case.name}: D {case.width}, F {case.features:,}, k {case.k}, B {case.batch}, {card}: median of "
         f"{case.rounds} rounds of {case.steps} steps",
         caption="times: its step over Kilobasis'; of peak: of a step's useful FLOP, or of the product alone",
     )
@@ -214,13 +245,13 @@ def table(case: Case, outcomes: Outcomes, card: str) -> Table:
             shown.add_row(name, f"failed: {outcome.failure}")
             continue
         seconds = middle(outcome.seconds)
-        flops = 2.0 * case.batch * case.features * case.width if name in (ENCODER, FLOOR) else useful(case)
+        flops = useful(case, name)
         shown.add_row(
             name,
             f"{case.batch / seconds:,.0f}",
             spread(times(outcomes, name)) if name != REFERENCE and REFERENCE in alive else "",
             f"{flops / seconds / peak:.1%}" if peak else "",
-            f"{bytes_of(case) / seconds / bandwidth:.1%}" if bandwidth and name == REFERENCE else "",
+            f"{bytes_of(own(case, name)) / seconds / bandwidth:.1%}" if bandwidth and name == REFERENCE else "",
             f"{outcome.peak_rss / 2**20:,.0f}",
             "" if name in (ENCODER, FLOOR) else f"{outcome.ended:.3f}" + ("" if outcome.learns else " does not fall"),
         )
@@ -240,11 +271,10 @@ def facts(case: Case, outcomes: Outcomes, card: str) -> list[Fact]:
         found.append(fact(f"{prefix}/tokens_per_s", pace, "tokens/s", config))
         found.append(fact(f"{prefix}/peak_memory", [outcome.peak_rss], "bytes", config))
         if peak is not None:
-            flops = 2.0 * case.batch * case.features * case.width if name in (ENCODER, FLOOR) else useful(case)
-            shares = share_of_peak(case, outcome, peak, flops)
+            shares = share_of_peak(case, outcome, peak, useful(case, name))
             found.append(fact(f"{prefix}/mfu", shares, "share of the card's peak", config))
         if bandwidth is not None and name == REFERENCE:
-            shares = [bytes_of(case) / each / bandwidth for each in outcome.seconds]
+            shares = [bytes_of(own(case, name)) / each / bandwidth for each in outcome.seconds]
             found.append(fact(f"{prefix}/hbm", shares, "share of the card's bandwidth", config))
         if name != REFERENCE and REFERENCE in alive:
             found.append(fact(f"{prefix}/times", times(outcomes, name), "its step / kilobasis'", config))
@@ -289,7 +319,8 @@ def main() -> int:
     for case in QUICK if options.quick else CASES:
         if options.case and not options.quick and case.name not in options.case:
             continue
-        if difference := differs(case, "cuda"):
+        tree = case.expansion == SIZE
+        if difference := differs(replace(case, expansion=BASE) if tree else case, "cuda"):
             console.print(f"{case.name}: on {card} the kernels and torch part: {difference}")
             return 1
         torch.cuda.empty_cache()
@@ -297,11 +328,18 @@ def main() -> int:
             found += tiled(case, card, console)
             marks.write(options.json, found)
             continue
-        outcomes = race(case, contenders, lambda line: console.print(line, style="dim"), limit=10**12)
+        outcomes = race(
+            case,
+            TREES if tree else contenders,
+            lambda line: console.print(line, style="dim"),
+            10**12,
+            {REFERENCE: BASE} if tree else None,
+        )
         console.print(table(case, outcomes, card))
         found += facts(case, outcomes, card)
         made += judged(case, outcomes, peak_of(card))
-        runs = runs and REFERENCE in finished(outcomes) and outcomes[REFERENCE].learns
+        ours = [name for name in (REFERENCE, TREE) if name in outcomes]
+        runs = runs and all(name in finished(outcomes) and outcomes[name].learns for name in ours)
         marks.write(options.json, found)
     missed = marks.show([] if options.quick else made, console)
     return 0 if runs and not missed else 1

@@ -228,13 +228,12 @@ def _side_by_side(
     expansions: Mapping[str, int],
 ) -> None:
     with ExitStack() as stack:
-        workers = []
-        # Started one after another, so that no warm-up disturbs another's.
-        for contender in contenders:
-            own, outcome = _own(case, contender, expansions), outcomes[contender.name]
-            worker = stack.enter_context(Worker(contender, own, data, guard))
-            if _attempt(worker, case.warmup, outcome, warming=True):
-                workers.append(worker)
+        # They start together, and warm up one after another, so that no warm-up disturbs another's.
+        started = [
+            stack.enter_context(Worker(contender, _own(case, contender, expansions), data, guard))
+            for contender in contenders
+        ]
+        workers = [worker for worker in started if _attempt(worker, case.warmup, outcomes[worker.name], warming=True)]
         for index in range(case.rounds):
             tell(f"{case.name}: round {index + 1} of {case.rounds}")
             for worker in _rotated(workers, index):

@@ -156,7 +156,8 @@ class RowAdam(torch.optim.Optimizer):
         self._small = {name: each for name, each in dictionary.named_parameters() if each.requires_grad}
         super().__init__(list(self._small.values()), {"lr": learning_rate})
         self.beta2, self.clip, self.objective, self.seed = beta2, clip, objective, seed
-        self.gradient_norm = 0.0
+        # Of the last step, before clipping, over all ranks.
+        self.gradient_square = torch.zeros((), dtype=torch.float64)
         self.steps = 0
         self._v = {name: torch.zeros_like(each) for name, each in self._small.items()}
         self._bound: float | None = None
@@ -189,7 +190,7 @@ class RowAdam(torch.optim.Optimizer):
         """No less than the norm of the gradient, and not finite where that is not. Kept for the step that follows."""
         gradient = self._pending()
         of_rows = kernels(self.rows.W_enc, gradient.z_BN).norm_bound(gradient, self.rows)
-        self._bound = math.sqrt(self._everywhere(of_rows**2))
+        self._bound = math.sqrt(float(self._everywhere(of_rows**2)))
         return self._bound
 
     def _pending(self) -> RowGradient:
@@ -199,12 +200,18 @@ class RowAdam(torch.optim.Optimizer):
     def _gradients(self) -> dict[str, torch.Tensor]:
         return {name: each.grad for name, each in self._small.items() if each.grad is not None}
 
-    def _everywhere(self, square: float) -> float:
-        """The square of the whole gradient's norm, given that of this rank's rows."""
-        squares = {name: float(each.double().square().sum()) for name, each in self._gradients().items()}
+    @property
+    def gradient_norm(self) -> float:
+        """Norm of the last step's gradient, before clipping. On a GPU this waits for it."""
+        return math.sqrt(float(self.gradient_square))
+
+    def _everywhere(self, square: torch.Tensor) -> torch.Tensor:
+        """The square of the whole gradient's norm, given that of this rank's rows. Collective. Shape ()."""
+        squares = {name: each.double().square().sum() for name, each in self._gradients().items()}
+        # The same on all ranks.
         of_b_dec = squares.pop("b_dec")
-        part = torch.tensor([square + sum(squares.values())], dtype=torch.float64, device=self.rows.W_enc.device)
-        return float(self.objective.ranks.total(part, "scalars")) + of_b_dec
+        part = torch.stack([square, *squares.values()]).sum().reshape(1)
+        return self.objective.ranks.total(part, "scalars")[0] + of_b_dec
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
@@ -214,12 +221,12 @@ class RowAdam(torch.optim.Optimizer):
         with_ = kernels(self.rows.W_enc, gradient.z_BN)
         clip = 1.0
         if self.clip and (self.norm_bound() if self._bound is None else self._bound) > self.clip:
-            norm = math.sqrt(self._everywhere(float(with_.squares(gradient, self.rows).sum())))
+            norm = math.sqrt(float(self._everywhere(with_.squares(gradient, self.rows).sum())))
             clip = min(1.0, self.clip / (norm + 1e-6))
         rate = self.param_groups[0]["lr"]
         adam = Adam(self.steps, rate, self.beta2, EPSILON, clip, self.seed)
         squares_F = with_.update(gradient, self.rows, adam)
-        self.gradient_norm = math.sqrt(self._everywhere(float(squares_F.sum())))
+        self.gradient_square = self._everywhere(squares_F.sum())
         for name, gradient_ in self._gradients().items():
             moved, v = gradient_ * clip, self._v[name]
             v.mul_(self.beta2).addcmul_(moved, moved, value=1 - self.beta2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from pipeline.dictionary.parallel import Dense, Engine
 from pipeline.dictionary.ranks import Ranks
 from pipeline.dictionary.regrowth import regrow
 from pipeline.dictionary.resampling import resample
+from pipeline.dictionary.topk import kernels
 from pipeline.dictionary.tree import TreeDictionary
 from pipeline.dictionary.tree_objective import TreeObjective
 from schemas.errors import NonFiniteError
@@ -123,8 +125,8 @@ class Trainer:
             group["lr"] = learning_rate
         if self._rows is not None:
             self._rows.sparsity = sparsity_weight(index, self.steps, self.settings)
-        dead = self.ranks.total(dead_F.sum(), "scalars")
-        made = self._passed(x_BD, dead_F if int(dead) else None, y_BD)
+        dead = int(self.ranks.total(dead_F.sum(), "scalars"))
+        made = self._passed(x_BD, dead_F if dead else None, y_BD)
         rows = self.optimizer if isinstance(self.optimizer, RowAdam) else None
         norm = self._norm_bound()
         self._refuse_unless_finite(made.total, norm, index)
@@ -139,12 +141,13 @@ class Trainer:
                 f"{self.ranks.rank}: gradients overflow",
                 "lower train.learning_rate; the last good checkpoint is kept",
             )
-        norm = norm if rows is None else rows.gradient_norm
+        # Nobody waits for it who does not ask.
+        square = None if rows is None else rows.gradient_square
         if self._rows is not None:
             # A mean of all steps at first, later of the last hundred or so.
             self.dictionary.settle(self._rows.least, max(1 / (index + 1), THRESHOLD_WEIGHT))
         self._count(made.z_BK, made.indices_BK)
-        if rows is not None and int(dead) and self._is_time(index, self.settings.resample):
+        if rows is not None and dead and self._is_time(index, self.settings.resample):
             self.since_fired_F[self._restart(rows.rows, dead_F, index, y_BD is not None)] = 0
         self.risen = 0
         if self.balance is not None and self._is_time(index, self.balance.every):
@@ -170,7 +173,7 @@ class Trainer:
                 dead=int(dead) / self.features,
                 aux_loss=auxiliary,
                 learning_rate=learning_rate,
-                gradient_norm=norm,
+                gradient_norm=norm if square is None else math.sqrt(float(square)),
             )
 
         return scalars
@@ -228,8 +231,7 @@ class Trainer:
 
     def _count(self, z_BK: torch.Tensor, indices_BK: torch.Tensor) -> None:
         """Tokens since each feature fired, over the batches of all ranks."""
-        fired_F = torch.zeros(len(self.since_fired_F), dtype=torch.uint8, device=z_BK.device)
-        fired_F[indices_BK[z_BK > 0]] = 1
+        fired_F = kernels(self.dictionary.b_dec, z_BK).fired(z_BK, indices_BK, len(self.since_fired_F))
         fired_F = self.ranks.any(fired_F)
         # Times 0 or 1: to write where a mask says so takes several times as long.
         self.since_fired_F.add_(self.settings.batch).mul_(1 - fired_F)

@@ -188,6 +188,26 @@ class SearchContract:
         assert int(scored[0].min()) >= 16
         assert float(scored[0].double().mean()) < 80
 
+    @pytest.mark.parametrize("S", [8, 16])
+    def test_largest_keys_are_selected(self, S: int) -> None:
+        """Of scores above zero, or of what is no number; a token has fewer, another one more equal ones than room."""
+        search = importlib.import_module("pipeline.dictionary.kernels.triton_search")
+        scores_BM = Draw("cpu", 6).normal(6, 50)
+        scores_BM[1, 3:] = -1.0
+        scores_BM[2] = 0.5
+        scores_BM[3, 5:30] = scores_BM[3].max()
+        scores_BM[4, 7] = float("nan")
+        scores_BM[5] = 0.0
+        bits_BM = scores_BM.view(torch.int32)
+        bits_BM = torch.where(scores_BM.isnan(), 0x7FC00000, bits_BM.where(bits_BM >= 0, bits_BM ^ 0x7FFFFFFF))
+        keys_BM = ((bits_BM.long() << 32) | (0x7FFFFFFF - torch.arange(50))).to(self.device)
+        found_BS = torch.zeros(6, S, dtype=torch.int64, device=self.device)
+        search.select[(6,)](keys_BM, found_BS, 8, 50, ROOM=64, S=S, num_warps=1)
+        expected_BK = keys_BM.topk(8).values
+        found_BK = found_BS.topk(8).values
+        # What is not above zero need not be there.
+        assert torch.equal(found_BK.clamp_min(2**32), expected_BK.clamp_min(2**32))
+
     def test_sort_of_keys_is_that_of_torch(self) -> None:
         """An interpreter takes long for triton's sort at the size of a search: `_largest` goes around it there."""
         search = importlib.import_module("pipeline.dictionary.kernels.triton_search")
@@ -237,6 +257,11 @@ class RowsContract:
         assert mine.starts_F.dtype == theirs.starts_F.dtype
         assert torch.equal(mine.order_N[: len(theirs.order_N)], theirs.order_N)
         torch.testing.assert_close(cuda().sums(mine, z_BK, x_BD), portable.sums(theirs, z_BK, x_BD), **close)
+        fired = [kind.fired(z_BK, indices_BK, features) for kind in (cuda(), portable)]
+        assert torch.equal(fired[0], fired[1])
+        weights_F = draw.normal(features) * (draw.uniform(features) < 0.7)
+        made_D = cuda().weighted(W_FD, weights_F)
+        torch.testing.assert_close(made_D, portable.weighted(W_FD, weights_F), rtol=1e-10, atol=1e-10)
 
     def test_sums_of_features_that_never_fired_are_zero(self) -> None:
         indices_BK = torch.tensor([[0, 3], [3, 5]], device=self.device)
@@ -258,6 +283,7 @@ class RowsContract:
         row_wise=st.booleans(),
         parts=st.integers(1, 3),
         inputs=st.booleans(),
+        share=st.sampled_from([1, 3, 128]),
         seed=st.integers(0, 10_000),
     )
     def test_rows_move_as_torch_moves_them(
@@ -271,9 +297,13 @@ class RowsContract:
         row_wise: bool,
         parts: int,
         inputs: bool,
+        share: int,
         seed: int,
     ) -> None:
-        """From any state, with rows that rested for some steps; bfloat16 ones are rounded by the same noise."""
+        """From any state, with rows that rested for some steps; bfloat16 ones are rounded by the same noise.
+
+        Where a share of a feature's entries is few, programs share them out, and add up what comes of it.
+        """
         draw = Draw(self.device, seed)
         z_BK, indices_BK = draw.code(batch, features, min(k, features))
         grad_z_BK = draw.normal(*z_BK.shape) * (z_BK > 0)
@@ -287,6 +317,8 @@ class RowsContract:
             *(draw.uniform(*shape) for shape in shapes), draw.uniform(features), draw.whole(6, features).int(), 1000,
         )  # fmt: skip
         made = []
+        monkeypatch = pytest.MonkeyPatch()
+        monkeypatch.setattr(cuda(), "SHARE", share)
         for kind in (cuda(), portable):
             own = Rows(*(getattr(rows, name).clone() for name in list(Rows.__slots__)[:-1]), first=rows.first)
             grouped: Grouped = kind.group(z_BK, indices_BK, features)
@@ -297,6 +329,7 @@ class RowsContract:
             moved_F = kind.update(gradient, own, Adam(7, 1e-2, 0.9, 1e-8, 0.5, seed=2**40 + seed))
             torch.testing.assert_close(moved_F, squares_F)
             made.append((squares_F, own))
+        monkeypatch.undo()
         torch.testing.assert_close(made[0][0], made[1][0], rtol=1e-4, atol=1e-5)
         for name in list(Rows.__slots__)[:-1]:
             mine, theirs = getattr(made[0][1], name), getattr(made[1][1], name)

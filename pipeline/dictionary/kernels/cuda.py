@@ -12,16 +12,14 @@ from typing import NamedTuple
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pipeline.dictionary.kernels import triton_rows, triton_search, triton_tree
 from pipeline.dictionary.kernels.portable import Adam, Grouped, RowGradient, Rows
-from pipeline.dictionary.kernels.portable import weighted as weighted
+from pipeline.dictionary.kernels.triton_tree import INTERPRETED
 
-# Whether kernels are interpreted on a CPU, as tests do. Triton decides when they are defined.
-INTERPRETED = bool(triton.knobs.runtime.interpret)
-
-# A program holds a row of so many numbers, and reads so many at one time.
-WIDEST, AT_ONCE = 16384, 8192
+# A program holds a row of so many numbers, and reads so many at one time, or so many of which it makes float64.
+WIDEST, AT_ONCE, DOUBLE_AT_ONCE = 16384, 4096, 2048
 # Bytes that the best scores of all groups take, for as many tokens as they have room for.
 SCORES = 2**30
 # Features whose rows are rounded to bfloat16 at one time: they stay in the cache for the product.
@@ -30,8 +28,12 @@ FEATURES = 16384
 MOST = 1024
 # Tokens and features that are scored in float32 at one time, where a search could not say which.
 TOKENS, BLOCK = 1024, 4096
-# Rows that a program scores.
+# Most keys of which a program finds the largest.
+SELECTED = 4096
+# Rows that a program scores at one time.
 SCORED = 256 if INTERPRETED else 16
+# Entries of a feature that one program adds up, and rows of a sum of all.
+SHARE, WEIGHED = 128, 64
 UNIT = 2.0**-24
 
 
@@ -44,16 +46,19 @@ class Tile(NamedTuple):
     together: int
     warps: int
     stages: int
+    turns: bool = False
 
 
 @functools.cache
-def tile(device: torch.device) -> Tile:
+def tile(device: torch.device, width: int) -> Tile:
     """What fits the memory of a multiprocessor, and keeps its tensor cores busy."""
     if device.type == "cpu":
         return Tile(16, 256, 64, 8, 1, 1)
     major, _ = torch.cuda.get_device_capability(device)
     # Hopper and Blackwell have 228 KB; 144 are taken. Others have 100 or more, and 72 are.
-    return Tile(128, 256, 64 if major in (9, 10) else 32, 8, 8, 3)
+    if major not in (9, 10):
+        return Tile(128, 256, 32, 8, 8, 3)
+    return Tile(128, 256, 64, 16 if width < 2048 else 32, 8, 3, turns=True)
 
 
 def fits(rows: torch.Tensor, *others: torch.Tensor) -> bool:
@@ -79,12 +84,24 @@ def top_k(x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int) -> 
     x_BD, W_FD, b_F = _wide(x_BD), _wide(W_FD), b_F.contiguous()
     if k > MOST:
         keys_BK = _all(x_BD, W_FD, b_F, k)
+        left_B = torch.zeros(len(x_BD), dtype=torch.bool, device=x_BD.device)
     else:
         group = _group(len(W_FD), W_FD.shape[1], k)
         tokens = min(2**16, max(128, SCORES // (8 * _groups(len(W_FD), group))))
         parts = [_searched(part_BD, W_FD, b_F, k, group) for part_BD in torch.split(x_BD, tokens)]
-        keys_BK = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return _code(keys_BK, k)
+        keys_BK, left_B = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+    # The host waits, once.
+    some_left, some_short = torch.stack([left_B.any(), _short(keys_BK).any()]).tolist()
+    if some_left:
+        # What was not found is scored against everything.
+        keys_BK[left_B] = _all(x_BD[left_B], W_FD, b_F, k)
+        some_short = bool(_short(keys_BK).any())
+    return _code(keys_BK, some_short)
+
+
+def _short(keys_BK: torch.Tensor) -> torch.Tensor:
+    """Whether fewer than k features of a token fire. Shape (B,)."""
+    return keys_BK[:, -1] >> 32 <= 0
 
 
 def _wide(rows_ND: torch.Tensor) -> torch.Tensor:
@@ -108,23 +125,21 @@ def _groups(features: int, group: int) -> int:
     return 8 * -(-features // (8 * group))
 
 
-def _searched(x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int, group: int) -> torch.Tensor:
-    """The keys of the k largest, in order. Shape (B, K)."""
+def _searched(
+    x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int, group: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys of the k largest, in order, and for which tokens they are not known. Shapes (B, K), (B,)."""
     (tokens, width), features, device = x_BD.shape, len(W_FD), x_BD.device
-    groups, cut = _groups(features, group), tile(x_BD.device)
+    groups = _groups(features, group)
     half_BD, norm_B, lost_B = _halved(x_BD)
     best_BN = torch.empty(2, tokens, groups, device=device)
     norm_F, error_F = torch.empty(2, features, device=device).unbind()
-    for first in range(0, features, FEATURES):
-        block = slice(first, min(features, first + FEATURES))
+    at_once = FEATURES if W_FD.dtype != torch.bfloat16 else max(1, (2**31 - 1) // (width * FEATURES)) * FEATURES
+    for first in range(0, features, at_once):
+        block = slice(first, min(features, first + at_once))
         half_fD, norm_F[block], error_F[block] = _halved(W_FD[block])
-        count = len(half_fD)
-        grid = (triton.cdiv(tokens, cut.tokens) * triton.cdiv(count, cut.features),)
-        triton_search.search[grid](
-            half_BD, half_fD, b_F[block], best_BN[0, :, first // group :], best_BN[1, :, first // group :], tokens,
-            count, groups, WIDTH=width, GROUP=group, BM=cut.tokens, BN=cut.features, BK=cut.width,
-            TOGETHER=cut.together, INTERPRETED=INTERPRETED, num_warps=cut.warps, num_stages=cut.stages,
-        )  # fmt: skip
+        left = best_BN[:, :, first // group :]
+        _product(half_BD, half_fD, b_F[block], left, groups, group)
     # Of a group's features the largest norms count for all.
     most = [_most(each, group, groups) for each in (norm_F, error_F, b_F.abs())]
     room = max(512, triton.next_power_of_2(8 * k))
@@ -133,17 +148,33 @@ def _searched(x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int,
     # Tensor cores add up 16 products and the sum so far at once, and of each may cut off what is below the last bit of
     # the largest: 17 times 2 units in 16 columns, and as much as 2 for what comes of it. Sums in float32 are of lanes.
     gamma, relative = 2.5 * (width + 64) * UNIT, (2 * group + 8) * 2 * UNIT
+    block = min(256 if groups <= 1024 else 512, triton.next_power_of_2(groups))
     triton_search.sift[(tokens,)](
         best_BN[0], best_BN[1], *most, norm_B + lost_B, lost_B, candidates_BM, counts_B, k, groups, features, gamma,
-        relative, ROOM=room, GROUP=group, PASSES=9, BLOCK=min(1024, triton.next_power_of_2(groups)), num_warps=4,
+        relative, ROOM=room, GROUP=group, PASSES=9, BLOCK=block, num_warps=1,
     )  # fmt: skip
-    keys_BM = _keys(x_BD, W_FD, b_F, candidates_BM, counts_B)
-    keys_BK = _largest(keys_BM, k)
-    # What was not found is scored against everything. To know whether there is any, the host has to wait.
-    left = (counts_B < 0).nonzero().squeeze(1)
-    if len(left):
-        keys_BK[left] = _all(x_BD[left], W_FD, b_F, k)
-    return keys_BK
+    return _largest(_keys(x_BD, W_FD, b_F, candidates_BM, counts_B), k), counts_B < 0
+
+
+def _product(
+    x_BD: torch.Tensor, W_fD: torch.Tensor, b_f: torch.Tensor, best_2BN: torch.Tensor, groups: int, group: int
+) -> None:
+    """Write the two largest scores of each group of some features, of rows in bfloat16."""
+    (tokens, width), features, cut = x_BD.shape, len(W_fD), tile(x_BD.device, x_BD.shape[1])
+    tiles = triton.cdiv(tokens, cut.tokens) * triton.cdiv(features, cut.features)
+    given = (b_f, best_2BN[0], best_2BN[1], tokens, features, groups)
+    shape = {"WIDTH": width, "GROUP": group, "BM": cut.tokens, "BN": cut.features, "BK": cut.width}
+    how = {"TOGETHER": cut.together, "num_warps": cut.warps, "num_stages": cut.stages}
+    if not cut.turns:
+        triton_search.search[(tiles,)](x_BD, W_fD, *given, **shape, **how, INTERPRETED=INTERPRETED)
+        return
+    # As many as run at one time: eight warps fill a multiprocessor's registers.
+    programs = torch.cuda.get_device_properties(x_BD.device).multi_processor_count * (8 // cut.warps)
+    x, W = (
+        TensorDescriptor.from_tensor(rows_ND, [rows, cut.width])
+        for rows_ND, rows in ((x_BD, cut.tokens), (W_fD, cut.features))
+    )
+    triton_search.search_in_turns[(min(tiles, programs),)](x, W, *given, **shape, **how, PROGRAMS=programs)
 
 
 def _halved(rows_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -172,23 +203,32 @@ def _keys(
 ) -> torch.Tensor:
     """Candidates' exact scores, as `triton_search.score` has them. Shape (B, M)."""
     (tokens, width), room = x_BD.shape, candidates_BM.shape[1]
-    keys_BM = torch.empty(tokens, room, dtype=torch.int64, device=x_BD.device)
+    keys_BM = torch.full((tokens, room), -(2**63), dtype=torch.int64, device=x_BD.device)
     block = min(256, triton.next_power_of_2(width))
+    # Few programs have little to do where there are few candidates; where there are few tokens, they are all that is.
+    programs = min(room // SCORED, max(2, 4096 // max(1, tokens)))
     # One way of summing for every D, whoever asks.
-    triton_search.score[(tokens, room // SCORED)](
+    triton_search.score[(tokens, programs)](
         x_BD, W_FD, b_F, candidates_BM, counts_B, keys_BM, room, WIDTH=width, ROWS=SCORED, BLOCK=block, num_warps=4
     )
     return keys_BM
 
 
 def _largest(keys_BM: torch.Tensor, k: int) -> torch.Tensor:
+    """The k largest of keys, in order; of those of scores that are not above zero none need be there. Shape (B, K)."""
     tokens, room = keys_BM.shape
-    # Triton's sort is hundreds of programs of their own to an interpreter: tests have it to themselves.
-    if room > 2048 or room & (room - 1) or INTERPRETED:
-        # No two keys of candidates are equal, and it does not matter which of the others are taken.
+    held, sorted_ = triton.next_power_of_2(room), triton.next_power_of_2(k)
+    if held > SELECTED or not tokens:
+        # No two keys of features are equal, and it does not matter which of the others are taken.
         return keys_BM.topk(k).values
+    found_BS = torch.empty(tokens, sorted_, dtype=torch.int64, device=keys_BM.device)
+    warps = max(1, min(8, held // 256))
+    triton_search.select[(tokens,)](keys_BM, found_BS, k, room, ROOM=held, S=sorted_, num_warps=warps)
+    # Triton's sort is hundreds of programs of their own to an interpreter: tests have it to themselves.
+    if INTERPRETED:
+        return found_BS.topk(k).values
     found_BK = torch.empty(tokens, k, dtype=torch.int64, device=keys_BM.device)
-    triton_search.largest[(tokens,)](keys_BM, found_BK, k, ROOM=room, num_warps=2 if room <= 512 else 4)
+    triton_search.largest[(tokens,)](found_BS, found_BK, k, ROOM=sorted_, num_warps=max(1, min(4, sorted_ // 128)))
     return found_BK
 
 
@@ -208,15 +248,16 @@ def _all(x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int) -> t
     return torch.cat(made)
 
 
-def _code(keys_BK: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _code(keys_BK: torch.Tensor, some_short: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Values and features of keys; the rest is filled with the lowest features that are not there, at zero."""
+    k = keys_BK.shape[1]
     # The bits of positive numbers, and of what is none, are as they were.
     bits_BK = (keys_BK >> 32).int()
     fires_BK = bits_BK > 0
     z_BK = bits_BK.where(fires_BK, 0).view(torch.float32)
     indices_BK = 0x7FFFFFFF - (keys_BK & 0xFFFFFFFF)
-    short = (~fires_BK[:, -1]).nonzero().squeeze(1)
-    if len(short):
+    if some_short:
+        short = _short(keys_BK).nonzero().squeeze(1)
         place_K = torch.arange(k, device=keys_BK.device)
         # Ascending, less as many as come before: how many features are missing below each.
         taken = indices_BK[short].where(fires_BK[short], 2**40).sort(dim=1).values
@@ -226,10 +267,10 @@ def _code(keys_BK: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return z_BK, indices_BK
 
 
-def _rows_at_once(width: int) -> tuple[int, int, int]:
+def _rows_at_once(width: int, numbers: int = AT_ONCE) -> tuple[int, int, int]:
     """Rows that a program reads at one time, the columns that hold one, and warps."""
     block = max(16, triton.next_power_of_2(width))
-    rows = max(1, min(16, AT_ONCE // block))
+    rows = max(1, min(16, numbers // block))
     return rows, block, min(16, max(1, rows * block // 1024))
 
 
@@ -282,7 +323,7 @@ def _explained(
 
 def decode_double(z_BK: torch.Tensor, indices_BK: torch.Tensor, W_FD: torch.Tensor) -> torch.Tensor:
     """See `portable.decode_double`."""
-    shape = _rows_at_once(min(1024, W_FD.shape[1]))
+    shape = _rows_at_once(min(1024, W_FD.shape[1]), DOUBLE_AT_ONCE)
     return _explained(z_BK, indices_BK, W_FD, None, None, 1.0, shape, double=True)[0]
 
 
@@ -290,7 +331,7 @@ def errors_double(
     z_BK: torch.Tensor, indices_BK: torch.Tensor, W_FD: torch.Tensor, target_BD: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `portable.errors_double`."""
-    shape = _rows_at_once(W_FD.shape[1])
+    shape = _rows_at_once(W_FD.shape[1], DOUBLE_AT_ONCE)
     return _explained(z_BK, indices_BK, W_FD, None, target_BD.contiguous(), scale, shape, double=True)
 
 
@@ -306,8 +347,12 @@ def children(
     for first in range(0, len(x_BD), scored):
         some = slice(first, first + scored)
         grouped = group((parents_BP[some] >= 0).float(), parents_BP[some].clamp_min(0), len(W_FD) // size)
-        made = triton_tree.largest(x_BD[some], W_FD, b_F, grouped, parents, size, best)
-        z_BK[some, :best], indices_BK[some, :best] = made
+        keys_BK = _largest(triton_tree.keys(x_BD[some], W_FD, b_F, grouped, parents, size), best)
+        # The bits of positive numbers, and of what is none, are as they were.
+        bits_BK = (keys_BK >> 32).int()
+        fires_BK = bits_BK > 0
+        z_BK[some, :best] = bits_BK.where(fires_BK, 0).view(torch.float32)
+        indices_BK[some, :best] = (0x7FFFFFFF - (keys_BK & 0xFFFFFFFF)).where(fires_BK, 0)
     return z_BK, indices_BK
 
 
@@ -332,12 +377,10 @@ def group(z_BK: torch.Tensor, indices_BK: torch.Tensor, features: int) -> Groupe
     feature_N = indices_BK.int().masked_fill(z_BK == 0, features).reshape(-1)
     sorted_N, order_N = feature_N.sort(stable=True)
     ends_F = torch.arange(features + 1, dtype=torch.int32, device=z_BK.device)
-    return Grouped(torch.searchsorted(sorted_N, ends_F), order_N.int())
-
-
-def _largest_first(starts_F: torch.Tensor) -> torch.Tensor:
-    """Features, those with most entries first: programs that take long are not left to the end."""
-    return starts_F.diff().sort(descending=True, stable=True).indices
+    starts_F = torch.searchsorted(sorted_N, ends_F)
+    # Programs that take long are not left to the end.
+    counts_F, busiest_F = starts_F.diff().int().sort(descending=True, stable=True)
+    return Grouped(starts_F, order_N.int(), busiest_F, counts_F)
 
 
 def sums(grouped: Grouped, values_BK: torch.Tensor, rows_BD: torch.Tensor) -> torch.Tensor:
@@ -347,25 +390,61 @@ def sums(grouped: Grouped, values_BK: torch.Tensor, rows_BD: torch.Tensor) -> to
     rows, block, warps = _rows_at_once(min(1024, width))
     if features:
         triton_rows.add_up[(features, triton.cdiv(width, block))](
-            _largest_first(grouped.starts_F), grouped.starts_F, grouped.order_N, values_BK.contiguous(),
+            grouped.busiest_F, grouped.starts_F, grouped.order_N, values_BK.contiguous(),
             rows_BD.contiguous(), sums_FD, width, values_BK.shape[1], ROWS=rows, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return sums_FD
 
 
-def norm_bound(gradient: RowGradient, rows: Rows) -> float:
+def weighted(W_FD: torch.Tensor, weights_F: torch.Tensor) -> torch.Tensor:
+    """See `portable.weighted`."""
+    (features, width), W_FD = W_FD.shape, W_FD.contiguous()
+    block = min(256, triton.next_power_of_2(width))
+    sums_PD = torch.empty(triton.cdiv(features, WEIGHED), width, dtype=torch.float64, device=W_FD.device)
+    triton_rows.weigh[(len(sums_PD), triton.cdiv(width, block))](
+        W_FD, weights_F.contiguous(), sums_PD, features, width, ROWS=WEIGHED, BLOCK=block, num_warps=block // 64 or 1
+    )
+    return sums_PD.sum(0)
+
+
+def fired(z_BK: torch.Tensor, indices_BK: torch.Tensor, features: int) -> torch.Tensor:
+    """See `portable.fired`."""
+    marks_F = torch.zeros(features, dtype=torch.uint8, device=z_BK.device)
+    entries = z_BK.numel()
+    if entries:
+        triton_rows.mark[(triton.cdiv(entries, 1024),)](
+            z_BK.contiguous(), indices_BK.contiguous(), marks_F, entries, BLOCK=1024
+        )
+    return marks_F
+
+
+def norm_bound(gradient: RowGradient, rows: Rows) -> torch.Tensor:
     """See `portable.norm_bound`: as if all that fired a feature pulled it one way."""
-    (tokens, k), features = gradient.z_BN.shape, len(rows.W_enc)
-    inputs_PB = torch.stack([(each.double().square().sum(1) + 1).sqrt() for each in gradient.inputs])
-    errors_PB = torch.stack([each.double().square().sum(1).sqrt() for each in gradient.errors])
-    squares_F = torch.empty(features, dtype=torch.float64, device=errors_PB.device)
+    (tokens, k), grouped = gradient.z_BN.shape, gradient.grouped
+    inputs_PB = torch.stack([_lengths(each_BD, 1.0) for each_BD in gradient.inputs])
+    errors_PB = torch.stack([_lengths(each_BD, 0.0) for each_BD in gradient.errors])
+    squares_N = torch.empty(_visits(gradient, rows), dtype=torch.float64, device=errors_PB.device)
     z_BN = gradient.z_BN.contiguous()
-    triton_rows.bound[(features,)](
-        *gradient.grouped, z_BN, gradient.grad_z_BN.contiguous(), _parts(gradient), inputs_PB, errors_PB,
-        _scales(gradient), squares_F, tokens, k, PARTS=len(gradient.errors), INPUTS=len(gradient.inputs), ROWS=128,
-        num_warps=1,
+    triton_rows.bound[(len(squares_N),)](
+        grouped.busiest_F, grouped.starts_F, grouped.order_N, z_BN, gradient.grad_z_BN.contiguous(), _parts(gradient),
+        inputs_PB, errors_PB, _scales(gradient), squares_N, tokens, k, PARTS=len(gradient.errors),
+        INPUTS=len(gradient.inputs), ROWS=32, num_warps=1,
     )  # fmt: skip
-    return float(squares_F.sum().sqrt()) * 1.001
+    return squares_N.sum().sqrt() * 1.001
+
+
+def _lengths(rows_ND: torch.Tensor, more: float) -> torch.Tensor:
+    """See `triton_rows.lengths`. Shape (N,)."""
+    (count, width), rows_ND = rows_ND.shape, rows_ND.contiguous()
+    lengths_N = torch.empty(count, dtype=torch.float64, device=rows_ND.device)
+    block = min(1024, triton.next_power_of_2(width))
+    triton_rows.lengths[(count,)](rows_ND, lengths_N, more, WIDTH=width, BLOCK=block, num_warps=4)
+    return lengths_N
+
+
+def _visits(gradient: RowGradient, rows: Rows) -> int:
+    """No fewer than the features that fired. Those come first where features are in the order of their entries."""
+    return min(len(rows.W_enc), gradient.z_BN.numel())
 
 
 def _parts(gradient: RowGradient) -> torch.Tensor:
@@ -374,7 +453,13 @@ def _parts(gradient: RowGradient) -> torch.Tensor:
 
 
 def _scales(gradient: RowGradient) -> torch.Tensor:
-    return torch.tensor(gradient.scales, dtype=torch.float32, device=gradient.z_BN.device)
+    return _on(gradient.z_BN.device, gradient.scales)
+
+
+@functools.lru_cache(maxsize=8)
+def _on(device: torch.device, numbers: tuple[float, ...]) -> torch.Tensor:
+    """Numbers on a device. To send them, the host waits: they are the same in most steps."""
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
 def squares(gradient: RowGradient, rows: Rows) -> torch.Tensor:
@@ -389,7 +474,7 @@ def update(gradient: RowGradient, rows: Rows, adam: Adam) -> torch.Tensor:
 
 def _visited(gradient: RowGradient, rows: Rows, adam: Adam | None) -> torch.Tensor:
     features, encoder_width, decoder_width = len(rows.W_enc), rows.W_enc.shape[1], rows.W_dec.shape[1]
-    squares_F = torch.empty(features, dtype=torch.float64, device=rows.W_enc.device)
+    squares_F = torch.zeros(features, dtype=torch.float64, device=rows.W_enc.device)
     half = rows.W_enc.dtype == torch.bfloat16
     W_enc, W_dec = (each.view(torch.uint16) if half else each for each in (rows.W_enc, rows.W_dec))
     state = (W_enc, W_dec, rows.b_enc, rows.encoder_v, rows.decoder_v, rows.bias_v, rows.stamps_F)
@@ -399,18 +484,41 @@ def _visited(gradient: RowGradient, rows: Rows, adam: Adam | None) -> torch.Tens
     inputs = len(gradient.inputs) if parts > 1 else 1
     inputs_QE = gradient.inputs[0].contiguous() if inputs == 1 else torch.cat(gradient.inputs)
     move, (step, rate, beta2, epsilon, clip, seed) = adam is not None, adam or Adam(1, 0.0, 0.0, 0.0, 1.0)
-    decay_F = torch.pow(beta2, (step - rows.stamps_F).double()).float() if move else squares_F
-    held, block_E, _ = _rows_at_once(encoder_width)
-    also_held, block_D, warps = _rows_at_once(decoder_width)
-    starts_F, order_N = gradient.grouped
-    triton_rows.visit[(features,)](
-        _largest_first(starts_F), starts_F, order_N, gradient.z_BN.contiguous(), gradient.grad_z_BN.contiguous(),
-        _parts(gradient), inputs_QE, errors_QD, _scales(gradient), *state, decay_F, squares_F,
-        len(gradient.z_BN), gradient.z_BN.shape[1], encoder_width, decoder_width, step, rows.first,
-        _noise_at(seed, step, 1), _noise_at(seed, step, 2), rate, 1 - beta2, epsilon, clip, 1 - beta2**step,
-        BLOCK_E=block_E, BLOCK_D=block_D, ROWS=min(held, also_held), PARTS=parts, INPUTS=inputs,
-        ROW_WISE=rows.encoder_v.dim() == 1, HALF=half, MOVE=move, num_warps=max(4, warps),
+    grouped, (tokens, k), visits = gradient.grouped, gradient.z_BN.shape, _visits(gradient, rows)
+    assert grouped.busiest_F is not None
+    assert grouped.counts_F is not None
+    age_N = step - rows.stamps_F[grouped.busiest_F[:visits]]
+    decay_N = torch.pow(beta2, age_N.double()).float()
+    entries = (
+        grouped.order_N, gradient.z_BN.contiguous(), gradient.grad_z_BN.contiguous(), _parts(gradient), inputs_QE,
+        errors_QD, _scales(gradient),
     )  # fmt: skip
+    blocks = {"BLOCK_E": triton.next_power_of_2(max(16, encoder_width))}
+    blocks |= {"BLOCK_D": triton.next_power_of_2(max(16, decoder_width)), "PARTS": parts, "INPUTS": inputs}
+    largest = max(blocks["BLOCK_E"], blocks["BLOCK_D"])
+
+    # Of features with very many entries these are shared out among programs.
+    parted = min(features, gradient.z_BN.numel() // (SHARE + 1))
+    counts_H = grouped.counts_F[:parted]
+    ends_H = ((counts_H + (SHARE - 1)) // SHARE * (counts_H > SHARE)).cumsum(0)
+    shares = triton.cdiv(gradient.z_BN.numel(), SHARE) + parted if parted else 0
+    encoder_SE = torch.empty(shares, encoder_width, device=squares_F.device)
+    decoder_SD, bias_S = torch.empty(shares, decoder_width, device=squares_F.device), encoder_SE.new_empty(shares)
+    # A program that adds up many rows reads more of them at one time than one that has few.
+    held = max(1, AT_ONCE // largest)
+    if shares:
+        triton_rows.add_parts[(shares,)](
+            grouped.busiest_F, grouped.starts_F, ends_H, *entries, encoder_SE, decoder_SD, bias_S, parted, tokens, k,
+            encoder_width, decoder_width, SHARE=SHARE, ROWS=held, num_warps=8, **blocks,
+        )  # fmt: skip
+    warps = max(1, min(16, largest // 512))
+    if visits:
+        triton_rows.visit[(visits,)](
+            grouped.busiest_F, grouped.starts_F, *entries, ends_H, encoder_SE, decoder_SD, bias_S, *state, decay_N,
+            squares_F, parted, tokens, k, encoder_width, decoder_width, step, rows.first, _noise_at(seed, step, 1),
+            _noise_at(seed, step, 2), rate, 1 - beta2, epsilon, clip, 1 - beta2**step, ROWS=1,
+            ROW_WISE=rows.encoder_v.dim() == 1, HALF=half, MOVE=move, num_warps=warps, **blocks,
+        )  # fmt: skip
     return squares_F
 
 

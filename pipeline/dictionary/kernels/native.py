@@ -12,6 +12,7 @@ import torch
 
 from pipeline.dictionary.kernels.native_library import Token, Update, library
 from pipeline.dictionary.kernels.portable import Adam, Grouped, RowGradient, Rows
+from pipeline.dictionary.kernels.portable import fired as fired
 
 
 def fits(rows: torch.Tensor, *others: torch.Tensor) -> bool:
@@ -308,10 +309,11 @@ def sums(grouped: Grouped, values_BK: torch.Tensor, rows_BD: torch.Tensor) -> to
     return sums_FD
 
 
-def norm_bound(gradient: RowGradient, rows: Rows) -> float:
+def norm_bound(gradient: RowGradient, rows: Rows) -> torch.Tensor:
     """See `portable.norm_bound`."""
     loaded, update, _kept = _update(gradient, rows, None)
-    return float(loaded.kilobasis_norm_bound(ctypes.byref(update), len(gradient.z_BN)))
+    bound: float = loaded.kilobasis_norm_bound(ctypes.byref(update), len(gradient.z_BN))
+    return torch.tensor(bound, dtype=torch.float64)
 
 
 def squares(gradient: RowGradient, rows: Rows) -> torch.Tensor:

@@ -23,11 +23,14 @@ class Grouped(NamedTuple):
 
     `order_N` has the positions of the code's entries that are not zero, by feature and in batch order below that;
     `starts_F` says where each feature's begin, and with one more entry where the last one's end. Behind that one may be
-    more, which belongs to no feature: only who made it may read it.
+    more, which belongs to no feature: only who made it may read it. So with `busiest_F` and `counts_F`: features, those
+    with most entries first, and how many these are, in the same order.
     """
 
     starts_F: torch.Tensor
     order_N: torch.Tensor
+    busiest_F: torch.Tensor | None = None
+    counts_F: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +278,13 @@ def weighted(W_FD: torch.Tensor, weights_F: torch.Tensor) -> torch.Tensor:
     return torch.stack([part_fD.double().T @ part_f.double() for part_fD, part_f in parts]).sum(0)
 
 
+def fired(z_BK: torch.Tensor, indices_BK: torch.Tensor, features: int) -> torch.Tensor:
+    """1 for every feature that fires, else 0. Shape (F,), uint8."""
+    fired_F = torch.zeros(features, dtype=torch.uint8, device=z_BK.device)
+    fired_F[indices_BK[z_BK > 0]] = 1
+    return fired_F
+
+
 class _Touched(NamedTuple):
     """The features that fired, and the gradients of their rows. Shapes (U,), (U, D), (U, D), (U,)."""
 
@@ -291,7 +301,7 @@ class _Touched(NamedTuple):
 
 
 def _touched(gradient: RowGradient) -> _Touched:
-    starts_F, order_N = gradient.grouped
+    starts_F, order_N = gradient.grouped.starts_F, gradient.grouped.order_N
     touched_U = (starts_F.diff() > 0).nonzero().squeeze(1)
     compact = Grouped(torch.cat([starts_F[:-1][touched_U], starts_F[-1:]]), order_N)
 
@@ -310,9 +320,9 @@ def _touched(gradient: RowGradient) -> _Touched:
     return _Touched(touched_U, encoder_UD, decoder_UD, bias_U)
 
 
-def norm_bound(gradient: RowGradient, rows: Rows) -> float:
-    """No less than the norm of the gradient of all rows."""
-    return float(squares(gradient, rows).sum().sqrt()) * 1.001
+def norm_bound(gradient: RowGradient, rows: Rows) -> torch.Tensor:
+    """No less than the norm of the gradient of all rows. Shape (), float64."""
+    return squares(gradient, rows).sum().sqrt() * 1.001
 
 
 def squares(gradient: RowGradient, rows: Rows) -> torch.Tensor:

@@ -12,6 +12,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Numbers that change from step to step: another kernel for every multiple of 16 would be compiled in vain.
+CHANGING = ["tokens", "k"]
+CHANGING_BY_STEP = [*CHANGING, "parted", "step", "first", "encoder_noise", "decoder_noise"]
+
 
 @triton.jit
 def explain(
@@ -97,7 +101,7 @@ def products(
 
 @triton.jit
 def add_up(
-    order_F: tl.tensor,
+    busiest_F: tl.tensor,
     starts_F: tl.tensor,
     order_N: tl.tensor,
     values_N: tl.tensor,
@@ -109,7 +113,7 @@ def add_up(
     BLOCK: tl.constexpr,
 ):
     """Sum over a feature's entries of value times the token's row. One program per feature and BLOCK columns."""
-    feature = tl.load(order_F + tl.program_id(0))
+    feature = tl.load(busiest_F + tl.program_id(0))
     at_D = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside_D = at_D < width
     begin, end = tl.load(starts_F + feature).to(tl.int32), tl.load(starts_F + feature + 1).to(tl.int32)
@@ -125,7 +129,52 @@ def add_up(
 
 
 @triton.jit
+def lengths(rows_ND: tl.tensor, lengths_N: tl.tensor, more: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Root of the sum of a row's squares and `more`, in float64. One program per row."""
+    row = tl.program_id(0).to(tl.int64)
+    squares_D = tl.full((BLOCK,), 0.0, tl.float64)
+    for first in range(0, WIDTH, BLOCK):
+        at_D = first + tl.arange(0, BLOCK)
+        value_D = tl.load(rows_ND + row * WIDTH + at_D, mask=at_D < WIDTH, other=0.0).to(tl.float64)
+        squares_D += value_D * value_D
+    tl.store(lengths_N + row, tl.sqrt(tl.sum(squares_D, 0) + more))
+
+
+@triton.jit
+def weigh(
+    W_FD: tl.tensor,
+    weights_F: tl.tensor,
+    sums_PD: tl.tensor,
+    features: tl.tensor,
+    width: tl.tensor,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Sum of some rows, weighted, in float64. One program per ROWS of them and BLOCK columns."""
+    part, at_D = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    sums_D = tl.full((BLOCK,), 0.0, tl.float64)
+    for feature in range(part * ROWS, min(features, part * ROWS + ROWS)):
+        weight = tl.load(weights_F + feature)
+        # Most features do not fire for a batch.
+        if weight != 0:
+            row = W_FD + tl.cast(feature, tl.int64) * width + at_D
+            value_D = tl.load(row, mask=at_D < width, other=0.0)
+            sums_D += weight.to(tl.float64) * value_D.to(tl.float64)
+    tl.store(sums_PD + part.to(tl.int64) * width + at_D, sums_D, mask=at_D < width)
+
+
+@triton.jit
+def mark(z_N: tl.tensor, indices_N: tl.tensor, marks_F: tl.tensor, entries: tl.tensor, BLOCK: tl.constexpr):
+    """Write 1 where a feature fires, for BLOCK entries of a code. Who else writes it, writes the same."""
+    at_N = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    fires_N = tl.load(z_N + at_N, mask=at_N < entries, other=0.0) > 0
+    feature_N = tl.load(indices_N + at_N, mask=fires_N, other=0)
+    tl.store(marks_F + feature_N, tl.full((BLOCK,), 1, tl.uint8), mask=fires_N)
+
+
+@triton.jit(do_not_specialize=CHANGING)
 def bound(
+    busiest_F: tl.tensor,
     starts_F: tl.tensor,
     order_N: tl.tensor,
     z_N: tl.tensor,
@@ -141,8 +190,8 @@ def bound(
     INPUTS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """No less than the squared norm of a feature's gradient, from norms of tokens' rows. One program per feature."""
-    feature = tl.program_id(0)
+    """No less than the squared norm of a feature's gradient, from lengths of tokens' rows. One program per feature."""
+    feature = tl.load(busiest_F + tl.program_id(0))
     begin, end = tl.load(starts_F + feature).to(tl.int32), tl.load(starts_F + feature + 1).to(tl.int32)
     encoder_R, decoder_R = tl.full((ROWS,), 0.0, tl.float64), tl.full((ROWS,), 0.0, tl.float64)
     for start in range(begin, end, ROWS):
@@ -156,7 +205,7 @@ def bound(
         input_R = part_R * tokens + entry_R // k if INPUTS > 1 else entry_R // k
         encoder_R += tl.abs(grad_R * tl.load(inputs_PB + input_R, mask=there_R, other=0.0))
     encoder, decoder = tl.sum(encoder_R, 0), tl.sum(decoder_R, 0)
-    tl.store(squares_F + feature, encoder * encoder + decoder * decoder)
+    tl.store(squares_F + tl.program_id(0), encoder * encoder + decoder * decoder)
 
 
 @triton.jit
@@ -222,13 +271,121 @@ def moved(
     return row_D - tl.div_rn(rate * clipped_D, tl.sqrt_rn(tl.div_rn(now, correction)) + epsilon)
 
 
-# Numbers that change from step to step: another kernel for every multiple of 16 would be compiled in vain.
-CHANGING = ["tokens", "k", "step", "first", "encoder_noise", "decoder_noise"]
+@triton.jit
+def gradients(
+    begin: tl.tensor,
+    end: tl.tensor,
+    order_N: tl.tensor,
+    z_N: tl.tensor,
+    grad_z_N: tl.tensor,
+    part_N: tl.tensor,
+    inputs_QE: tl.tensor,
+    errors_QD: tl.tensor,
+    scales_P: tl.tensor,
+    tokens: tl.tensor,
+    k: tl.tensor,
+    encoder_width: tl.tensor,
+    decoder_width: tl.tensor,
+    at_E: tl.tensor,
+    at_D: tl.tensor,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+):
+    """Of some entries of one feature, the gradients of its encoder row, of its decoder row, and of its bias."""
+    inside_E, inside_D = at_E < encoder_width, at_D < decoder_width
+    encoder_RE, decoder_RD = tl.full((ROWS, BLOCK_E), 0.0, tl.float32), tl.full((ROWS, BLOCK_D), 0.0, tl.float32)
+    bias_R = tl.full((ROWS,), 0.0, tl.float32)
+    for start in range(begin, end, ROWS):
+        at_R = start + tl.arange(0, ROWS)
+        there_R = at_R < end
+        entry_R = tl.load(order_N + at_R, mask=there_R, other=0)
+        token_R = (entry_R // k).to(tl.int64)
+        error_R, input_R = token_R, token_R
+        if PARTS > 1:
+            part_R = tl.load(part_N + entry_R, mask=there_R, other=0).to(tl.int64)
+            scale_R = tl.load(scales_P + part_R)
+            error_R += part_R * tokens
+            if INPUTS > 1:
+                input_R += part_R * tokens
+        else:
+            scale_R = tl.load(scales_P)
+        grad_z_R = tl.load(grad_z_N + entry_R, mask=there_R, other=0.0)
+        x_RE = inputs_QE + input_R[:, None] * encoder_width + at_E[None, :]
+        encoder_RE += grad_z_R[:, None] * tl.load(x_RE, mask=there_R[:, None] & inside_E[None, :], other=0.0)
+        bias_R += grad_z_R
+        pull_R = tl.load(z_N + entry_R, mask=there_R, other=0.0) * scale_R
+        error_RD = errors_QD + error_R[:, None] * decoder_width + at_D[None, :]
+        decoder_RD += pull_R[:, None] * tl.load(error_RD, mask=there_R[:, None] & inside_D[None, :], other=0.0)
+    return tl.sum(encoder_RE, 0), tl.sum(decoder_RD, 0), tl.sum(bias_R, 0)
 
 
-@triton.jit(do_not_specialize=CHANGING)
+@triton.jit
+def first_behind(ends_N: tl.tensor, count: tl.tensor, place: tl.tensor):
+    """The first of ascending numbers that is larger than `place`; `count` where none is."""
+    low, high = place * 0, place * 0 + count
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(ends_N + middle) <= place:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@triton.jit(do_not_specialize=CHANGING_BY_STEP)
+def add_parts(
+    busiest_F: tl.tensor,
+    starts_F: tl.tensor,
+    ends_H: tl.tensor,
+    order_N: tl.tensor,
+    z_N: tl.tensor,
+    grad_z_N: tl.tensor,
+    part_N: tl.tensor,
+    inputs_QE: tl.tensor,
+    errors_QD: tl.tensor,
+    scales_P: tl.tensor,
+    encoder_SE: tl.tensor,
+    decoder_SD: tl.tensor,
+    bias_S: tl.tensor,
+    parted: tl.tensor,
+    tokens: tl.tensor,
+    k: tl.tensor,
+    encoder_width: tl.tensor,
+    decoder_width: tl.tensor,
+    SHARE: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+):
+    """Gradients of SHARE entries at a time of features that have more: one program for each share.
+
+    `ends_H` says, for the first `parted` of the busiest features, how many shares there are up to and with its own.
+    """
+    share = tl.program_id(0)
+    place = first_behind(ends_H, parted, share)
+    if place < parted:
+        before = tl.load(ends_H + place - 1, mask=place > 0, other=0).to(tl.int32)
+        feature = tl.load(busiest_F + place)
+        begin = tl.load(starts_F + feature).to(tl.int32) + (share - before) * SHARE
+        end = tl.minimum(begin + SHARE, tl.load(starts_F + feature + 1).to(tl.int32))
+        at_E, at_D = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_D)
+        encoder_E, decoder_D, bias = gradients(
+            begin, end, order_N, z_N, grad_z_N, part_N, inputs_QE, errors_QD, scales_P, tokens, k, encoder_width,
+            decoder_width, at_E, at_D, BLOCK_E, BLOCK_D, ROWS, PARTS, INPUTS,
+        )  # fmt: skip
+        tl.store(encoder_SE + share.to(tl.int64) * encoder_width + at_E, encoder_E, mask=at_E < encoder_width)
+        tl.store(decoder_SD + share.to(tl.int64) * decoder_width + at_D, decoder_D, mask=at_D < decoder_width)
+        tl.store(bias_S + share, bias)
+
+
+@triton.jit(do_not_specialize=CHANGING_BY_STEP)
 def visit(
-    order_F: tl.tensor,
+    busiest_F: tl.tensor,
     starts_F: tl.tensor,
     order_N: tl.tensor,
     z_N: tl.tensor,
@@ -237,6 +394,10 @@ def visit(
     inputs_QE: tl.tensor,
     errors_QD: tl.tensor,
     scales_P: tl.tensor,
+    ends_H: tl.tensor,
+    encoder_SE: tl.tensor,
+    decoder_SD: tl.tensor,
+    bias_S: tl.tensor,
     encoder_FE: tl.tensor,
     decoder_FD: tl.tensor,
     bias_F: tl.tensor,
@@ -244,8 +405,9 @@ def visit(
     decoder_v: tl.tensor,
     bias_v: tl.tensor,
     stamps_F: tl.tensor,
-    decay_F: tl.tensor,
+    decay_N: tl.tensor,
     squares_F: tl.tensor,
+    parted: tl.tensor,
     tokens: tl.tensor,
     k: tl.tensor,
     encoder_width: tl.tensor,
@@ -270,44 +432,31 @@ def visit(
 ):
     """Gradient, its squared norm, and where asked Adam and normalisation, of one feature's rows.
 
-    One program per feature; see `portable.update`. `errors_QD` has the parts one below the other, B rows each, and so
-    has `inputs_QE`, but where one input is that of all parts.
+    One program per feature, the busiest first; see `portable.update`. `errors_QD` has the parts one below the other, B
+    rows each, and so has `inputs_QE`, but where one input is that of all parts. Gradients of the first `parted`
+    features may lie in shares, see `add_parts`. `decay_N` is in the order of programs.
     """
-    feature = tl.load(order_F + tl.program_id(0))
+    place = tl.program_id(0)
+    feature = tl.load(busiest_F + place)
     begin, end = tl.load(starts_F + feature).to(tl.int32), tl.load(starts_F + feature + 1).to(tl.int32)
-    if begin == end:
-        tl.store(squares_F + feature, tl.full((), 0.0, tl.float64))
-    else:
+    if begin < end:
         at_E, at_D = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_D)
         inside_E, inside_D = at_E < encoder_width, at_D < decoder_width
-        encoder_RE, decoder_RD = tl.full((ROWS, BLOCK_E), 0.0, tl.float32), tl.full((ROWS, BLOCK_D), 0.0, tl.float32)
-        bias_R = tl.full((ROWS,), 0.0, tl.float32)
-        for start in range(begin, end, ROWS):
-            at_R = start + tl.arange(0, ROWS)
-            there_R = at_R < end
-            entry_R = tl.load(order_N + at_R, mask=there_R, other=0)
-            token_R = (entry_R // k).to(tl.int64)
-            error_R, input_R = token_R, token_R
-            if PARTS > 1:
-                part_R = tl.load(part_N + entry_R, mask=there_R, other=0).to(tl.int64)
-                scale_R = tl.load(scales_P + part_R)
-                error_R += part_R * tokens
-                if INPUTS > 1:
-                    input_R += part_R * tokens
-            else:
-                scale_R = tl.load(scales_P)
-            grad_z_R = tl.load(grad_z_N + entry_R, mask=there_R, other=0.0)
-            x_RE = inputs_QE + input_R[:, None] * encoder_width + at_E[None, :]
-            encoder_RE += grad_z_R[:, None] * tl.load(x_RE, mask=there_R[:, None] & inside_E[None, :], other=0.0)
-            bias_R += grad_z_R
-            pull_R = tl.load(z_N + entry_R, mask=there_R, other=0.0) * scale_R
-            error_RD = errors_QD + error_R[:, None] * decoder_width + at_D[None, :]
-            decoder_RD += pull_R[:, None] * tl.load(error_RD, mask=there_R[:, None] & inside_D[None, :], other=0.0)
-        encoder_E, decoder_D, bias = tl.sum(encoder_RE, 0), tl.sum(decoder_RD, 0), tl.sum(bias_R, 0)
+        share = tl.load(ends_H + place - 1, mask=(place > 0) & (place < parted), other=0).to(tl.int32)
+        last = tl.load(ends_H + place, mask=place < parted, other=0).to(tl.int32)
+        # What lies in shares is not looked at again.
+        encoder_E, decoder_D, bias = gradients(
+            begin, tl.where(share < last, begin, end), order_N, z_N, grad_z_N, part_N, inputs_QE, errors_QD, scales_P,
+            tokens, k, encoder_width, decoder_width, at_E, at_D, BLOCK_E, BLOCK_D, ROWS, PARTS, INPUTS,
+        )  # fmt: skip
+        for at in range(share, last):
+            encoder_E += tl.load(encoder_SE + tl.cast(at, tl.int64) * encoder_width + at_E, mask=inside_E, other=0.0)
+            decoder_D += tl.load(decoder_SD + tl.cast(at, tl.int64) * decoder_width + at_D, mask=inside_D, other=0.0)
+            bias += tl.load(bias_S + at)
         square = tl.sum(encoder_E * encoder_E, 0) + tl.sum(decoder_D * decoder_D, 0) + bias * bias
         tl.store(squares_F + feature, square.to(tl.float64))
         if MOVE:
-            decay = tl.load(decay_F + feature)
+            decay = tl.load(decay_N + place)
             own = feature + first
             encoder_row, decoder_row = encoder_FE + feature * encoder_width, decoder_FD + feature * decoder_width
             encoder_moment = encoder_v + (feature if ROW_WISE else feature * encoder_width)

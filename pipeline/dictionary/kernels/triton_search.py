@@ -55,6 +55,48 @@ def halve(
 
 
 @triton.jit
+def placed(tile: tl.tensor, down: tl.tensor, across: tl.tensor, TOGETHER: tl.constexpr):
+    """Row and column of a tile. Those that are made at one time share rows of either side: they come from the cache."""
+    band = tile // (TOGETHER * across)
+    height = min(down - band * TOGETHER, TOGETHER)
+    return band * TOGETHER + tile % (TOGETHER * across) % height, tile % (TOGETHER * across) // height
+
+
+@triton.jit
+def leave(
+    scores_MN: tl.tensor,
+    b_F: tl.tensor,
+    best_BN: tl.tensor,
+    second_BN: tl.tensor,
+    row: tl.tensor,
+    column: tl.tensor,
+    tokens: tl.tensor,
+    features: tl.tensor,
+    groups: tl.tensor,
+    GROUP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Of a tile's scores, write the two largest of each group."""
+    token_M, feature_N = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
+    # Nothing that can be a score is seen beside LOWEST.
+    scores_MN += tl.load(b_F + feature_N, mask=feature_N < features, other=LOWEST)[None, :]
+    # (tokens, eights of groups, places, lanes)
+    split = tl.reshape(scores_MN, (BM, BN // (LANES * GROUP), GROUP, LANES))
+    place = tl.arange(0, GROUP)[None, None, :, None]
+    split = ((split.to(tl.int32, bitcast=True) & -GROUP) | place).to(tl.float32, bitcast=True)
+    best = tl.max(split, 2)
+    # No two of a group are equal, because their places differ.
+    second = tl.max(tl.where(split == best[:, :, None, :], LOWEST, split), 2)
+
+    group_N = column * (BN // GROUP) + tl.arange(0, BN // GROUP)
+    out = token_M.to(tl.int64)[:, None] * groups + group_N[None, :]
+    inside = (token_M < tokens)[:, None] & (group_N < tl.cdiv(features, LANES * GROUP) * LANES)[None, :]
+    tl.store(best_BN + out, tl.reshape(best, (BM, BN // GROUP)), mask=inside)
+    tl.store(second_BN + out, tl.reshape(second, (BM, BN // GROUP)), mask=inside)
+
+
+@triton.jit
 def search(
     x_BW: tl.tensor,
     W_FW: tl.tensor,
@@ -77,13 +119,7 @@ def search(
     The last bits of a score are the feature's place in its group. `groups` is the stride of what is written; pointers
     to it and to features are those of the block's first. WIDTH is a multiple of BK.
     """
-    # Programs that run at one time share rows of either side, so that these come from the cache.
-    tile, across, down = tl.program_id(0), tl.cdiv(features, BN), tl.cdiv(tokens, BM)
-    band = tile // (TOGETHER * across)
-    height = min(down - band * TOGETHER, TOGETHER)
-    row = band * TOGETHER + tile % (TOGETHER * across) % height
-    column = tile % (TOGETHER * across) // height
-
+    row, column = placed(tl.program_id(0), tl.cdiv(tokens, BM), tl.cdiv(features, BN), TOGETHER)
     token_M, feature_N = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
     at_K = tl.arange(0, BK)
     # Behind the last token and feature others are read again: no masks in the loop.
@@ -98,22 +134,39 @@ def search(
         scores_MN = tl.dot(left_MK, right_KN, scores_MN)
         x_MK += BK
         W_KN += BK
+    leave(scores_MN, b_F, best_BN, second_BN, row, column, tokens, features, groups, GROUP, BM, BN)
 
-    # Nothing that can be a score is seen beside LOWEST.
-    scores_MN += tl.load(b_F + feature_N, mask=feature_N < features, other=LOWEST)[None, :]
-    # (tokens, eights of groups, places, lanes)
-    split = tl.reshape(scores_MN, (BM, BN // (LANES * GROUP), GROUP, LANES))
-    place = tl.arange(0, GROUP)[None, None, :, None]
-    split = ((split.to(tl.int32, bitcast=True) & -GROUP) | place).to(tl.float32, bitcast=True)
-    best = tl.max(split, 2)
-    # No two of a group are equal, because their places differ.
-    second = tl.max(tl.where(split == best[:, :, None, :], LOWEST, split), 2)
 
-    group_N = column * (BN // GROUP) + tl.arange(0, BN // GROUP)
-    out = token_M.to(tl.int64)[:, None] * groups + group_N[None, :]
-    inside = (token_M < tokens)[:, None] & (group_N < tl.cdiv(features, LANES * GROUP) * LANES)[None, :]
-    tl.store(best_BN + out, tl.reshape(best, (BM, BN // GROUP)), mask=inside)
-    tl.store(second_BN + out, tl.reshape(second, (BM, BN // GROUP)), mask=inside)
+@triton.jit
+def search_in_turns(
+    x_BW: tl.tensor_descriptor,
+    W_FW: tl.tensor_descriptor,
+    b_F: tl.tensor,
+    best_BN: tl.tensor,
+    second_BN: tl.tensor,
+    tokens: tl.tensor,
+    features: tl.tensor,
+    groups: tl.tensor,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    """The same on GPUs that copy tiles by themselves, from Hopper on: one program for each of their multiprocessors.
+
+    It makes one tile after the other, and what the next one reads is on its way while the last one's scores are sifted.
+    """
+    down, across = tl.cdiv(tokens, BM), tl.cdiv(features, BN)
+    for tile in tl.range(tl.program_id(0), down * across, PROGRAMS, flatten=True):
+        row, column = placed(tile, down, across, TOGETHER)
+        scores_MN = tl.full((BM, BN), 0.0, tl.float32)
+        for first in range(0, WIDTH, BK):
+            left_MK, right_NK = x_BW.load([row * BM, first]), W_FW.load([column * BN, first])
+            scores_MN = tl.dot(left_MK, right_NK.T, scores_MN)
+        leave(scores_MN, b_F, best_BN, second_BN, row, column, tokens, features, groups, GROUP, BM, BN)
 
 
 @triton.jit
@@ -259,13 +312,13 @@ def score(
     """Scores of candidates in float32, summed in an order that depends on D alone, as keys to sort.
 
     The upper half of a key has the bits of a score, so that keys are in the order of scores and what is no number comes
-    first; the lower half prefers lower features. No candidate, no key: NO_KEY. One program per token and ROWS
-    candidates.
+    first; the lower half prefers lower features. No candidate, no key: NO_KEY, which is written only among others. Some
+    programs per token, and ROWS candidates at a time.
     """
-    token, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * ROWS
+    token = tl.program_id(0).to(tl.int64)
     count = tl.load(counts_B + token)
-    at_M = start + tl.arange(0, ROWS)
-    if start < count:
+    for start in range(tl.program_id(1) * ROWS, count, tl.num_programs(1) * ROWS):
+        at_M = start + tl.arange(0, ROWS)
         feature_M = tl.load(candidates_BM + token * room + at_M, mask=at_M < count, other=-1)
         there_M = feature_M >= 0
         sums_MD = tl.full((ROWS, BLOCK), 0.0, tl.float32)
@@ -284,8 +337,46 @@ def score(
         order_M = tl.where(bits_M < 0, bits_M ^ 0x7FFFFFFF, bits_M)
         key_M = (order_M.to(tl.int64) << 32) | (0x7FFFFFFF - feature_M).to(tl.int64)
         tl.store(keys_BM + token * room + at_M, tl.where(there_M, key_M, NO_KEY))
+
+
+@triton.jit
+def select(keys_BM: tl.tensor, found_BS: tl.tensor, k: tl.tensor, room: tl.tensor, ROOM: tl.constexpr, S: tl.constexpr):
+    """Of a token's keys the k largest of scores above zero, as far as there are so many, among S of them at most.
+
+    What is no number counts as above zero. Where there are fewer, NO_KEY fills up. S is at least k. One program per
+    token.
+    """
+    token, at_M, at_S = tl.program_id(0).to(tl.int64), tl.arange(0, ROOM), tl.arange(0, S)
+    key_M = tl.load(keys_BM + token * room + at_M, mask=at_M < room, other=NO_KEY)
+    score_M = (key_M >> 32).to(tl.int32)
+    # The k-th largest is within [low, high), or there are fewer above zero.
+    low, high = tl.program_id(0) * 0 + 1, tl.max(score_M, 0)
+    high = tl.where(high < 0x7FFFFFFF, high + 1, high)
+    for _ in range(17):
+        quarter = tl.maximum((high - low) // 4, 1)
+        # One sum of three counts, of 21 bits each; they fall.
+        counts = tl.sum(
+            (score_M >= low + quarter).to(tl.int64)
+            | ((score_M >= low + 2 * quarter).to(tl.int64) << 21)
+            | ((score_M >= low + 3 * quarter).to(tl.int64) << 42),
+            0,
+        )
+        steps = (
+            (counts & 0x1FFFFF >= k).to(tl.int32)
+            + (counts >> 21 & 0x1FFFFF >= k).to(tl.int32)
+            + (counts >> 42 >= k).to(tl.int32)
+        )
+        high = tl.where(steps == 3, high, low + (steps + 1) * quarter)
+        low += steps * quarter
+    chosen_M = score_M >= low
+    place_M = tl.cumsum(chosen_M.to(tl.int32), 0) - 1
+    count = tl.sum(chosen_M.to(tl.int32), 0)
+    if count <= S:
+        tl.store(found_BS + token * S + place_M, key_M, mask=chosen_M)
+        tl.store(found_BS + token * S + at_S, tl.full((S,), NO_KEY, tl.int64), mask=at_S >= count)
     else:
-        tl.store(keys_BM + token * room + at_M, tl.full((ROWS,), NO_KEY, tl.int64))
+        # More are equal than there is room for.
+        tl.store(found_BS + token * S + at_M, tl.sort(key_M, descending=True), mask=at_M < S)
 
 
 @triton.jit

@@ -11,15 +11,19 @@ import triton
 import triton.language as tl
 
 from pipeline.dictionary.kernels.portable import Grouped
+from pipeline.dictionary.kernels.triton_rows import first_behind
 
-# Tokens of a parent that a program scores together: as few as tensor cores take. Children likewise, or more.
-TILE_TOKENS, CHILDREN = 16, (16, 64)
+# Tokens of a parent that a program scores together: as few as tensor cores take, in every batch. Other tiles are
+# other instructions, and other last bits. Children likewise, or more.
+TILE_TOKENS, CHILDREN, COLUMNS = 16, (16, 64), 64
+# Whether kernels are interpreted on a CPU. Triton decides when they are defined.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
-def largest(
-    x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, grouped: Grouped, parents: int, size: int, k: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest scores among the children of each token's parents, and whose they are. Shapes (B, K), (B, K).
+def keys(
+    x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, grouped: Grouped, parents: int, size: int
+) -> torch.Tensor:
+    """The keys of all children of each token's parents, see `triton_search.score`. Shape (B, P (size - 1)).
 
     Args:
         x_BD: What is encoded.
@@ -28,9 +32,8 @@ def largest(
         grouped: Tokens' parents by subtree, as entries of (B, P).
         parents: P.
         size: Rows of a subtree.
-        k: At most as many as the parents have children.
     """
-    starts_S, order_N = grouped
+    starts_S, order_N = grouped.starts_F, grouped.order_N
     entries, subtrees, width = len(x_BD) * parents, len(W_FD) // size, x_BD.shape[1]
     keys_NM = torch.full((entries, size - 1), -(2**63), dtype=torch.int64, device=x_BD.device)
     ends_S = (starts_S.diff() + TILE_TOKENS - 1).div(TILE_TOKENS, rounding_mode="floor").cumsum(0)
@@ -40,14 +43,10 @@ def largest(
     children = max(least, min(most, triton.next_power_of_2(size - 1)))
     score_children[(tiles, triton.cdiv(size - 1, children))](
         x_BD, W_FD, b_F, starts_S, order_N, ends_S, keys_NM, subtrees, parents, size, WIDTH=width, TOKENS=TILE_TOKENS,
-        CHILDREN=children, BLOCK=max(16, min(64, triton.next_power_of_2(width))), num_warps=4,
+        CHILDREN=children, BLOCK=max(16, min(COLUMNS, triton.next_power_of_2(width))), INTERPRETED=INTERPRETED,
+        HALF=W_FD.dtype == torch.bfloat16, num_warps=2,
     )  # fmt: skip
-    # No two keys of features are equal; the lowest is that of no parent.
-    keys_BK = keys_NM.view(len(x_BD), parents * (size - 1)).topk(k).values
-    bits_BK = (keys_BK >> 32).int()
-    fires_BK = bits_BK > 0
-    z_BK = bits_BK.where(fires_BK, 0).view(torch.float32)
-    return z_BK, (0x7FFFFFFF - (keys_BK & 0xFFFFFFFF)).where(fires_BK, 0)
+    return keys_NM.view(len(x_BD), parents * (size - 1))
 
 
 @triton.jit
@@ -66,6 +65,8 @@ def score_children(
     TOKENS: tl.constexpr,
     CHILDREN: tl.constexpr,
     BLOCK: tl.constexpr,
+    HALF: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     """Keys (see `triton_search.score`) of some children of a parent, for some of the tokens that it is routed to.
 
@@ -74,14 +75,7 @@ def score_children(
     """
     tile = tl.program_id(0)
     # The first parent whose tiles end behind this one.
-    low, high = tile * 0, tile * 0 + subtrees
-    while low < high:
-        middle = (low + high) // 2
-        if tl.load(ends_S + middle) <= tile:
-            low = middle + 1
-        else:
-            high = middle
-    parent = low
+    parent = first_behind(ends_S, subtrees, tile)
     if parent < subtrees:
         before = tl.load(ends_S + parent - 1, mask=parent > 0, other=0).to(tl.int32)
         begin, end = tl.load(starts_S + parent).to(tl.int32), tl.load(starts_S + parent + 1).to(tl.int32)
@@ -100,7 +94,18 @@ def score_children(
             x_TD = tl.load(x_T1 + at_D[None, :], mask=there_T[:, None] & inside_D[None, :], other=0.0)
             W_CD = tl.load(W_C1 + at_D[None, :], mask=there_C[:, None] & inside_D[None, :], other=0.0)
             # Three products of tensor cores are as good as one in float32.
-            sums_TC = tl.dot(x_TD, tl.trans(W_CD.to(tl.float32)), sums_TC, input_precision="tf32x3")
+            if HALF and not INTERPRETED:
+                # Three numbers in bfloat16 have all bits of one in float32.
+                high_TD = x_TD.to(tl.bfloat16)
+                rest_TD = x_TD - high_TD.to(tl.float32)
+                middle_TD = rest_TD.to(tl.bfloat16)
+                low_TD = (rest_TD - middle_TD.to(tl.float32)).to(tl.bfloat16)
+                W_DC = tl.trans(W_CD)
+                sums_TC = tl.dot(low_TD, W_DC, sums_TC)
+                sums_TC = tl.dot(middle_TD, W_DC, sums_TC)
+                sums_TC = tl.dot(high_TD, W_DC, sums_TC)
+            else:
+                sums_TC = tl.dot(x_TD, tl.trans(W_CD.to(tl.float32)), sums_TC, input_precision="tf32x3")
         score_TC = sums_TC + tl.load(b_F + feature_C, mask=there_C, other=0.0)[None, :]
         bits_TC = tl.where(score_TC == 0, 0.0, score_TC).to(tl.int32, bitcast=True)
         bits_TC = tl.where(score_TC != score_TC, 0x7FC00000, bits_TC)

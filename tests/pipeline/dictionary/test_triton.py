@@ -85,14 +85,27 @@ assert "wgmma" in search.asm["ptx"]
 assert search.asm["ptx"].count("shfl.sync") <= 1
 assert "tt.reduce" in search.asm["ttgir"]
 assert not re.search(r"convert_layout.*tensor<128x256", search.asm["ttgir"])
+turns = made(
+    triton_search.search_in_turns,
+    ["tensordesc<bf16[128, 64]>", "tensordesc<bf16[256, 64]>", *[single] * 3, *["i32"] * 3],
+    dict(WIDTH=768, GROUP=32, BM=128, BN=256, BK=64, TOGETHER=8, PROGRAMS=132), 8,
+)
+# The card copies tiles by itself.
+assert "wgmma" in turns.asm["ptx"] and "cp.async.bulk.tensor" in turns.asm["ptx"]
+assert not re.search(r"convert_layout.*tensor<128x256", turns.asm["ttgir"])
+entries = [whole, single, single, "*u8", *[single] * 3]
+shape = dict(BLOCK_E=1024, BLOCK_D=1024, PARTS=2, INPUTS=2)
 visit = made(
     triton_rows.visit,
-    [long, long, whole, single, single, "*u8", *[single] * 3, "*u16", "*u16", *[single] * 4, whole, single, double,
-     *["i32"] * 8, *["fp32"] * 5],
-    dict(BLOCK_E=1024, BLOCK_D=1024, ROWS=8, PARTS=2, INPUTS=2, ROW_WISE=True, HALF=True, MOVE=True), 8,
+    [long, long, *entries, long, *[single] * 3, "*u16", "*u16", *[single] * 4, whole, single, double, *["i32"] * 9,
+     *["fp32"] * 5],
+    dict(shape, ROWS=1, ROW_WISE=True, HALF=True, MOVE=True), 2,
+)
+parts = made(
+    triton_rows.add_parts, [long, long, long, *entries, *[single] * 3, *["i32"] * 5], dict(shape, ROWS=4, SHARE=128), 8
 )
 made(triton_search.sift, [*[single] * 7, whole, whole, *["i32"] * 3, "fp32", "fp32"],
-     dict(ROOM=256, GROUP=32, PASSES=9, BLOCK=1024), 4)
+     dict(ROOM=256, GROUP=32, PASSES=9, BLOCK=512), 1)
 made(triton_search.score, [single, half, single, whole, whole, long, "i32"], dict(WIDTH=768, ROWS=16, BLOCK=256), 4)
 made(triton_search.halve, [single, half, single, single, "i32"], dict(WIDTH=768, STORE=True, ROWS=4, BLOCK=1024), 4)
 made(triton_rows.explain, [single, long, half, *[single] * 4, double, "fp32", "i32", "i32"],
@@ -100,15 +113,19 @@ made(triton_rows.explain, [single, long, half, *[single] * 4, double, "fp32", "i
 made(triton_rows.explain, [single, long, half, *[single] * 4, double, "fp32", "i32", "i32"],
      dict(HAS_BIAS=False, HAS_TARGET=True, DOUBLE=True, ROWS=8, BLOCK=1024), 8)
 children = made(triton_tree.score_children, [single, half, single, long, whole, long, long, "i32", "i32", "i32"],
-                dict(WIDTH=768, TOKENS=16, CHILDREN=64, BLOCK=64), 4)
+                dict(WIDTH=768, TOKENS=16, CHILDREN=64, BLOCK=64, HALF=True, INTERPRETED=False), 2)
 assert "mma.sync" in children.asm["ptx"] or "wgmma" in children.asm["ptx"]
 made(triton_rows.products, [single, single, long, half, single, "i32", "i32"], dict(ROWS=8, BLOCK=1024), 8)
 made(triton_rows.add_up, [long, long, whole, *[single] * 3, "i32", "i32"], dict(ROWS=8, BLOCK=1024), 8)
-made(triton_rows.bound, [long, whole, single, single, "*u8", double, double, single, double, "i32", "i32"],
-     dict(PARTS=2, INPUTS=2, ROWS=128), 1)
-made(triton_search.largest, [long, long, "i32"], dict(ROOM=256), 1)
+made(triton_rows.weigh, [half, single, double, "i32", "i32"], dict(ROWS=64, BLOCK=256), 4)
+made(triton_rows.mark, [single, long, "*u8", "i32"], dict(BLOCK=1024), 4)
+made(triton_rows.lengths, [single, double, "fp32"], dict(WIDTH=768, BLOCK=1024), 4)
+made(triton_rows.bound, [long, long, whole, single, single, "*u8", double, double, single, double, "i32", "i32"],
+     dict(PARTS=2, INPUTS=2, ROWS=32), 1)
+made(triton_search.select, [long, long, "i32", "i32"], dict(ROOM=256, S=32), 1)
+made(triton_search.largest, [long, long, "i32"], dict(ROOM=64), 1)
 # No sum depends on who comes first.
-assert not any("atomic" in each.asm["ttgir"] for each in (search, visit, children))
+assert not any("atomic" in each.asm["ttgir"] for each in (search, turns, visit, parts, children))
 print("compiled")
 """
 
