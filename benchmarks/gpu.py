@@ -171,22 +171,22 @@ TILES = (
 
 def tiled(case: Case, card: str, console: Console) -> list[Fact]:
     """The time of a search for each way to cut its product. All find the same."""
-    from pipeline.dictionary.kernels import cuda
+    from pipeline.dictionary.kernels import cuda_search
 
     x_BD = torch.randn(case.batch, case.width, device="cuda")
     W_FD = torch.randn(case.features, case.width, device="cuda").bfloat16() / case.width**0.5
     b_F = torch.zeros(case.features, device="cuda")
-    peak, found, expected = peak_of(card), list[Fact](), cuda.top_k(x_BD, W_FD, b_F, case.k)
+    peak, found, expected = peak_of(card), list[Fact](), cuda_search.top_k(x_BD, W_FD, b_F, case.k)
     for shape in TILES:
-        cuda.tile = lambda device, width, shape=shape: cuda.Tile(*shape)
+        cuda_search.tile = lambda device, width, shape=shape: cuda_search.Tile(*shape)
         try:
-            made = cuda.top_k(x_BD, W_FD, b_F, case.k)
+            made = cuda_search.top_k(x_BD, W_FD, b_F, case.k)
             assert torch.equal(made[0], expected[0]), "a way to cut the product has changed what is found"
             seconds = []
             for _ in range(case.rounds):
                 torch.cuda.synchronize()
                 began = time.perf_counter()
-                cuda.top_k(x_BD, W_FD, b_F, case.k)
+                cuda_search.top_k(x_BD, W_FD, b_F, case.k)
                 torch.cuda.synchronize()
                 seconds.append(time.perf_counter() - began)
         except triton_errors() as error:

@@ -44,9 +44,12 @@ OWNERS = {
     "jinja2": {"pipeline/report/page.py"},
     "triton": {
         "pipeline/dictionary/kernels/cuda.py",
+        "pipeline/dictionary/kernels/cuda_search.py",
+        "pipeline/dictionary/kernels/cuda_update.py",
         "pipeline/dictionary/kernels/triton_rows.py",
         "pipeline/dictionary/kernels/triton_search.py",
         "pipeline/dictionary/kernels/triton_tree.py",
+        "pipeline/dictionary/kernels/triton_update.py",
     },
 }
 

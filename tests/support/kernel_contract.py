@@ -25,8 +25,8 @@ no_numbers = pytest.mark.filterwarnings("ignore:(invalid value|overflow|All-NaN 
 drawn = settings(max_examples=8, derandomize=True, deadline=None, database=None)
 
 
-def cuda() -> ModuleType:
-    return importlib.import_module("pipeline.dictionary.kernels.cuda")
+def cuda(part: str = "") -> ModuleType:
+    return importlib.import_module(f"pipeline.dictionary.kernels.cuda{part}")
 
 
 class Draw:
@@ -117,8 +117,8 @@ class SearchContract:
         draw = Draw(self.device, 2)
         x_BD, W_FD, b_F = draw.normal(8, 64), draw.normal(700, 64), draw.normal(700)
         z_BK, indices_BK = cuda().top_k(x_BD, W_FD, b_F, 9)
-        monkeypatch.setattr(cuda(), "MOST", 0)
-        monkeypatch.setattr(cuda(), "BLOCK", 256)
+        monkeypatch.setattr(cuda("_search"), "MOST", 0)
+        monkeypatch.setattr(cuda("_search"), "BLOCK", 256)
         every_z_BK, every_indices_BK = cuda().top_k(x_BD, W_FD, b_F, 9)
         assert torch.equal(z_BK, every_z_BK)
         assert torch.equal(indices_BK, every_indices_BK)
@@ -128,8 +128,8 @@ class SearchContract:
         draw = Draw(self.device, 3)
         x_BD, W_FD, b_F = draw.normal(140, 32), draw.normal(600, 32), draw.normal(600)
         whole = cuda().top_k(x_BD[120:], W_FD, b_F, 4)
-        monkeypatch.setattr(cuda(), "SCORES", 1)
-        monkeypatch.setattr(cuda(), "FEATURES", 256)
+        monkeypatch.setattr(cuda("_search"), "SCORES", 1)
+        monkeypatch.setattr(cuda("_search"), "FEATURES", 256)
         pieces = cuda().top_k(x_BD[120:], W_FD, b_F, 4)
         assert torch.equal(whole[0], pieces[0])
         assert torch.equal(whole[1], pieces[1])
@@ -180,8 +180,8 @@ class SearchContract:
         draw, scored = Draw(self.device, 4), []
         x_BD, W_FD, b_F = draw.normal(8, 256), draw.normal(4096, 256) / 16, torch.zeros(4096, device=self.device)
         with pytest.MonkeyPatch.context() as patch:
-            keys = cuda()._keys
-            patch.setattr(cuda(), "_keys", lambda *given: scored.append(given[4]) or keys(*given))
+            keys = cuda("_search")._keys
+            patch.setattr(cuda("_search"), "_keys", lambda *given: scored.append(given[4]) or keys(*given))
             cuda().top_k(x_BD, W_FD, b_F, 16)
         # Once: nobody was scored against everything.
         assert len(scored) == 1
@@ -318,7 +318,7 @@ class RowsContract:
         )  # fmt: skip
         made = []
         monkeypatch = pytest.MonkeyPatch()
-        monkeypatch.setattr(cuda(), "SHARE", share)
+        monkeypatch.setattr(cuda("_update"), "SHARE", share)
         for kind in (cuda(), portable):
             own = Rows(*(getattr(rows, name).clone() for name in list(Rows.__slots__)[:-1]), first=rows.first)
             grouped: Grouped = kind.group(z_BK, indices_BK, features)
@@ -394,7 +394,7 @@ class TreeContract:
         x_BD, W_FD, b_F = draw.normal(20, 32), draw.normal(60, 32), draw.normal(60)
         parents_BP = draw.uniform(20, 5).argsort(1)[:, :3]
         whole = cuda().children(x_BD, W_FD, b_F, parents_BP, 12, 8)
-        monkeypatch.setattr(cuda(), "SCORES", 8 * 33 * 7)
+        monkeypatch.setattr(cuda("_search"), "SCORES", 8 * 33 * 7)
         parts = cuda().children(x_BD, W_FD, b_F, parents_BP, 12, 8)
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(whole, parts, strict=True))
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from pipeline.dictionary.kernels.portable import Grouped
-from pipeline.dictionary.kernels.triton_rows import first_behind
+from pipeline.dictionary.kernels.triton_update import first_behind
 
 # Tokens of a parent that a program scores together: as few as tensor cores take, in every batch. Other tiles are
 # other instructions, and other last bits. Children likewise, or more.

@@ -66,7 +66,7 @@ import re
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from pipeline.dictionary.kernels import triton_rows, triton_search, triton_tree
+from pipeline.dictionary.kernels import triton_rows, triton_search, triton_tree, triton_update
 
 def made(kernel, types, constants, warps):
     types, names = iter(types), kernel.arg_names
@@ -96,13 +96,14 @@ assert not re.search(r"convert_layout.*tensor<128x256", turns.asm["ttgir"])
 entries = [whole, single, single, "*u8", *[single] * 3]
 shape = dict(BLOCK_E=1024, BLOCK_D=1024, PARTS=2, INPUTS=2)
 visit = made(
-    triton_rows.visit,
+    triton_update.visit,
     [long, long, *entries, long, *[single] * 3, "*u16", "*u16", *[single] * 4, whole, single, double, *["i32"] * 9,
      *["fp32"] * 5],
     dict(shape, ROWS=1, ROW_WISE=True, HALF=True, MOVE=True), 2,
 )
 parts = made(
-    triton_rows.add_parts, [long, long, long, *entries, *[single] * 3, *["i32"] * 5], dict(shape, ROWS=4, SHARE=128), 8
+    triton_update.add_parts, [long, long, long, *entries, *[single] * 3, *["i32"] * 5],
+    dict(shape, ROWS=4, SHARE=128), 8,
 )
 made(triton_search.sift, [*[single] * 7, whole, whole, *["i32"] * 3, "fp32", "fp32"],
      dict(ROOM=256, GROUP=32, PASSES=9, BLOCK=512), 1)
@@ -120,7 +121,7 @@ made(triton_rows.add_up, [long, long, whole, *[single] * 3, "i32", "i32"], dict(
 made(triton_rows.weigh, [half, single, double, "i32", "i32"], dict(ROWS=64, BLOCK=256), 4)
 made(triton_rows.mark, [single, long, "*u8", "i32"], dict(BLOCK=1024), 4)
 made(triton_rows.lengths, [single, double, "fp32"], dict(WIDTH=768, BLOCK=1024), 4)
-made(triton_rows.bound, [long, long, whole, single, single, "*u8", double, double, single, double, "i32", "i32"],
+made(triton_update.bound, [long, long, whole, single, single, "*u8", double, double, single, double, "i32", "i32"],
      dict(PARTS=2, INPUTS=2, ROWS=32), 1)
 made(triton_search.select, [long, long, "i32", "i32"], dict(ROOM=256, S=32), 1)
 made(triton_search.largest, [long, long, "i32"], dict(ROOM=64), 1)
