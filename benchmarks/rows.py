@@ -91,10 +91,10 @@ def stream_files(source: Harvested, hook_point: str, rows: int, seed: int, heldo
     data, judged = folder / f"{digest}-stream.npy", folder / f"{digest}-heldout.npy"
     if not data.exists():
         width = open_store(source.harvest).layout.widths[hook_point]
-        _write(data, _streamed(source, hook_point, rows, seed, passing), rows, width)
+        write(data, _streamed(source, hook_point, rows, seed, passing), rows, width)
     if not judged.exists():
         x_ND = _heldout(source, hook_point, heldout, passing)
-        _write(judged, [x_ND], len(x_ND), x_ND.shape[1])
+        write(judged, [x_ND], len(x_ND), x_ND.shape[1])
     return Files(data, judged, digest)
 
 
@@ -136,7 +136,7 @@ def truth_files(truth: GroundTruth, rows: int, seed: int, heldout: int, folder: 
         if not path.exists():
             seeds = np.random.SeedSequence(of).generate_state(-(-count // BATCH))
             made = (torch.from_numpy(truth.sample(1, BATCH, int(each))[0]).bfloat16() for each in seeds)
-            _write(path, made, count, truth.width)
+            write(path, made, count, truth.width)
     np.save(directions, truth.vectors())
     return Files(data, judged, digest, directions)
 
@@ -148,7 +148,7 @@ def truth_digest(truth: GroundTruth, rows: int, seed: int, heldout: int) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _write(path: Path, parts: Iterable[torch.Tensor], rows: int, width: int) -> None:
+def write(path: Path, parts: Iterable[torch.Tensor], rows: int, width: int) -> None:
     """Write the first rows of bfloat16 parts; the file has its name only once it is whole."""
     unfinished = path.with_suffix(".unfinished")
     out_ND = np.lib.format.open_memmap(unfinished, "w+", np.int16, (rows, width))

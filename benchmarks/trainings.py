@@ -30,12 +30,16 @@ PATIENCE = 4 * 3600.0
 
 @dataclass(frozen=True)
 class Files:
-    """What runs read: see `peers.training.Task`. `digest` says which data it is, wherever it lies."""
+    """What runs read: see `peers.training.Task`. `digest` says which data it is, wherever it lies.
+
+    `judge` says more about a run, in numbers: of the file that has its code.
+    """
 
     data: Path
     heldout: Path
     digest: str
     directions: Path | None = None
+    judge: Callable[[Path], dict[str, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ class Result:
     found: float | None = None
     true: float | None = None
     failure: str | None = None
+    # What `Files.judge` says.
+    more: dict[str, float] = field(default_factory=dict)
 
 
 class Ledger:
@@ -168,7 +174,7 @@ def _told(result: Result) -> str:
 def run(plan: Plan, files: Files) -> Result:
     """Train and judge, in a process and a folder that are gone afterwards."""
     with tempfile.TemporaryDirectory() as folder:
-        out, log = Path(folder) / "judgement.json", Path(folder) / "log"
+        out, log, code_file = (Path(folder) / name for name in ("judgement.json", "log", "code.npz"))
         shape = {name: getattr(plan, name) for name in ("width", "features", "k", "batch", "steps", "threads", "seed")}
         task = shape | {
             "variant": plan.contender.variant,
@@ -178,6 +184,7 @@ def run(plan: Plan, files: Files) -> Result:
             "data": str(files.data),
             "heldout": str(files.heldout),
             "directions": str(files.directions) if files.directions else None,
+            "code": str(code_file) if files.judge else None,
             "result": str(out),
         }
         with log.open("wb") as stream:
@@ -196,4 +203,6 @@ def run(plan: Plan, files: Files) -> Result:
         if not out.exists():
             return Result(math.inf, failure=f"exit code {code}: {last_words(log)}")
         made = Result(**json.loads(out.read_text()))
-        return made if math.isfinite(made.fvu) else Result(math.inf, failure="its error is not finite")
+        if not math.isfinite(made.fvu):
+            return Result(math.inf, failure="its error is not finite")
+        return dataclasses.replace(made, more=files.judge(code_file)) if files.judge else made

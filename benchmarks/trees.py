@@ -15,9 +15,9 @@ same tokens in the same order and the same k for everybody:
 - `switch`: one parent of D a token, and all but one of k are children of it, as a router with one expert has it.
 - `product-keys`: a feature is a pair of half keys, and so is its search (see `peers/product_keys_run.py`).
 
-Learning rates are searched for each on the first seed: from `--rates` times 2e-4 sqrt(2^14 / F), and on beyond an end
-as long as that end is the best. `ratio` is the FVU over the tree's of the same seed; above 1 the tree is better. Every
-run is kept as soon as it ends (see `trainings.py`): start again to go on.
+Learning rates are searched for each on the first seed: from `--rates` times the manifest's default, and on beyond an
+end as long as that end is the best. `ratio` is the FVU over the tree's of the same seed; above 1 the tree is better.
+Every run is kept as soon as it ends (see `trainings.py`): start again to go on.
 
 Marks: the best tree's FVU below that of `dense-128`, and at most 1.05 times that of `dense-1024`; exit code 1 where one
 is missed, or where a tree fails.
@@ -46,7 +46,7 @@ from rows import Harvested
 from trainings import SCRATCH, Bench, Ledger, Plan, Result
 
 HOOKS = ("gpt_neox.layers.2", "gpt_neox.layers.2.mlp")
-RATES, SEEDS = (4.0, 8.0, 16.0), (0, 1, 2)
+RATES, SEEDS = (0.5, 1.0, 2.0), (0, 1, 2)
 BELOW, WITHIN = 1.0, 1.05
 TREE = "tree"
 # What would score every dead feature for every token is nothing for so many: they start again instead.

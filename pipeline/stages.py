@@ -13,7 +13,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "train",
-        4,
+        5,
         ("harvest",),
         train.params,
         train.run,

@@ -43,7 +43,7 @@ class Train(Section):
     tokens: Count = Field(description="Rows that pass through the trainer, over all epochs.")
     batch: Count = Field(default=4096, description="Rows in one step, over all ranks.")
     learning_rate: float | None = Field(
-        default=None, gt=0, description="Peak rate; 2e-4 * sqrt(2^14 / features) if left out."
+        default=None, gt=0, description="Peak rate; 1.6e-3 * sqrt(2^14 / features) if left out."
     )
     warmup: Fraction = Field(default=0.02, description="Share of the steps over which the rate rises from zero.")
     decay: Fraction = Field(default=0.2, description="Share of the steps over which the rate falls to zero at the end.")

@@ -103,6 +103,15 @@ def load(monkeypatch: pytest.MonkeyPatch):
             {"layers.2.mlp/tree/fvu", "layers.2.mlp/no-residual/ratio", "layers.2.mlp/product-keys/dead"},
         ),
         (
+            "recovery.py",
+            ["--only", "kilobasis", "--only", "kilobasis-nested", "--only", "kilobasis-tree", "--rates", "1"],
+            {
+                "recovery/128/kilobasis/f1",
+                "recovery/128/kilobasis-nested/mcc",
+                "recovery/128/kilobasis-tree/uniqueness",
+            },
+        ),
+        (
             "recipe.py",
             ["--on", "quickstart", "--factor", "second_moment", "--seeds", "0"],
             {"recipe/quickstart/default/fvu", "recipe/quickstart/second_moment row/ratio"},
@@ -123,21 +132,34 @@ def test_benchmark_quick_run_writes_its_numbers(
     assert not any(entry["name"].endswith("/failed") for entry in found)
     for entry in found:
         assert set(entry) == {"name", "value", "unit", "config"}
-        # No feature need be dead.
-        assert entry["value"] > 0 or entry["name"].endswith("/dead")
+        # No feature need be dead, and none be found in a run so short.
+        assert entry["value"] > 0 or entry["name"].endswith(("/dead", "/found_90"))
 
 
 @pytest.mark.parametrize("contender", ["saelens-normalized", "sparsify", "dictionary_learning-normalized"])
 def test_quality_peers_are_trained_and_judged(contender: str, tmp_path: Path) -> None:
-    if not (ROOT / ".venv-peers" / "ready").exists():
-        if os.environ.get("KILOBASIS_REQUIRE_PEERS") == "1":
-            pytest.fail("KILOBASIS_REQUIRE_PEERS is set and .venv-peers is not there")
-        pytest.skip("make .venv-peers/ready")
+    require_peers()
     found = run_quick("quality.py", ["--only", contender, "--rates", "1", "--seeds", "0"], tmp_path / "out.json")
     named = {entry["name"]: entry["value"] for entry in found}
     assert 0 < named[f"quality/{contender}/fvu"] < 2
     assert named[f"quality/{contender}/ratio"] == 1.0
     assert named["quality/kilobasis/ratio"] > 0
+
+
+def test_recovery_peers_are_trained_and_judged(tmp_path: Path) -> None:
+    require_peers()
+    found = run_quick("recovery.py", ["--only", "saelens-matryoshka", "--rates", "4"], tmp_path / "out.json")
+    named = {entry["name"]: entry["value"] for entry in found}
+    assert 0 < named["recovery/128/saelens-matryoshka/f1"] < 1
+    # Chance finds what is about as near in 32 dimensions as this.
+    assert 0.4 < named["recovery/128/saelens-matryoshka/mcc"] < 1
+
+
+def require_peers() -> None:
+    if not (ROOT / ".venv-peers" / "ready").exists():
+        if os.environ.get("KILOBASIS_REQUIRE_PEERS") == "1":
+            pytest.fail("KILOBASIS_REQUIRE_PEERS is set and .venv-peers is not there")
+        pytest.skip("make .venv-peers/ready")
 
 
 @pytest.mark.parametrize("alive", ["all", "one"])

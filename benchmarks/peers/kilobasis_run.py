@@ -2,7 +2,8 @@
 
 The manifest's defaults, but for what the task's `settings` say.
 
-Variants: a dense dictionary, or `tree-63-16-32`: 63 children a parent, 16 parents fire, those of 32 are searched.
+Variants: a dense dictionary, `batch` for one with BatchTopK, or `tree-63-16-32`: 63 children a parent, 16 parents fire,
+those of 32 are searched.
 Behind that `-input`: children encode all of a token; `-random`: a token is routed by random directions, which nobody
 trains; `-balanced`: parents and children exchange places as often as dead features start again.
 """
@@ -15,6 +16,7 @@ from training import Course
 
 from cluster.pool import free_port
 from pipeline.dictionary import topk
+from pipeline.dictionary.activation import BatchTopK
 from pipeline.dictionary.loop import scale_of
 from pipeline.dictionary.model import TopKDictionary, TreeShape
 from pipeline.dictionary.optimizer import peak_rate
@@ -50,7 +52,8 @@ if kind == "tree":
     made = RandomRoutes if "random" in ways else TreeDictionary
     dictionary: TopKDictionary = made(task.width, task.features, task.k, shape)
 else:
-    dictionary = TopKDictionary(task.width, task.features, task.k)
+    activation = BatchTopK(task.k) if kind == "batch" else task.k
+    dictionary = TopKDictionary(task.width, task.features, activation)
 dictionary.initialize(sample_ND * scale, task.seed)
 with torch.no_grad():
     dictionary.W_enc.mul_(task.start)
@@ -73,4 +76,4 @@ with joined(0, 1, 1, f"tcp://127.0.0.1:{free_port()}") as ranks:
         for step, x_BD in enumerate(course.batches()):
             trainer.step(step, x_BD * scale)
 dictionary.rescale(scale)
-course.finish(judge, dictionary.W_dec.detach())
+course.finish(judge, dictionary.W_dec.detach(), dictionary.encode)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from training import Course
 
-RATE = 2e-4 * math.sqrt(2**14)
+RATE = 1.6e-3 * math.sqrt(2**14)
 
 course = Course()
 task = course.task

@@ -29,6 +29,8 @@ LONGEST_RISE = 10
 
 # From rows (B, D) to their reconstructions (B, D) and which features fired on any of them (F).
 Judge = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+# From rows (B, D) to the values that fire and their features, (B, K) each; what is 0 does not fire. K may differ.
+Encode = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +39,9 @@ class Task:
 
     `rate` multiplies the learning rate that the library would choose. `data` and `heldout` are .npy files of rows of
     bfloat16, as int16 of the same bits: `data` has steps x batch of them. `directions` is a .npy file of the true
-    features, where there are any. `settings` are fields of the manifest's `train`, and `start` multiplies the encoder
-    that training starts from; both are for Kilobasis alone.
+    features, where there are any. Where `code` is given, the decoder and what the dictionary makes of the held-out rows
+    go there, as .npz of W_dec (F, D), z (N, K) and indices (N, K). `settings` are fields of the manifest's `train`, and
+    `start` multiplies the encoder that training starts from; both are for Kilobasis alone.
     """
 
     width: int
@@ -54,6 +57,7 @@ class Task:
     heldout: str
     result: str
     directions: str | None = None
+    code: str | None = None
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     start: float = 1.0
 
@@ -98,12 +102,13 @@ class Course:
         """Steps of a rise of the rate for which the library would take `own`."""
         return min(own, self.task.steps // LONGEST_RISE)
 
-    def finish(self, judge: Judge, W_dec_FD: torch.Tensor) -> None:
+    def finish(self, judge: Judge, W_dec_FD: torch.Tensor, encode: Encode | None = None) -> None:
         """Judge what was trained, and write it down.
 
         Args:
             judge: See `Judge`; of raw rows.
             W_dec_FD: The decoder's rows, of any length.
+            encode: See `Encode`; of raw rows. Asked where the task wants the code.
         """
         seconds = time.perf_counter() - self._began
         with torch.no_grad():
@@ -111,9 +116,21 @@ class Course:
             found, true = None, None
             if self.task.directions is not None:
                 found, true = recovery(torch.from_numpy(np.load(self.task.directions)), W_dec_FD[fired_F])
+            if self.task.code is not None:
+                assert encode is not None, "nobody says what fires"
+                self._keep_code(Path(self.task.code), encode, W_dec_FD)
         dead = 1.0 - float(fired_F.double().mean())
         judgement = Judgement(fvu, dead, seconds, found, true)
         Path(self.task.result).write_text(json.dumps(dataclasses.asdict(judgement)))
+
+    def _keep_code(self, path: Path, encode: Encode, W_dec_FD: torch.Tensor) -> None:
+        made = [encode(x_BD) for x_BD in pieces(np.load(self.task.heldout, mmap_mode="r"))]
+        most = max(z_BK.shape[1] for z_BK, _ in made)
+        z_NK, indices_NK = (
+            torch.cat([torch.nn.functional.pad(each_BK, (0, most - each_BK.shape[1])) for each_BK in parts])
+            for parts in zip(*made, strict=True)
+        )
+        np.savez(path, W_dec=W_dec_FD.float().numpy(), z=z_NK.float().numpy(), indices=indices_NK.int().numpy())
 
     def _fvu(self, judge: Judge) -> tuple[float, torch.Tensor]:
         heldout_ND = np.load(self.task.heldout, mmap_mode="r")
@@ -128,6 +145,12 @@ class Course:
         for x_BD in pieces(self._data_ND[-CENSUS_ROWS:]):
             fired_F |= judge(x_BD)[1]
         return error / (square - float(sum_D.square().sum()) / len(heldout_ND)), fired_F
+
+
+def largest(code_BF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What fires of a dense code, see `Encode`."""
+    z_BK, indices_BK = code_BF.topk(max(1, int((code_BF > 0).sum(1).max())), dim=1)
+    return z_BK.clamp_min(0), indices_BK
 
 
 def decoded(rows_ND: np.ndarray[Any, np.dtype[np.int16]]) -> torch.Tensor:

@@ -239,9 +239,14 @@ def _moments(W_FD: torch.Tensor, row_wise: bool) -> torch.Tensor:
     return zeros(*W_FD.shape[: 1 if row_wise else 2]).to(W_FD.device)
 
 
+# The best of a search by factors of two, at every F (8 to 128 D), D (64, 128, 512) and length (1 to 12 million tokens)
+# that was tried, of activations of a model and of synthetic ones; see `benchmarks/recipe.md`.
+PEAK = 1.6e-3
+
+
 def peak_rate(settings: Train, features: int) -> float:
-    """The largest rate: as given, or 2e-4 at 2^14 features and falling with the square root of F."""
-    return settings.learning_rate or 2e-4 * math.sqrt(2**14 / features)
+    """The largest rate: as given, or PEAK at 2^14 features and falling with the square root of F."""
+    return settings.learning_rate or PEAK * math.sqrt(2**14 / features)
 
 
 def rate(step: int, steps: int, peak: float, warmup: float, decay: float) -> float:

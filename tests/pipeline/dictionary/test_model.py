@@ -85,8 +85,8 @@ def test_rate_rises_holds_and_falls() -> None:
 
 def test_peak_rate_falls_with_the_square_root_of_features() -> None:
     settings = Train(tokens=1000, batch=10)
-    assert peak_rate(settings, 2**14) == pytest.approx(2e-4)
-    assert peak_rate(settings, 2**16) == pytest.approx(1e-4)
+    assert peak_rate(settings, 2**14) == pytest.approx(1.6e-3)
+    assert peak_rate(settings, 2**16) == pytest.approx(0.8e-3)
     assert peak_rate(settings.model_copy(update={"learning_rate": 0.5}), 2**16) == 0.5
 
 
