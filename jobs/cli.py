@@ -5,6 +5,7 @@ A user's mistake is one line on stderr and an exit code (see `schemas.errors`), 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -117,6 +118,26 @@ def status(manifest: ManifestPath, set_: Overrides = None, json_: AsJson = False
         named = [f"{name} {stage.scalars[name]:.4g}" for name in ("fvu", "l0", "dead") if name in stage.scalars]
         table.add_row(stage.stage, stage.state, done, ", ".join([*([stage.detail] if stage.detail else []), *named]))
     _console().print(table)
+
+
+@app.command()
+def top(
+    target: Target,
+    set_: Overrides = None,
+    interval: Annotated[float, typer.Option("--interval", metavar="S", min=0.1, help="Seconds between looks.")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Print what there is to see, and end.")] = False,
+) -> None:
+    """Watch a run: stages, paces, curves and what went wrong; on this machine, or in any root that can be read."""
+    import time
+
+    from jobs.screen import View, picture, watch
+
+    root = _root(target, set_)
+    if once:
+        _console().print(picture(View(root), time.time()))
+        return
+    with contextlib.suppress(KeyboardInterrupt):
+        watch(root, _console(), interval)
 
 
 @app.command()

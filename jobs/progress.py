@@ -169,7 +169,7 @@ class Lines:
         elif isinstance(event, events.Progress) and (event.done >= event.total or self._due(event.stage)):
             self._print(event.stage, _dense(event))
         elif isinstance(event, _TROUBLE):
-            self._print(event.stage, _trouble(event))
+            self._print(event.stage, trouble(event))
         elif isinstance(event, events.StageCommitted):
             self._print(event.stage, _closing(event))
 
@@ -226,7 +226,7 @@ class Bars:
                 task = self._tasks[event.stage]
                 bar.update(task, completed=bar.tasks[task].total, detail=_closing(event))
         elif isinstance(event, _TROUBLE):
-            self._print(f"{event.stage}: {_trouble(event)}")
+            self._print(f"{event.stage}: {trouble(event)}")
 
     def _print(self, text: str) -> None:
         self._progress.console.print(printable(text), markup=False, highlight=False)
@@ -252,7 +252,8 @@ def _dense(event: events.Progress, brief: bool = False) -> str:
 _TROUBLE = (events.WorkerLost, events.UnitFailed, events.UnitQuarantined, events.Note)
 
 
-def _trouble(event: events.WorkerLost | events.UnitFailed | events.UnitQuarantined | events.Note) -> str:
+def trouble(event: events.WorkerLost | events.UnitFailed | events.UnitQuarantined | events.Note) -> str:
+    """What went wrong, in a line."""
     if isinstance(event, events.WorkerLost):
         had = f" with {event.doing}" if event.doing else ""
         return f"lost a worker{had} ({event.reason}), replacing it, number {event.attempt}"

@@ -75,10 +75,10 @@ def read(workspace: Workspace) -> Status:
         if path is not None and stages[-1].state == "committed":
             digests[name] = _record(path).digest
     since = None if last is None else max(0.0, time.time() - last)
-    return Status(newest.name, _alive(newest), since, tuple(stages))
+    return Status(newest.name, alive(newest), since, tuple(stages))
 
 
-def _alive(run: StoragePath) -> bool | None:
+def alive(run: StoragePath) -> bool | None:
     """Whether the run's driver lives; None if that cannot be told from here."""
     try:
         state = lease.state(Owner.model_validate(read_json(run / PROCESS)))

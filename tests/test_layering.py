@@ -38,7 +38,7 @@ OWNERS = {
     "s3fs": set(),
     "yaml": {"jobs/manifest.py"},
     "typer": {"jobs/cli.py"},
-    "rich": {"jobs/cli.py", "jobs/progress.py"},
+    "rich": {"jobs/cli.py", "jobs/progress.py", "jobs/screen.py"},
     "tensorboardX": {"jobs/progress.py"},
     "scipy": {"pipeline/recovery/assignment.py"},
     "jinja2": {"pipeline/report/page.py"},

@@ -1,0 +1,317 @@
+"""A root as its operator looks at it: stages, how fast they go, what training measures, and what went wrong.
+
+Everything comes from the root, so it is the same for a run on this machine, on a cluster, or on one that is gone. A
+run's events lie in segments that never change, so each look reads only what is new.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from pydantic import ValidationError
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from cluster.storage.objects import names, read_text_object
+from cluster.storage.path import StoragePath
+from jobs.plan import instances, size
+from jobs.progress import trouble
+from jobs.status import alive
+from jobs.workspace import label, manifest_of, owner_of
+from schemas.errors import IntegrityError, ManifestError, printable
+from schemas.events import (
+    CheckpointCommitted,
+    Event,
+    Note,
+    Progress,
+    StageCommitted,
+    StageStarted,
+    UnitCommitted,
+    UnitFailed,
+    UnitQuarantined,
+    WorkerLost,
+    parse_lines,
+)
+from schemas.layouts import RUNS
+from schemas.manifest import Manifest
+
+# A pace is that of so many seconds; so many numbers of a curve, and lines of what happened, are shown.
+RECENT_SECONDS, CURVE, LINES = 60.0, 40, 8
+# Segments that are read at one time: a day's are thousands, and in a bucket each takes its time.
+AT_ONCE = 16
+BARS = "▁▂▃▄▅▆▇█"
+SCALARS = {
+    "fvu": ("FVU", "{:.4f}"),
+    "l0": ("L0", "{:.1f}"),
+    "dead": ("dead", "{:.1%}"),
+    "learning_rate": ("rate", "{:.2g}"),
+    "mfu": ("MFU", "{:.1%}"),
+    "data_wait": ("data wait", "{:.1%}"),
+    "step_seconds": ("step", "{:.3f} s"),
+}
+
+
+@dataclass
+class StageView:
+    """What one stage has told."""
+
+    state: str = "waiting"
+    done: int = 0
+    total: int = 0
+    seconds: float = 0.0
+    peak_memory: int = 0
+    lost: int = 0
+    failed: int = 0
+    scalars: dict[str, float] = field(default_factory=dict)
+    curve: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
+    # When a unit was committed, its rows, and how long a worker had it.
+    units: deque[tuple[float, int, float]] = field(default_factory=lambda: deque(maxlen=4096))
+    # When training told where it was, and how many tokens it had seen.
+    told: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=4096))
+
+    def pace(self, now: float) -> tuple[float, str] | None:
+        """Rows or tokens a second of late, and which; None where nothing is known."""
+        if self.told and "tokens_per_second" in self.scalars:
+            return self.scalars["tokens_per_second"], "tokens/s"
+        late = [unit for unit in self.units if now - unit[0] <= RECENT_SECONDS] or list(self.units)[-2:]
+        if not late:
+            return None
+        span = max(now if now - late[-1][0] <= RECENT_SECONDS else late[-1][0], late[-1][0]) - (late[0][0] - late[0][2])
+        return sum(rows for _, rows, _ in late) / max(span, 1e-9), "rows/s"
+
+    def busy(self, now: float) -> float | None:
+        """Workers that had a unit of late, on average."""
+        late = [unit for unit in self.units if now - unit[0] <= RECENT_SECONDS]
+        if not late:
+            return None
+        span = now - min(when - seconds for when, _, seconds in late)
+        return sum(seconds for _, _, seconds in late) / max(span, 1e-9)
+
+    def left(self, now: float) -> float | None:
+        """Seconds until the end, at the pace of late."""
+        if self.state != "running" or self.total <= self.done:
+            return None
+        if self.told and (pace := self.pace(now)):
+            return (self.total - self.done) / pace[0] if pace[0] else None
+        late = [unit for unit in self.units if now - unit[0] <= RECENT_SECONDS]
+        if len(late) < 2:
+            return None
+        return (self.total - self.done) * (late[-1][0] - late[0][0]) / (len(late) - 1)
+
+
+class View:
+    """What the newest run of a root has told so far.
+
+    Args:
+        root: Whose.
+
+    Raises:
+        ManifestError: it is no root, or nothing was ever run there.
+    """
+
+    def __init__(self, root: StoragePath) -> None:
+        self._root = root
+        try:
+            self.name = owner_of(root, listed=False).name
+        except FileNotFoundError:
+            raise ManifestError(
+                f"{root} is no Kilobasis root", "give the root, or the manifest that names it"
+            ) from None
+        self.run = ""
+        self.stages: dict[str, StageView] = {}
+        self.happened: deque[tuple[float, str, str]] = deque(maxlen=LINES)
+        self.last: float | None = None
+        self._seen: set[str] = set()
+        if not self.look():
+            raise ManifestError(f"root {root} has no run", "start one with `kilobasis run`")
+
+    def look(self) -> bool:
+        """Read what is new; whether there is a run."""
+        runs = names(self._root / RUNS)
+        if not runs:
+            return False
+        if runs[-1] != self.run:
+            self.run, self._seen, self.last = runs[-1], set(), None
+            self.happened.clear()
+            self.stages = {name: StageView() for name in self._expected()}
+        folder = self._root / RUNS / self.run / "events"
+        fresh = [segment for segment in names(folder) if segment not in self._seen]
+        self._seen.update(fresh)
+        with ThreadPoolExecutor(AT_ONCE) as readers:
+            for told in readers.map(_told, [folder / segment for segment in fresh]):
+                for when, event in told:
+                    self._take(when, event)
+        return True
+
+    def alive(self) -> bool | None:
+        """Whether the run's driver lives; None if that cannot be told from here."""
+        return alive(self._root / RUNS / self.run)
+
+    def _expected(self) -> list[str]:
+        """The stages of the run's manifest; those that tell something come anyway."""
+        try:
+            manifest = Manifest.model_validate(manifest_of(self._root / RUNS / self.run))
+        except ValidationError:
+            return []
+        return [label(stage, dictionary) for stage, dictionary in instances(manifest)]
+
+    def _take(self, when: float, event: Event) -> None:
+        self.last = when if self.last is None else max(self.last, when)
+        stage = self.stages.setdefault(event.stage, StageView())
+        if isinstance(event, StageStarted):
+            stage.state, stage.done, stage.total = "running", event.done, event.total
+        elif isinstance(event, UnitCommitted):
+            stage.done += 1
+            stage.peak_memory = max(stage.peak_memory, event.peak_memory)
+            stage.units.append((when, event.rows, event.seconds))
+        elif isinstance(event, Progress):
+            stage.done, stage.total, stage.scalars = event.done, event.total, event.scalars
+            stage.told.append((when, event.done))
+            stage.peak_memory = max(stage.peak_memory, int(event.scalars.get("memory_bytes", 0)))
+            if "fvu" in event.scalars:
+                stage.curve.append(event.scalars["fvu"])
+        elif isinstance(event, StageCommitted):
+            stage.state, stage.seconds = "committed", event.seconds
+            stage.done = stage.total = max(stage.done, stage.total)
+            if not event.skipped:
+                self.happened.append((when, event.stage, f"committed in {event.seconds:.0f} s"))
+        elif isinstance(event, CheckpointCommitted):
+            self.happened.append((when, event.stage, f"checkpoint at step {event.step:,}"))
+        else:
+            self._note(when, stage, event)
+
+    def _note(self, when: float, stage: StageView, event: WorkerLost | UnitFailed | UnitQuarantined | Note) -> None:
+        stage.lost += isinstance(event, WorkerLost)
+        stage.failed += isinstance(event, UnitFailed)
+        self.happened.append((when, event.stage, trouble(event)))
+
+
+def _told(segment: StoragePath) -> list[tuple[float, Event]]:
+    """What a segment has; one that cannot be read says nothing."""
+    try:
+        return parse_lines(read_text_object(segment))
+    except (FileNotFoundError, IntegrityError):
+        return []
+
+
+def picture(view: View, now: float) -> RenderableType:
+    """What there is to see.
+
+    Args:
+        view: Of a root.
+        now: Seconds since 1970.
+    """
+    alive_ = view.alive()
+    state = {True: "running", False: "not running", None: "on another machine"}[alive_]
+    since = "" if view.last is None else f", last heard of {_span(max(0.0, now - view.last))} ago"
+    head = Text.assemble((printable(view.name), "bold"), f"  {printable(view.run)}  ", (state, _COLOURS[alive_]), since)
+    parts: list[RenderableType] = [head, _stages(view, alive_, now)]
+    training = {name: stage for name, stage in view.stages.items() if stage.curve}
+    if training:
+        parts.append(_training(training))
+    if view.happened:
+        parts.append(_happened(view))
+    return Group(*parts)
+
+
+_COLOURS = {True: "green", False: "red", None: "yellow"}
+
+
+def _stages(view: View, alive_: bool | None, now: float) -> Table:
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("stage", "state", "", "done", "pace", "left", "busy", "memory", "lost", "failed"):
+        shown.add_column(heading, justify="left" if heading in ("stage", "state", "") else "right", no_wrap=True)
+    for name, stage in view.stages.items():
+        state = "stopped" if stage.state == "running" and alive_ is False else stage.state
+        running = state == "running"
+        pace = stage.pace(now) if running else None
+        left, busy = (stage.left(now), stage.busy(now)) if running else (None, None)
+        shown.add_row(
+            printable(name),
+            state if state != "committed" or not stage.seconds else f"committed in {_span(stage.seconds)}",
+            ProgressBar(total=max(1, stage.total), completed=stage.done, width=20) if stage.total else "",
+            f"{stage.done:,} / {stage.total:,}" if stage.total else "",
+            "" if pace is None else f"{pace[0]:,.0f} {pace[1]}",
+            "" if left is None else _span(left),
+            "" if busy is None else f"{busy:.1f}",
+            size(stage.peak_memory) if stage.peak_memory else "",
+            str(stage.lost or ""),
+            str(stage.failed or ""),
+        )
+    return shown
+
+
+def _training(training: dict[str, StageView]) -> Table:
+    present = [name for name in SCALARS if any(name in stage.scalars for stage in training.values())]
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("training", no_wrap=True)
+    for name in present:
+        shown.add_column(SCALARS[name][0], justify="right", no_wrap=True)
+    shown.add_column("FVU so far", no_wrap=True)
+    for name, stage in training.items():
+        numbers = [SCALARS[key][1].format(stage.scalars[key]) if key in stage.scalars else "" for key in present]
+        shown.add_row(printable(name), *numbers, curve(list(stage.curve)))
+    return shown
+
+
+def _happened(view: View) -> Table:
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("when", no_wrap=True)
+    shown.add_column("stage", no_wrap=True)
+    shown.add_column("what")
+    for when, stage, what in view.happened:
+        clock = time.strftime("%H:%M:%S", time.localtime(when))
+        shown.add_row(clock, Text(printable(stage)), Text(printable(what)))
+    return shown
+
+
+def curve(values: list[float]) -> str:
+    """Numbers as bars, between the least and the largest one; of many the means of equally long spans.
+
+    >>> curve([0.5, 0.4, 0.2, 0.1])
+    '█▆▃▁'
+    """
+    spans = [values[len(values) * at // CURVE : len(values) * (at + 1) // CURVE] for at in range(CURVE)]
+    means = [sum(span) / len(span) for span in spans if span]
+    low, high = min(means), max(means)
+    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BARS[round((mean - low) * scale)] for mean in means)
+
+
+def _span(seconds: float) -> str:
+    """A time as people say it.
+
+    >>> _span(42.4), _span(125), _span(7384)
+    ('42 s', '2 min 5 s', '2 h 3 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def watch(root: StoragePath, console: Console, interval: float, ended: Callable[[], bool] = lambda: False) -> None:
+    """Show a root until it is enough.
+
+    Args:
+        root: Whose.
+        console: Where.
+        interval: Seconds between two looks.
+        ended: Asked behind each look.
+    """
+    view = View(root)
+    with Live(picture(view, time.time()), console=console, auto_refresh=False, screen=console.is_terminal) as live:
+        while not ended():
+            time.sleep(interval)
+            view.look()
+            live.update(picture(view, time.time()), refresh=True)
