@@ -115,7 +115,7 @@ class TensorBoard:
 
 
 class Prometheus:
-    """The latest scalars of every stage as gauges `kilobasis_...`, where the run has a Ray to serve them.
+    """The latest numbers of every stage as gauges `kilobasis_...`, where the run has a Ray to serve them.
 
     Args:
         run: The run's name.
@@ -123,16 +123,35 @@ class Prometheus:
 
     def __init__(self, run: str) -> None:
         self._run, self._gauges = run, Gauges()
+        self._counts: dict[tuple[str, str], int] = {}
 
     def __call__(self, event: Event) -> None:
         """Show an event."""
+        stage, shown = event.stage, dict[str, float]()
         if isinstance(event, events.Progress):
-            counts = {"step": event.step, "done": event.done, "total": event.total}
-            for name, value in (event.scalars | counts).items():
-                self._gauges.set(f"kilobasis_{name}", value, run=self._run, stage=event.stage)
+            shown = {**event.scalars, "step": event.step, "done": event.done, "total": event.total}
+        elif isinstance(event, events.StageStarted):
+            self._counts[stage, "units_done"] = event.done
+            # Zeros as well: an alarm on what was never told would not go off.
+            shown = {"units_done": event.done, "units_total": event.total, "workers_lost": 0, "units_failed": 0}
+            shown |= {name: self._counts[stage, name] for name in shown if (stage, name) in self._counts}
         elif isinstance(event, events.UnitCommitted):
-            rows = event.rows / max(event.seconds, 1e-9)
-            self._gauges.set("kilobasis_rows_per_second", rows, run=self._run, stage=event.stage)
+            shown = {"rows_per_second": event.rows / max(event.seconds, 1e-9), "unit_seconds": event.seconds}
+            shown |= {"units_done": self._more(stage, "units_done"), "peak_memory_bytes": event.peak_memory}
+        elif isinstance(event, events.CheckpointCommitted):
+            shown = {"checkpoint_step": event.step, "checkpoint_seconds": event.seconds}
+        elif isinstance(event, events.WorkerLost):
+            shown = {"workers_lost": self._more(stage, "workers_lost")}
+        elif isinstance(event, events.UnitFailed):
+            shown = {"units_failed": self._more(stage, "units_failed")}
+        elif isinstance(event, events.StageCommitted) and not event.skipped:
+            shown = {"stage_seconds": event.seconds}
+        for name, value in shown.items():
+            self._gauges.set(f"kilobasis_{name}", value, run=self._run, stage=stage)
+
+    def _more(self, stage: str, name: str) -> int:
+        count = self._counts[stage, name] = self._counts.get((stage, name), 0) + 1
+        return count
 
 
 class Lines:
