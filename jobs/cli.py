@@ -8,28 +8,24 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 import sys
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from typer._click.exceptions import UsageError
 
 from cluster.storage.attempts import shortage
 from cluster.storage.redaction import redact
 from jobs import manifest as manifests
+from jobs import remote, terminal
+from jobs.terminal import AsJson, ManifestPath, Overrides, Target
 from schemas.compute import Compute
 from schemas.errors import IntegrityError, KilobasisError, ManifestError, printable
 from schemas.layouts import METRICS, REPORT
 from schemas.manifest import Manifest
 
 if TYPE_CHECKING:
-    from cluster.storage.path import StoragePath
     from jobs.plan import Plan
     from pipeline.stage import Committed
 
@@ -40,12 +36,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-ManifestPath = Annotated[Path, typer.Argument(metavar="MANIFEST", help="The YAML file.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a field; may be given several times.")
-]
-Target = Annotated[str, typer.Argument(metavar="MANIFEST|ROOT", help="The YAML file, or a root's folder or URL.")]
 
 
 class Busy(StrEnum):
@@ -58,13 +48,12 @@ class Busy(StrEnum):
 OnBusy = Annotated[
     Busy, typer.Option("--on-busy", help="Where another run of this root is alive: fail (exit code 75), or wait.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.command()
 def plan(manifest: ManifestPath, set_: Overrides = None, json_: AsJson = False) -> None:
     """Print what a run would do and what it takes. Writes nothing."""
-    _quiet()
+    terminal.quiet()
     from jobs import plan as planning
     from jobs.mesh import resolved
     from jobs.sources import survey
@@ -110,14 +99,14 @@ def status(manifest: ManifestPath, set_: Overrides = None, json_: AsJson = False
         return
     alive = {True: "running", False: "not running", None: "on another machine"}[found.alive]
     since = "" if found.seconds_since_event is None else f", last event {found.seconds_since_event:.0f} s ago"
-    table = _table(f"run {found.run}: {alive}{since}")
+    table = terminal.table(f"run {found.run}: {alive}{since}")
     for column in ("stage", "state", "done", "detail"):
         table.add_column(column)
     for stage in found.stages:
         done = f"{stage.done:,} / {stage.total:,}" if stage.total else ""
         named = [f"{name} {stage.scalars[name]:.4g}" for name in ("fvu", "l0", "dead") if name in stage.scalars]
         table.add_row(stage.stage, stage.state, done, ", ".join([*([stage.detail] if stage.detail else []), *named]))
-    _console().print(table)
+    terminal.console().print(table)
 
 
 @app.command()
@@ -132,12 +121,12 @@ def top(
 
     from jobs.screen import View, picture, watch
 
-    root = _root(target, set_)
+    root = terminal.root_of(target, set_)
     if once:
-        _console().print(picture(View(root), time.time()))
+        terminal.console().print(picture(View(root), time.time()))
         return
     with contextlib.suppress(KeyboardInterrupt):
-        watch(root, _console(), interval)
+        watch(root, terminal.console(), interval)
 
 
 @app.command()
@@ -150,9 +139,9 @@ def verify(
     from jobs import repair as repairs
     from jobs.plan import size
 
-    root = _root(target, set_)
+    root = terminal.root_of(target, set_)
     wrong = repairs.require_root(root)
-    table = _table(str(root))
+    table = terminal.table(str(root))
     for column in ("stage", "state", "units", "objects", "bytes", "problems"):
         table.add_column(column, justify="left" if column in ("stage", "state") else "right")
     lines = [f"{root}/ROOT.json: {wrong}"] if wrong else []
@@ -160,19 +149,19 @@ def verify(
         state = "committed" if found.committed else "not committed"
         figures = (f"{len(found.units):,}", f"{len(found.entries):,}", size(found.bytes), f"{len(found.findings)}")
         if found.label:
-            table.add_row(_text(f"{found.label} {found.path.name}"), state, *figures)
+            table.add_row(terminal.text(f"{found.label} {found.path.name}"), state, *figures)
         lines += [str(finding) for finding in found.findings]
-    console = _console()
+    console = terminal.console()
     console.print(table)
     for line in lines:
-        _say(console, f"damaged: {line}")
+        terminal.say(console, f"damaged: {line}")
     if lines:
         raise IntegrityError(
-            f"{_count(len(lines), 'problem')} below {root}",
+            f"{terminal.count(len(lines), 'problem')} below {root}",
             "`kilobasis repair` deletes what is damaged, `resume` makes it again",
         )
     how = "every object was read and is what was committed" if full else "everything is there, at its size"
-    _say(console, f"{how}{'' if full else '; --full reads it too'}")
+    terminal.say(console, f"{how}{'' if full else '; --full reads it too'}")
 
 
 @app.command()
@@ -180,20 +169,20 @@ def repair(target: Target, set_: Overrides = None) -> None:
     """Delete what is damaged, so that `resume` makes it, and only it, again."""
     from jobs import repair as repairs
 
-    console = _console()
+    console = terminal.console()
     units = deleted = 0
     seconds = Compute().lease_seconds
-    for done in repairs.repair(_root(target, set_), seconds, functools.partial(_say, console)):
+    for done in repairs.repair(terminal.root_of(target, set_), seconds, functools.partial(terminal.say, console)):
         for key in done.deleted:
-            _say(console, f"deleted: {done.path}/{key}")
+            terminal.say(console, f"deleted: {done.path}/{key}")
         if done.units:
-            _say(console, f"{done.label}: to be made again: {', '.join(done.units)}")
+            terminal.say(console, f"{done.label}: to be made again: {', '.join(done.units)}")
         deleted, units = deleted + len(done.deleted), units + len(done.units)
     if not deleted:
-        _say(console, "nothing was damaged")
+        terminal.say(console, "nothing was damaged")
         return
-    made = f"{_count(deleted, 'object')} deleted, {_count(units, 'unit')} to be made again"
-    _say(console, f"{made}: continue with `kilobasis resume`")
+    made = f"{terminal.count(deleted, 'object')} deleted, {terminal.count(units, 'unit')} to be made again"
+    terminal.say(console, f"{made}: continue with `kilobasis resume`")
 
 
 @app.command()
@@ -212,24 +201,25 @@ def gc(
     from jobs import repair as repairs
     from jobs.plan import size
 
-    root = _root(target, set_)
+    root = terminal.root_of(target, set_)
     if wrong := repairs.require_root(root):
         raise IntegrityError(f"{root}/ROOT.json: {wrong}", "run `kilobasis repair` first")
-    console = _console()
+    console = terminal.console()
     count = total = 0
     seconds = Compute().lease_seconds if delete else None
-    for each in repairs.garbage(root, days * 86400, functools.partial(_say, console), seconds):
+    for each in repairs.garbage(root, days * 86400, functools.partial(terminal.say, console), seconds):
         why = "superseded checkpoint" if each.superseded else "unreferenced"
-        _say(console, f"{'deleted' if delete else why}: {each.path} ({size(each.size)})")
+        terminal.say(console, f"{'deleted' if delete else why}: {each.path} ({size(each.size)})")
         count, total = count + 1, total + each.size
     verb = "deleted" if delete else "can go; --delete deletes them"
-    _say(console, f"{_count(count, 'object')}, {size(total)}, {verb}" if count else "nothing to collect")
+    found = f"{terminal.count(count, 'object')}, {size(total)}, {verb}"
+    terminal.say(console, found if count else "nothing to collect")
 
 
 @app.command()
 def report(manifest: ManifestPath, set_: Overrides = None, json_: AsJson = False) -> None:
     """Print where the reports are, and the final numbers."""
-    _quiet()
+    terminal.quiet()
     from jobs import plan as planning
     from jobs.sources import survey
     from jobs.workspace import Workspace, label
@@ -254,54 +244,11 @@ def schema() -> None:
     print(json.dumps(Manifest.model_json_schema(), indent=1))
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
-def _root(target: str, overrides: list[str] | None) -> StoragePath:
-    """The root that a manifest names, or the root itself."""
-    from cluster.storage.path import StoragePath
-
-    if target.endswith((".yaml", ".yml")):
-        return StoragePath.parse(manifests.load(Path(target), overrides or []).root)
-    if overrides:
-        raise ManifestError(f"--set was given, but {target} is no manifest", "name the manifest instead of its root")
-    return StoragePath.parse(target)
-
-
 def _run(parsed: Manifest, resume: bool, on_busy: Busy) -> None:
-    _quiet()
+    terminal.quiet()
     from jobs.runner import run as run_manifest
 
     _print_results(parsed, run_manifest(parsed, resume, wait=on_busy is Busy.WAIT), as_json=False)
-
-
-def _quiet() -> None:
-    """Keep libraries from talking over our own lines."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # Must be set before the first BLAS call of a process that wants the same bits every time.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-
-def _console() -> Console:
-    """Wide where nobody looks on, so that a pipe or a log gets whole words."""
-    console = Console(soft_wrap=True)
-    return console if console.is_terminal else Console(soft_wrap=True, width=max(200, console.width))
-
-
-def _table(title: str) -> Table:
-    return Table(title=_text(title), title_justify="left")
-
-
-def _text(text: str) -> Text:
-    """What is printed as it is, whoever wrote it: nothing in it is markup, or drives the terminal."""
-    return Text(printable(text))
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(_text(text), highlight=False)
 
 
 def _plan_json(made: Plan) -> list[dict[str, Any]]:
@@ -328,7 +275,7 @@ def _print_plan(made: Plan, parsed: Manifest) -> None:
     from jobs.plan import size
 
     about = "" if made.sources.corpus.exact else "~"
-    table = _table(f"{parsed.name} -> {parsed.root}")
+    table = terminal.table(f"{parsed.name} -> {parsed.root}")
     table.add_column("stage", no_wrap=True)
     table.add_column("", no_wrap=True)
     for column in ("units", "rows", "stored", "objects", "memory"):
@@ -344,13 +291,13 @@ def _print_plan(made: Plan, parsed: Manifest) -> None:
             about + size(estimate.stored_bytes),
             f"{estimate.objects:,}",
             f"{estimate.workers} x {size(estimate.memory)}",
-            _text(planned.reason + (f"; {estimate.note}" if estimate.note else "")),
+            terminal.text(planned.reason + (f"; {estimate.note}" if estimate.note else "")),
         )
-    console = _console()
+    console = terminal.console()
     console.print(table)
     limit = parsed.compute.memory or machine_memory()
     stored = sum(planned.estimate.stored_bytes for planned in made.stages)
-    _say(console, f"in all {about}{size(stored)} to store; memory to use: {size(limit)}")
+    terminal.say(console, f"in all {about}{size(stored)} to store; memory to use: {size(limit)}")
 
 
 def _print_results(parsed: Manifest, done: dict[str, Committed], as_json: bool) -> None:
@@ -364,10 +311,10 @@ def _print_results(parsed: Manifest, done: dict[str, Committed], as_json: bool) 
     if as_json:
         print(json.dumps({"digests": {name: each.record.digest for name, each in done.items()}, **results}, indent=1))
         return
-    console = _console()
+    console = terminal.console()
     for name, result in results.items():
         judged = result["metrics"]
-        table = _table(
+        table = terminal.table(
             f"dictionary {name}, held out on {judged['tokens']:,} {'rows' if parsed.synthetic else 'tokens'}"
         )
         shown = {
@@ -391,7 +338,11 @@ def _print_results(parsed: Manifest, done: dict[str, Committed], as_json: bool) 
             if who in judged:
                 table.add_row(who, *(f"{judged[who][key]:.4f}" if key in judged[who] else "-" for key in present))
         console.print(table)
-        _say(console, f"report: {result['report']}")
+        terminal.say(console, f"report: {result['report']}")
+
+
+for name, command in (("submit", remote.submit), ("list", remote.list_), ("logs", remote.logs), ("stop", remote.stop)):
+    app.command(name)(command)
 
 
 def main() -> None:

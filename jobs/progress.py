@@ -155,10 +155,16 @@ class Prometheus:
 
 
 class Lines:
-    """One dense line per stage and interval, for logs and pipes."""
+    """One dense line per stage and interval, for logs and pipes.
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    Args:
+        console: Where.
+        every: Seconds of an interval.
+    """
+
+    def __init__(self, console: Console, every: float = LINE_SECONDS) -> None:
+        self._console, self._every = console, every
+        self._clock: float | None = None
         self._done: dict[str, tuple[int, int]] = {}
         self._rows: dict[str, int] = {}
         self._fresh: dict[str, int] = {}
@@ -170,7 +176,7 @@ class Lines:
         if isinstance(event, events.StageStarted):
             self._done[event.stage] = (event.done, event.total)
             if event.stage not in self._began:
-                self._began[event.stage], self._rows[event.stage] = time.monotonic(), 0
+                self._began[event.stage], self._rows[event.stage] = self._now(), 0
                 self._print(event.stage, "started")
             elif event.done and not self._rows[event.stage]:
                 self._print(event.stage, f"{event.done}/{event.total} units were committed earlier")
@@ -180,7 +186,7 @@ class Lines:
             self._rows[event.stage] += event.rows
             self._fresh[event.stage] = self._fresh.get(event.stage, 0) + 1
             if done + 1 == total or self._due(event.stage):
-                elapsed = max(time.monotonic() - self._began[event.stage], 1e-9)
+                elapsed = max(self._now() - self._began[event.stage], 1e-9)
                 left = (total - done - 1) * elapsed / self._fresh[event.stage]
                 eta = f", {left:.0f} s left" if done + 1 < total else ""
                 pace = self._rows[event.stage] / elapsed
@@ -192,15 +198,24 @@ class Lines:
         elif isinstance(event, events.StageCommitted):
             self._print(event.stage, _closing(event))
 
+    def at(self, when: float, event: Event) -> None:
+        """Print of an event what is worth a line, as if it were that time, in seconds since 1970."""
+        self._clock = when
+        self(event)
+        self._clock = None
+
+    def _now(self) -> float:
+        return time.time() if self._clock is None else self._clock
+
     def _due(self, stage: str) -> bool:
-        now = time.monotonic()
-        if now - self._told.get(stage, 0.0) < LINE_SECONDS:
+        now = self._now()
+        if now - self._told.get(stage, 0.0) < self._every:
             return False
         self._told[stage] = now
         return True
 
     def _print(self, stage: str, text: str) -> None:
-        line = printable(f"{time.strftime('%H:%M:%S')}  {stage:<20} {text}")
+        line = printable(f"{time.strftime('%H:%M:%S', time.localtime(self._now()))}  {stage:<20} {text}")
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

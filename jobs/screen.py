@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -25,7 +25,7 @@ from cluster.storage.path import StoragePath
 from jobs.plan import instances, size
 from jobs.progress import trouble
 from jobs.status import alive
-from jobs.workspace import label, manifest_of, owner_of
+from jobs.workspace import label, manifest_of, owner_of, reaching
 from schemas.errors import IntegrityError, ManifestError, printable
 from schemas.events import (
     CheckpointCommitted,
@@ -107,6 +107,32 @@ class StageView:
         return (self.total - self.done) * (late[-1][0] - late[0][0]) / (len(late) - 1)
 
 
+class Tail:
+    """What the newest run of a root tells, as it comes.
+
+    Args:
+        root: Whose.
+        without: Runs that are passed over.
+    """
+
+    def __init__(self, root: StoragePath, without: Collection[str] = ()) -> None:
+        self._root, self._without, self._seen = root, frozenset(without), set[str]()
+        self.run = ""
+
+    def look(self) -> list[tuple[float, Event]]:
+        """What is new, with its times: of a run that has taken the place of another one, all."""
+        runs = [run for run in names(self._root / RUNS) if run not in self._without]
+        if not runs:
+            return []
+        if runs[-1] != self.run:
+            self.run, self._seen = runs[-1], set()
+        folder = self._root / RUNS / self.run / "events"
+        fresh = [segment for segment in names(folder) if segment not in self._seen]
+        self._seen.update(fresh)
+        with ThreadPoolExecutor(AT_ONCE) as readers:
+            return [each for told in readers.map(_told, [folder / segment for segment in fresh]) for each in told]
+
+
 class View:
     """What the newest run of a root has told so far.
 
@@ -118,38 +144,30 @@ class View:
     """
 
     def __init__(self, root: StoragePath) -> None:
-        self._root = root
-        try:
-            self.name = owner_of(root, listed=False).name
-        except FileNotFoundError:
-            raise ManifestError(
-                f"{root} is no Kilobasis root", "give the root, or the manifest that names it"
-            ) from None
+        self._root, self._tail = root, Tail(root)
+        with reaching(f"root {root}", root):
+            try:
+                self.name = owner_of(root).name
+            except FileNotFoundError:
+                advice = "give the root, or the manifest that names it"
+                raise ManifestError(f"{root} is no Kilobasis root", advice) from None
         self.run = ""
         self.stages: dict[str, StageView] = {}
         self.happened: deque[tuple[float, str, str]] = deque(maxlen=LINES)
         self.last: float | None = None
-        self._seen: set[str] = set()
         if not self.look():
             raise ManifestError(f"root {root} has no run", "start one with `kilobasis run`")
 
     def look(self) -> bool:
         """Read what is new; whether there is a run."""
-        runs = names(self._root / RUNS)
-        if not runs:
-            return False
-        if runs[-1] != self.run:
-            self.run, self._seen, self.last = runs[-1], set(), None
+        told = self._tail.look()
+        if self._tail.run != self.run:
+            self.run, self.last = self._tail.run, None
             self.happened.clear()
             self.stages = {name: StageView() for name in self._expected()}
-        folder = self._root / RUNS / self.run / "events"
-        fresh = [segment for segment in names(folder) if segment not in self._seen]
-        self._seen.update(fresh)
-        with ThreadPoolExecutor(AT_ONCE) as readers:
-            for told in readers.map(_told, [folder / segment for segment in fresh]):
-                for when, event in told:
-                    self._take(when, event)
-        return True
+        for when, event in told:
+            self._take(when, event)
+        return bool(self.run)
 
     def alive(self) -> bool | None:
         """Whether the run's driver lives; None if that cannot be told from here."""

@@ -1,0 +1,197 @@
+"""Commands about jobs on a cluster. Where it is gone, the root says what there is to know."""
+
+from __future__ import annotations
+
+import functools
+import signal
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import psutil
+import typer
+
+from jobs import manifest as manifests
+from jobs import terminal
+from jobs.terminal import ManifestPath, Overrides, Target
+from schemas.errors import BusyError, ManifestError
+
+if TYPE_CHECKING:
+    from cluster.ray_jobs import JobsApi
+    from cluster.storage.path import StoragePath
+    from schemas.records import Owner
+
+Address = Annotated[
+    str, typer.Option("--address", metavar="URL", envvar="RAY_DASHBOARD_ADDRESS", help="Of the cluster's dashboard.")
+]
+MaybeAddress = Annotated[
+    str | None,
+    typer.Option("--address", metavar="URL", envvar="RAY_DASHBOARD_ADDRESS", help="Of the cluster's dashboard."),
+]
+
+
+def submit(
+    manifest: ManifestPath,
+    address: Address,
+    set_: Overrides = None,
+    follow: Annotated[bool, typer.Option(help="Wait for its end, and show how far it is.")] = True,
+    pending: Annotated[
+        float, typer.Option("--pending", metavar="S", min=1.0, help="Seconds that it may wait for its turn.")
+    ] = 600.0,
+    private_network: Annotated[
+        bool, typer.Option("--private-network", help="Vouch that nobody else is on the way to the cluster.")
+    ] = False,
+) -> None:
+    """Run a manifest on a Ray cluster; attach to it where it runs there already."""
+    terminal.quiet()
+    from cluster.ray_jobs import JobsApi
+    from jobs import submit as jobs
+    from jobs.progress import Lines
+
+    parsed = manifests.load(manifest, set_ or [])
+    say = functools.partial(terminal.say, terminal.console())
+    api = JobsApi(address)
+    submitted = jobs.submit(api, manifest, parsed, set_ or [], say, private_network)
+    if follow:
+        jobs.follow(api, submitted, Lines(terminal.console()).at, say, pending)
+        say(f"everything is committed in {submitted.root}")
+    else:
+        say(f"`kilobasis top {submitted.root}` shows how far it is, `kilobasis stop` stops it")
+
+
+def list_(
+    target: Annotated[str | None, typer.Argument(metavar="[MANIFEST|ROOT]", help="Whose runs, or jobs.")] = None,
+    address: MaybeAddress = None,
+    set_: Overrides = None,
+) -> None:
+    """List the jobs of a cluster, or the runs of a root."""
+    from cluster.ray_jobs import JobsApi
+
+    if address is None and target is None:
+        raise ManifestError("neither a root nor --address was given", "name one of them")
+    if address is not None:
+        root = None if target is None else str(terminal.root_of(target, set_))
+        shown = terminal.table(f"jobs at {address}")
+        for column in ("job", "state", "manifest", "root"):
+            shown.add_column(column)
+        for job in JobsApi(address).jobs():
+            if "kilobasis_root" in job.metadata and root in (None, job.metadata["kilobasis_root"]):
+                known = (job.metadata.get("kilobasis_name", ""), job.metadata["kilobasis_root"])
+                shown.add_row(*map(terminal.text, (job.id, job.state.lower(), *known)))
+        terminal.console().print(shown)
+        return
+    assert target is not None
+    terminal.console().print(_runs(terminal.root_of(target, set_)))
+
+
+def _runs(root: StoragePath) -> object:
+    from cluster.storage.objects import names
+    from jobs.status import alive
+    from jobs.workspace import events_of, owner_of, reaching
+    from schemas.events import StageCommitted
+    from schemas.layouts import RUNS
+
+    with reaching(f"root {root}", root):
+        try:
+            owner = owner_of(root).name
+        except FileNotFoundError:
+            advice = "give the root, or the manifest that names it"
+            raise ManifestError(f"{root} is no Kilobasis root", advice) from None
+    shown = terminal.table(f"runs of {owner} in {root}")
+    for column in ("run", "driver", "last heard of", "committed"):
+        shown.add_column(column)
+    for run in names(root / RUNS):
+        told = list(events_of(root / RUNS / run))
+        last = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(max(when for when, _ in told))) if told else ""
+        made = [event.stage for _, event in told if isinstance(event, StageCommitted) and not event.skipped]
+        state = {True: "alive", False: "gone", None: "on another machine"}[alive(root / RUNS / run)]
+        shown.add_row(*map(terminal.text, (run, state, last, ", ".join(made))))
+    return shown
+
+
+def logs(
+    target: Annotated[str, typer.Argument(metavar="JOB|MANIFEST|ROOT", help="A job's id, a YAML file, or a root.")],
+    address: MaybeAddress = None,
+    set_: Overrides = None,
+) -> None:
+    """Print what a job's driver has printed; of a root, what its newest run has told."""
+    from cluster.ray_jobs import JobsApi
+    from jobs.progress import Lines
+    from jobs.screen import Tail
+    from jobs.submit import PREFIX
+
+    console = terminal.console()
+    if target.startswith(f"{PREFIX}-"):
+        if address is None:
+            raise ManifestError(f"{target} is a job, and no --address was given", "give it, or the root of the job")
+        api = JobsApi(address)
+        if api.job(target) is None:
+            raise ManifestError(f"the cluster knows of no job {target}", "see `kilobasis list`, or give its root")
+        for line in api.logs(target).splitlines():
+            terminal.say(console, line)
+        return
+    root = terminal.root_of(target, set_)
+    tail = Tail(root)
+    told = tail.look()
+    if not tail.run:
+        raise ManifestError(f"root {root} has no run", "start one with `kilobasis run`")
+    lines = Lines(console, every=0.0)
+    for when, event in told:
+        lines.at(when, event)
+
+
+def stop(
+    target: Target,
+    address: MaybeAddress = None,
+    set_: Overrides = None,
+) -> None:
+    """Stop what runs a root: its jobs on a cluster, or its driver on this machine. What is committed stays."""
+    from cluster.ray_jobs import JobsApi
+
+    root, say = terminal.root_of(target, set_), functools.partial(terminal.say, terminal.console())
+    if address is not None:
+        stopped = _stopped(JobsApi(address), root)
+        for job in stopped:
+            say(f"{job}: asked to stop; `kilobasis submit` goes on with it")
+        if not stopped:
+            say(f"no job at {address} runs {root}")
+        return
+    owner = _driver(root)
+    if owner is None:
+        say(f"nothing runs {root}")
+        return
+    psutil.Process(owner.pid).send_signal(signal.SIGTERM)
+    say(f"process {owner.pid}: asked to stop; `kilobasis resume` goes on")
+
+
+def _stopped(api: JobsApi, root: StoragePath) -> list[str]:
+    from jobs.submit import of_root
+
+    return [job.id for job in of_root(api, root) if not job.state.over and api.stop(job.id)]
+
+
+def _driver(root: StoragePath) -> Owner | None:
+    """Who leads the newest run of a root, if it is alive on this machine.
+
+    Raises:
+        BusyError: it is on another machine.
+    """
+    from cluster.storage.objects import names, read_json
+    from jobs import lease
+    from jobs.workspace import PROCESS
+    from schemas.layouts import RUNS
+    from schemas.records import Owner
+
+    runs = names(root / RUNS)
+    if not runs:
+        return None
+    try:
+        owner = Owner.model_validate(read_json(root / RUNS / runs[-1] / PROCESS))
+    except FileNotFoundError:
+        return None
+    state = lease.state(owner)
+    if state == "unknown":
+        raise BusyError(
+            f"the newest run of {root} was led by process {owner.pid} of {owner.host}, another machine",
+            "give --address of its cluster, or stop it there",
+        )
+    return None if state == "dead" else owner

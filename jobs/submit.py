@@ -1,0 +1,206 @@
+"""A manifest as a job on a cluster: asked for once, whatever happens on the way, and followed by what its root says.
+
+A job's id says what it is: the manifest's name, its package, its root and overrides, and which attempt. So asking again
+finds the job that is there. A job that failed or was stopped is asked for anew, as the next attempt; what it had
+committed in the root is committed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shlex
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from cluster.ray_jobs import Job, JobsApi, State
+from cluster.storage.path import StoragePath
+from cluster.storage.redaction import first_line, redact
+from jobs.package import packed
+from jobs.screen import Tail
+from jobs.workspace import Workspace
+from schemas.errors import BusyError, InterruptedRunError, KilobasisError, ManifestError, StageFailedError
+from schemas.events import Event
+from schemas.manifest import Manifest
+
+PREFIX = "kilobasis"
+MOST_ATTEMPTS = 1000
+# Between two looks at a job, and for how long the dashboard may be silent: a head takes its time to come back.
+LOOK_SECONDS, SILENT_SECONDS = 2.0, 300.0
+# Of what a driver ended with; see `schemas.errors`.
+CODES = (2, 3, 4, 5, 70, 75)
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """A job that is there. `fresh` if it was not before; `earlier` are the runs that its root had until then."""
+
+    job: str
+    fresh: bool
+    root: StoragePath
+    earlier: tuple[str, ...]
+
+
+def submit(
+    api: JobsApi, path: Path, parsed: Manifest, overrides: Sequence[str], say: Say, private_network: bool = False
+) -> Submitted:
+    """Ask for a job, or find it.
+
+    Args:
+        api: Of the cluster.
+        path: The manifest's file.
+        parsed: What it says, with the overrides.
+        overrides: `a.b=value` each.
+        say: Gets a line for what is worth knowing.
+        private_network: Whether nobody else is on the way to the cluster, whatever it looks like.
+
+    Raises:
+        ManifestError: it cannot work there.
+        BusyError: the cluster does not answer.
+    """
+    workspace = _preflight(api, parsed, overrides, private_network)
+    root = workspace.root
+    if root.is_local:
+        say(f"root {root} is a folder: every machine of the cluster has to see it under this name")
+    with tempfile.TemporaryDirectory(prefix="kb-job-") as folder:
+        package = packed(path.resolve(), parsed, Path(folder))
+        # What came along is named where it is now; a user's own word on it would be about this machine.
+        fields = {override.partition("=")[0] for override in package.overrides}
+        own = [each for each in overrides if each.partition("=")[0] not in {*fields, "root", "compute.address"}]
+        given = [*own, *package.overrides, f"root={root}", "compute.address=auto"]
+        arguments = [part for override in given for part in ("--set", override)]
+        entrypoint = shlex.join(["python", "-m", "jobs", "run", package.manifest, *arguments])
+        identity = hashlib.sha256(repr((package.digest, entrypoint)).encode()).hexdigest()[:12]
+        name = f"{PREFIX}-{re.sub(r'[^A-Za-z0-9-]+', '-', parsed.name)[:40]}-{identity}"
+        metadata = {"kilobasis_name": parsed.name, "kilobasis_root": redact(str(root)), "kilobasis": _version()}
+        for attempt in range(1, MOST_ATTEMPTS):
+            job, earlier = f"{name}-a{attempt}", tuple(workspace.runs())
+            there = api.job(job)
+            if there is None and api.submit(job, entrypoint, package.folder, metadata):
+                say(f"{job}: submitted, {len(list(package.folder.rglob('*.py')))} files of code")
+                return Submitted(job, True, root, earlier)
+            there = there or api.job(job)
+            if there is None or not there.state.over or there.state == State.SUCCEEDED:
+                say(f"{job}: is there already ({there.state.lower() if there else 'as somebody else asks for it'})")
+                return Submitted(job, False, root, earlier)
+            say(f"{job}: {there.state.lower()}, so this is another attempt")
+    raise ManifestError(f"{name} was tried {MOST_ATTEMPTS} times", "look at why it fails")
+
+
+def _version() -> str:
+    return version("kilobasis")
+
+
+def _preflight(api: JobsApi, parsed: Manifest, overrides: Sequence[str], private_network: bool) -> Workspace:
+    """What can be known from here: that the cluster is one that we can work with, and the root is ours."""
+    ours = version("ray")
+    if api.version.split(".")[:2] != ours.split(".")[:2]:
+        raise ManifestError(
+            f"the cluster at {redact(api.address)} runs ray {api.version}, this is {ours}",
+            f"install ray=={api.version} here, or {ours} there",
+        )
+    if api.open_to_all and not private_network:
+        raise ManifestError(
+            f"{redact(api.address)} is neither on this machine, nor https, nor behind a token: whoever is on the way "
+            "could run code on the cluster",
+            "turn on Ray's token authentication, use https or a tunnel, or vouch for it with --private-network",
+        )
+    if parsed.compute.pool != "ray":
+        raise ManifestError("compute.pool is inline, which uses no cluster", "leave compute.pool out")
+    for override in overrides:
+        if redact(override) != override:
+            raise ManifestError(
+                f"--set {override.partition('=')[0]} brings a secret, which everybody at the dashboard could read",
+                "put it into the environment of the cluster's machines",
+            )
+    return Workspace.of(parsed)
+
+
+def follow(
+    api: JobsApi, submitted: Submitted, tell: Callable[[float, Event], None], say: Say, pending_seconds: float
+) -> None:
+    """Wait for a job's end, and tell what its root says meanwhile. A dashboard that drops out for a while is missed.
+
+    Args:
+        api: Of the cluster.
+        submitted: The job.
+        tell: Gets the run's events, with their times.
+        say: Gets a line for what is worth knowing.
+        pending_seconds: How long it may wait for its turn.
+
+    Raises:
+        BusyError: it does not begin, the dashboard is silent for too long, or the cluster has forgotten the job.
+        InterruptedRunError: it was stopped.
+        KilobasisError: it failed; the exit code is the driver's.
+    """
+    job, root = submitted.job, submitted.root
+    began = heard = time.monotonic()
+    tail = Tail(root, submitted.earlier if submitted.fresh else ())
+    advice = "ask for it again to attach to it; `kilobasis top` shows what its root says"
+    seen, silent, told = False, False, State.PENDING
+    while True:
+        try:
+            found = api.job(job)
+            if silent:
+                say(f"{job}: the dashboard is back")
+            heard, silent = time.monotonic(), False
+        except BusyError as error:
+            if not silent:
+                say(f"{job}: {error.what}; the job goes on without it")
+            silent = True
+            if time.monotonic() - heard > SILENT_SECONDS:
+                raise BusyError(f"{job}: nobody has answered for {SILENT_SECONDS:.0f} s", advice) from error
+            found = None
+        for when, event in tail.look():
+            tell(when, event)
+        if found is not None:
+            seen = True
+            if found.state != told:
+                say(f"{job}: {found.state.lower()}")
+                told = found.state
+            if found.state.over:
+                for when, event in tail.look():
+                    tell(when, event)
+                return _ended(api, found)
+            if found.state == State.PENDING and time.monotonic() - began > pending_seconds:
+                raise BusyError(
+                    f"{job} has been waiting for {pending_seconds:.0f} s ({first_line(redact(found.message), 200)})",
+                    "`ray status` says what the cluster has free; submit again to wait on, or `kilobasis stop` it",
+                )
+        elif seen and not silent:
+            raise BusyError(f"the cluster no longer knows of {job}", "its head was replaced; submit again to go on")
+        time.sleep(LOOK_SECONDS)
+
+
+def _ended(api: JobsApi, job: Job) -> None:
+    """Nothing where it succeeded.
+
+    Raises:
+        InterruptedRunError: it was stopped.
+        KilobasisError: it failed.
+    """
+    if job.state == State.SUCCEEDED:
+        return
+    if job.state == State.STOPPED:
+        raise InterruptedRunError(f"{job.id} was stopped", "submit again to go on")
+    try:
+        lines = [line for line in api.logs(job.id).splitlines() if line.strip()]
+    except KilobasisError:
+        lines = []
+    own = [line for line in lines if line.startswith("kilobasis: ")]
+    why = own[-1].removeprefix("kilobasis: ") if own else first_line(redact(job.message), 300)
+    failed = StageFailedError(f"{job.id} failed: {redact(why)}", f"`kilobasis logs {job.id}` has the rest")
+    if job.exit_code in CODES:
+        failed.exit_code = job.exit_code  # type: ignore[misc]
+    raise failed
+
+
+def of_root(api: JobsApi, root: StoragePath) -> list[Job]:
+    """The jobs of a root, by what their metadata says."""
+    return [job for job in api.jobs() if job.metadata.get("kilobasis_root") == redact(str(root))]

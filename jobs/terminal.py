@@ -1,0 +1,71 @@
+"""What commands share: their usual arguments, and how they print."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jobs import manifest as manifests
+from schemas.errors import ManifestError, printable
+
+if TYPE_CHECKING:
+    from cluster.storage.path import StoragePath
+
+ManifestPath = Annotated[Path, typer.Argument(metavar="MANIFEST", help="The YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a field; may be given several times.")
+]
+Target = Annotated[str, typer.Argument(metavar="MANIFEST|ROOT", help="The YAML file, or a root's folder or URL.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def count(number: int, what: str) -> str:
+    """So many of something."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def root_of(target: str, overrides: list[str] | None) -> StoragePath:
+    """The root that a manifest names, or the root itself."""
+    from cluster.storage.path import StoragePath
+
+    if target.endswith((".yaml", ".yml")):
+        return StoragePath.parse(manifests.load(Path(target), overrides or []).root)
+    if overrides:
+        raise ManifestError(f"--set was given, but {target} is no manifest", "name the manifest instead of its root")
+    return StoragePath.parse(target)
+
+
+def quiet() -> None:
+    """Keep libraries from talking over our own lines."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Must be set before the first BLAS call of a process that wants the same bits every time.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def console() -> Console:
+    """Wide where nobody looks on, so that a pipe or a log gets whole words."""
+    made = Console(soft_wrap=True)
+    return made if made.is_terminal else Console(soft_wrap=True, width=max(200, made.width))
+
+
+def table(title: str) -> Table:
+    """An empty one."""
+    return Table(title=text(title), title_justify="left")
+
+
+def text(words: str) -> Text:
+    """What is printed as it is, whoever wrote it: nothing in it is markup, or drives the terminal."""
+    return Text(printable(words))
+
+
+def say(where: Console, line: str) -> None:
+    """Print a line."""
+    where.print(text(line), highlight=False)
