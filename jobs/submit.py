@@ -157,16 +157,16 @@ def follow(
             if time.monotonic() - heard > SILENT_SECONDS:
                 raise BusyError(f"{job}: nobody has answered for {SILENT_SECONDS:.0f} s", advice) from error
             found = None
-        for when, event in tail.look():
-            tell(when, event)
+        if found is None or not found.state.over or seen or submitted.fresh:
+            # Of what was over when we came, nobody wants to hear again how it went.
+            for when, event in tail.look():
+                tell(when, event)
         if found is not None:
             seen = True
             if found.state != told:
                 say(f"{job}: {found.state.lower()}")
                 told = found.state
             if found.state.over:
-                for when, event in tail.look():
-                    tell(when, event)
                 return _ended(api, found)
             if found.state == State.PENDING and time.monotonic() - began > pending_seconds:
                 raise BusyError(
@@ -194,7 +194,8 @@ def _ended(api: JobsApi, job: Job) -> None:
     except KilobasisError:
         lines = []
     own = [line for line in lines if line.startswith("kilobasis: ")]
-    why = own[-1].removeprefix("kilobasis: ") if own else first_line(redact(job.message), 300)
+    # What is no word of ours is most likely an exception's last line.
+    why = own[-1].removeprefix("kilobasis: ") if own else first_line((lines or [job.message])[-1], 300)
     failed = StageFailedError(f"{job.id} failed: {redact(why)}", f"`kilobasis logs {job.id}` has the rest")
     if job.exit_code in CODES:
         failed.exit_code = job.exit_code  # type: ignore[misc]

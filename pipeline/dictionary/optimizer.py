@@ -240,7 +240,7 @@ def _moments(W_FD: torch.Tensor, row_wise: bool) -> torch.Tensor:
 
 
 # The best of a search by factors of two, at every F (8 to 128 D), D (64, 128, 512) and length (1 to 12 million tokens)
-# that was tried, of activations of a model and of synthetic ones; see `benchmarks/recipe.md`.
+# that was tried, of activations of a model and of synthetic ones; see `benchmarks/recipe.py`.
 PEAK = 1.6e-3
 
 
