@@ -140,6 +140,9 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
     dense = train.optimizer == "adam"
     tokens = share // manifest.compute.accumulate if dense else train.batch
     step = (tokens * (8 * (width + target) + 24 * (settings.k + aux)) + min(tokens, share) * 1024) * 4 + SEARCH_MEMORY
+    if manifest.compute.gpus:
+        # Shares of busy features' gradients: a row of each kind for so many entries, at most.
+        step += tokens * (settings.k + aux) * 128
     if settings.tree is not None:
         # Scores of children and what is kept of them, and a copy of the parents.
         searched = (settings.tree.routed or 0) + settings.tree.always

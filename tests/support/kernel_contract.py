@@ -209,7 +209,7 @@ class SearchContract:
         assert torch.equal(found_BK.clamp_min(2**32), expected_BK.clamp_min(2**32))
 
     def test_sort_of_keys_is_that_of_torch(self) -> None:
-        """An interpreter takes long for triton's sort at the size of a search: `_largest` goes around it there."""
+        """An interpreter takes long for triton's sort at the size of a search: `largest` goes around it there."""
         search = importlib.import_module("pipeline.dictionary.kernels.triton_search")
         keys_BM = (Draw(self.device, 6).whole(2**62, 2, 16) - 2**61) * 2
         keys_BM[0, 3:9] = -(2**63)

@@ -19,8 +19,8 @@ from pipeline.dictionary.kernels.portable import Grouped
 
 # A program holds a row of so many numbers, and reads so many at one time, or so many of which it makes float64.
 WIDEST, AT_ONCE, DOUBLE_AT_ONCE = 16384, 4096, 2048
-# Rows of a sum of all that one program adds up.
-WEIGHED = 64
+# Rows of a sum of all that one program adds up at least, and most programs.
+WEIGHED, MOST_WEIGHERS = 64, 8192
 
 
 def fits(rows: torch.Tensor, *others: torch.Tensor) -> bool:
@@ -112,7 +112,7 @@ def children(
     best, scored = min(k, parents * (size - 1)), max(1, cuda_search.SCORES // (8 * parents * (size - 1)))
     for first in range(0, len(x_BD), scored):
         some = slice(first, first + scored)
-        grouped = group((parents_BP[some] >= 0).float(), parents_BP[some].clamp_min(0), len(W_FD) // size)
+        grouped = _turned((parents_BP[some] >= 0).float(), parents_BP[some].clamp_min(0), len(W_FD) // size)
         keys_BK = cuda_search.largest(triton_tree.keys(x_BD[some], W_FD, b_F, grouped, parents, size), best)
         # The bits of positive numbers, and of what is none, are as they were.
         bits_BK = (keys_BK >> 32).int()
@@ -136,17 +136,19 @@ def inner(grad_BD: torch.Tensor, z_BK: torch.Tensor, indices_BK: torch.Tensor, W
 
 
 def group(z_BK: torch.Tensor, indices_BK: torch.Tensor, features: int) -> Grouped:
-    """See `portable.group`.
+    """See `portable.group`."""
+    turned = _turned(z_BK, indices_BK, features)
+    # Programs that take long are not left to the end.
+    counts_F, busiest_F = turned.starts_F.diff().int().sort(descending=True, stable=True)
+    return Grouped(turned.starts_F, turned.order_N, busiest_F, counts_F)
 
-    Entries that are zero come last, behind those of all features: so nobody waits for their count.
-    """
+
+def _turned(z_BK: torch.Tensor, indices_BK: torch.Tensor, features: int) -> Grouped:
+    """The code by feature. Entries that are zero come last, behind all features: so nobody waits for their count."""
     feature_N = indices_BK.int().masked_fill(z_BK == 0, features).reshape(-1)
     sorted_N, order_N = feature_N.sort(stable=True)
     ends_F = torch.arange(features + 1, dtype=torch.int32, device=z_BK.device)
-    starts_F = torch.searchsorted(sorted_N, ends_F)
-    # Programs that take long are not left to the end.
-    counts_F, busiest_F = starts_F.diff().int().sort(descending=True, stable=True)
-    return Grouped(starts_F, order_N.int(), busiest_F, counts_F)
+    return Grouped(torch.searchsorted(sorted_N, ends_F), order_N.int())
 
 
 def sums(grouped: Grouped, values_BK: torch.Tensor, rows_BD: torch.Tensor) -> torch.Tensor:
@@ -165,10 +167,10 @@ def sums(grouped: Grouped, values_BK: torch.Tensor, rows_BD: torch.Tensor) -> to
 def weighted(W_FD: torch.Tensor, weights_F: torch.Tensor) -> torch.Tensor:
     """See `portable.weighted`."""
     (features, width), W_FD = W_FD.shape, W_FD.contiguous()
-    block = min(256, triton.next_power_of_2(width))
-    sums_PD = torch.empty(triton.cdiv(features, WEIGHED), width, dtype=torch.float64, device=W_FD.device)
+    block, rows = min(256, triton.next_power_of_2(width)), max(WEIGHED, triton.cdiv(features, MOST_WEIGHERS))
+    sums_PD = torch.empty(triton.cdiv(features, rows), width, dtype=torch.float64, device=W_FD.device)
     triton_rows.weigh[(len(sums_PD), triton.cdiv(width, block))](
-        W_FD, weights_F.contiguous(), sums_PD, features, width, ROWS=WEIGHED, BLOCK=block, num_warps=block // 64 or 1
+        W_FD, weights_F.contiguous(), sums_PD, features, width, ROWS=rows, BLOCK=block, num_warps=block // 64 or 1
     )
     return sums_PD.sum(0)
 

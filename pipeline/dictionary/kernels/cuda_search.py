@@ -23,8 +23,8 @@ FEATURES = 16384
 MOST = 1024
 # Tokens and features that are scored in float32 at one time, where a search could not say which.
 TOKENS, BLOCK = 1024, 4096
-# Most keys of which a program finds the largest.
-SELECTED = 4096
+# Most keys of which a program finds the largest, and fewest that are sorted: every size is a kernel of its own.
+SELECTED, SORTED = 4096, 32
 # Rows that a program scores at one time.
 SCORED = 256 if INTERPRETED else 16
 UNIT = 2.0**-24
@@ -200,7 +200,8 @@ def _keys(
 def largest(keys_BM: torch.Tensor, k: int) -> torch.Tensor:
     """The k largest of keys, in order; of those of scores that are not above zero none need be there. Shape (B, K)."""
     tokens, room = keys_BM.shape
-    held, sorted_ = triton.next_power_of_2(room), triton.next_power_of_2(k)
+    sorted_ = max(SORTED, triton.next_power_of_2(k))
+    held = max(sorted_, triton.next_power_of_2(room))
     if held > SELECTED or not tokens:
         # No two keys of features are equal, and it does not matter which of the others are taken.
         return keys_BM.topk(k).values

@@ -15,7 +15,8 @@ from pipeline.dictionary.kernels.portable import Adam, RowGradient, Rows
 
 # Numbers of rows that a program reads at one time, where it adds up many.
 AT_ONCE = 4096
-# Entries of a feature that one program adds up.
+# Entries of a feature that one program adds up: as many whoever asks, because another order of sums is other last bits.
+# Each share leaves rows, so the wider they are, the fewer there may be.
 SHARE = 128
 
 
@@ -73,6 +74,11 @@ def update(gradient: RowGradient, rows: Rows, adam: Adam) -> torch.Tensor:
     return _visited(gradient, rows, adam)
 
 
+def shared_out(width: int) -> int:
+    """Entries of a share, by the wider of the rows."""
+    return SHARE if width <= 1024 else SHARE * triton.next_power_of_2(width) // 512
+
+
 def _visited(gradient: RowGradient, rows: Rows, adam: Adam | None) -> torch.Tensor:
     features, encoder_width, decoder_width = len(rows.W_enc), rows.W_enc.shape[1], rows.W_dec.shape[1]
     squares_F = torch.zeros(features, dtype=torch.float64, device=rows.W_enc.device)
@@ -88,8 +94,10 @@ def _visited(gradient: RowGradient, rows: Rows, adam: Adam | None) -> torch.Tens
     grouped, (tokens, k), visits = gradient.grouped, gradient.z_BN.shape, _visits(gradient, rows)
     assert grouped.busiest_F is not None
     assert grouped.counts_F is not None
-    age_N = step - rows.stamps_F[grouped.busiest_F[:visits]]
-    decay_N = torch.pow(beta2, age_N.double()).float()
+    decay_N = squares_F
+    if move:
+        age_N = step - rows.stamps_F[grouped.busiest_F[:visits]]
+        decay_N = torch.pow(beta2, age_N.double()).float()
     entries = (
         grouped.order_N, gradient.z_BN.contiguous(), gradient.grad_z_BN.contiguous(), _parts(gradient), inputs_QE,
         errors_QD, _scales(gradient),
@@ -99,10 +107,11 @@ def _visited(gradient: RowGradient, rows: Rows, adam: Adam | None) -> torch.Tens
     largest = max(blocks["BLOCK_E"], blocks["BLOCK_D"])
 
     # Of features with very many entries these are shared out among programs.
-    parted = min(features, gradient.z_BN.numel() // (SHARE + 1))
+    share = shared_out(max(encoder_width, decoder_width))
+    parted = min(features, gradient.z_BN.numel() // (share + 1))
     counts_H = grouped.counts_F[:parted]
-    ends_H = ((counts_H + (SHARE - 1)) // SHARE * (counts_H > SHARE)).cumsum(0)
-    shares = triton.cdiv(gradient.z_BN.numel(), SHARE) + parted if parted else 0
+    ends_H = ((counts_H + (share - 1)) // share * (counts_H > share)).cumsum(0)
+    shares = triton.cdiv(gradient.z_BN.numel(), share) + parted if parted else 0
     encoder_SE = torch.empty(shares, encoder_width, device=squares_F.device)
     decoder_SD, bias_S = torch.empty(shares, decoder_width, device=squares_F.device), encoder_SE.new_empty(shares)
     # A program that adds up many rows reads more of them at one time than one that has few.
@@ -110,7 +119,7 @@ def _visited(gradient: RowGradient, rows: Rows, adam: Adam | None) -> torch.Tens
     if shares:
         triton_update.add_parts[(shares,)](
             grouped.busiest_F, grouped.starts_F, ends_H, *entries, encoder_SE, decoder_SD, bias_S, parted, tokens, k,
-            encoder_width, decoder_width, SHARE=SHARE, ROWS=held, num_warps=8, **blocks,
+            encoder_width, decoder_width, SHARE=share, ROWS=held, num_warps=8, **blocks,
         )  # fmt: skip
     warps = max(1, min(16, largest // 512))
     if visits:

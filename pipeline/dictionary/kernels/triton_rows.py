@@ -3,8 +3,8 @@
 Nothing is added up atomically: each token, or each feature, is one program's, and sums run in a fixed order. So the
 same numbers give the same bits.
 
-Shapes: B tokens, D width, E width of the encoder, F features, K entries of a token's code, N = B K, R rows that are
-read at one time.
+Shapes: B tokens, D width, F features, K entries of a token's code, N = B K, R rows that are read at one time, P parts
+of a sum.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ def margin(
     relative: tl.tensor,
     gamma: tl.tensor,
 ):
-    """How far scores can be from what float32 makes of them; see `cuda.top_k`. Not finite where nothing is known."""
+    """How far scores can be from what float32 makes of them, see `cuda_search.top_k`; not finite if that is unknown."""
     own_N = (lost + gamma * reach) * norm_N * 1.01 + reach * (1.01 + gamma) * error_N
     # The last is for numbers so small that their squares vanish from norms.
     return own_N + relative * tl.abs(score_N) + relative * bias_N + 1e-18
@@ -339,7 +339,7 @@ def score(
         tl.store(keys_BM + token * room + at_M, tl.where(there_M, key_M, NO_KEY))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def select(keys_BM: tl.tensor, found_BS: tl.tensor, k: tl.tensor, room: tl.tensor, ROOM: tl.constexpr, S: tl.constexpr):
     """Of a token's keys the k largest of scores above zero, as far as there are so many, among S of them at most.
 
@@ -379,7 +379,7 @@ def select(keys_BM: tl.tensor, found_BS: tl.tensor, k: tl.tensor, room: tl.tenso
         tl.store(found_BS + token * S + at_M, tl.sort(key_M, descending=True), mask=at_M < S)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def largest(keys_BM: tl.tensor, found_BK: tl.tensor, k: tl.tensor, ROOM: tl.constexpr):
     """The k largest keys, in order. One program per token."""
     token, at_M = tl.program_id(0).to(tl.int64), tl.arange(0, ROOM)

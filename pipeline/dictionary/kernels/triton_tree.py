@@ -1,4 +1,4 @@
-"""The search among the children of a tree's parents, on a GPU: tokens of the same parent are scored together.
+"""Scores of the children of a tree's parents, on a GPU: tokens of the same parent are scored together.
 
 Shapes: B tokens, D width, F features, P parents of a token, N = B P, M children of a parent, T tokens and C children of
 a tile.

@@ -28,14 +28,17 @@ def bound(
     inputs_PB: tl.tensor,
     errors_PB: tl.tensor,
     scales_P: tl.tensor,
-    squares_F: tl.tensor,
+    squares_N: tl.tensor,
     tokens: tl.tensor,
     k: tl.tensor,
     PARTS: tl.constexpr,
     INPUTS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """No less than the squared norm of a feature's gradient, from lengths of tokens' rows. One program per feature."""
+    """No less than the squared norm of a feature's gradient, from lengths of tokens' rows.
+
+    One program per feature, the busiest first, and what comes of it in that order.
+    """
     feature = tl.load(busiest_F + tl.program_id(0))
     begin, end = tl.load(starts_F + feature).to(tl.int32), tl.load(starts_F + feature + 1).to(tl.int32)
     encoder_R, decoder_R = tl.full((ROWS,), 0.0, tl.float64), tl.full((ROWS,), 0.0, tl.float64)
@@ -50,7 +53,7 @@ def bound(
         input_R = part_R * tokens + entry_R // k if INPUTS > 1 else entry_R // k
         encoder_R += tl.abs(grad_R * tl.load(inputs_PB + input_R, mask=there_R, other=0.0))
     encoder, decoder = tl.sum(encoder_R, 0), tl.sum(decoder_R, 0)
-    tl.store(squares_F + tl.program_id(0), encoder * encoder + decoder * decoder)
+    tl.store(squares_N + tl.program_id(0), encoder * encoder + decoder * decoder)
 
 
 @triton.jit
