@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -58,8 +59,7 @@ class JobsApi:
     """
 
     def __init__(self, address: str) -> None:
-        parts = urlsplit(address)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if not _is_address(address):
             raise ManifestError(
                 f"--address {redact(address)} is no dashboard's address", "give http://HOST:8265, as Ray prints it"
             )
@@ -167,6 +167,14 @@ class JobsApi:
             ) from error
 
 
+def _is_address(address: str) -> bool:
+    try:
+        parts = urlsplit(address)
+        return parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:
+        return False
+
+
 def _client(address: str) -> Any:
     """Ray's, with an end to its patience, and no talk of its own."""
     from ray.job_submission import JobSubmissionClient
@@ -177,7 +185,12 @@ def _client(address: str) -> Any:
 
     for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
         logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)
-    return Patient(address)
+    # It would take these for what it was told, and talk with another cluster.
+    hidden = {name: os.environ.pop(name) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS") if name in os.environ}
+    try:
+        return Patient(address)
+    finally:
+        os.environ.update(hidden)
 
 
 def _status(error: BaseException) -> int | None:

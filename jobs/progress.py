@@ -181,9 +181,11 @@ class Lines:
             elif event.done and not self._rows[event.stage]:
                 self._print(event.stage, f"{event.done}/{event.total} units were committed earlier")
         elif isinstance(event, events.UnitCommitted):
-            done, total = self._done[event.stage]
+            # What is read from a root may begin in the middle.
+            done, total = self._done.get(event.stage, (0, 0))
             self._done[event.stage] = (done + 1, total)
-            self._rows[event.stage] += event.rows
+            self._began.setdefault(event.stage, self._now())
+            self._rows[event.stage] = self._rows.get(event.stage, 0) + event.rows
             self._fresh[event.stage] = self._fresh.get(event.stage, 0) + 1
             if done + 1 == total or self._due(event.stage):
                 elapsed = max(self._now() - self._began[event.stage], 1e-9)
@@ -209,7 +211,7 @@ class Lines:
 
     def _due(self, stage: str) -> bool:
         now = self._now()
-        if now - self._told.get(stage, 0.0) < self._every:
+        if 0 <= now - self._told.get(stage, 0.0) < self._every:
             return False
         self._told[stage] = now
         return True

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import psutil
 import typer
+from pydantic import ValidationError
 
+from cluster.storage.redaction import redact
 from jobs import manifest as manifests
 from jobs import terminal
 from jobs.terminal import ManifestPath, Overrides, Target
-from schemas.errors import BusyError, ManifestError
+from schemas.errors import BusyError, IntegrityError, InterruptedRunError, ManifestError
 
 if TYPE_CHECKING:
     from cluster.ray_jobs import JobsApi
@@ -52,7 +54,11 @@ def submit(
     api = JobsApi(address)
     submitted = jobs.submit(api, manifest, parsed, set_ or [], say, private_network)
     if follow:
-        jobs.follow(api, submitted, Lines(terminal.console()).at, say, pending)
+        try:
+            jobs.follow(api, submitted, Lines(terminal.console()).at, say, pending)
+        except KeyboardInterrupt:
+            advice = "submit again to attach to it, or `kilobasis stop` it"
+            raise InterruptedRunError(f"{submitted.job} goes on; nobody follows it now", advice) from None
         say(f"everything is committed in {submitted.root}")
     else:
         say(f"`kilobasis top {submitted.root}` shows how far it is, `kilobasis stop` stops it")
@@ -69,8 +75,8 @@ def list_(
     if address is None and target is None:
         raise ManifestError("neither a root nor --address was given", "name one of them")
     if address is not None:
-        root = None if target is None else str(terminal.root_of(target, set_))
-        shown = terminal.table(f"jobs at {address}")
+        root = None if target is None else redact(str(terminal.root_of(target, set_)))
+        shown = terminal.table(f"jobs at {redact(address)}")
         for column in ("job", "state", "manifest", "root"):
             shown.add_column(column)
         for job in JobsApi(address).jobs():
@@ -117,21 +123,23 @@ def logs(
     from cluster.ray_jobs import JobsApi
     from jobs.progress import Lines
     from jobs.screen import Tail
-    from jobs.submit import PREFIX
+    from jobs.submit import JOB
+    from jobs.workspace import reaching
 
     console = terminal.console()
-    if target.startswith(f"{PREFIX}-"):
+    if JOB.fullmatch(target):
         if address is None:
             raise ManifestError(f"{target} is a job, and no --address was given", "give it, or the root of the job")
         api = JobsApi(address)
         if api.job(target) is None:
             raise ManifestError(f"the cluster knows of no job {target}", "see `kilobasis list`, or give its root")
         for line in api.logs(target).splitlines():
-            terminal.say(console, line)
+            terminal.say(console, redact(line))
         return
     root = terminal.root_of(target, set_)
     tail = Tail(root)
-    told = tail.look()
+    with reaching(f"root {root}", root):
+        told = tail.look()
     if not tail.run:
         raise ManifestError(f"root {root} has no run", "start one with `kilobasis run`")
     lines = Lines(console, every=0.0)
@@ -153,13 +161,19 @@ def stop(
         for job in stopped:
             say(f"{job}: asked to stop; `kilobasis submit` goes on with it")
         if not stopped:
-            say(f"no job at {address} runs {root}")
+            say(f"no job at {redact(address)} runs {root}")
         return
     owner = _driver(root)
     if owner is None:
         say(f"nothing runs {root}")
         return
-    psutil.Process(owner.pid).send_signal(signal.SIGTERM)
+    try:
+        psutil.Process(owner.pid).send_signal(signal.SIGTERM)
+    except psutil.NoSuchProcess:
+        say(f"process {owner.pid} has just ended")
+        return
+    except psutil.AccessDenied:
+        raise ManifestError(f"process {owner.pid} is another user's", "stop it as that user") from None
     say(f"process {owner.pid}: asked to stop; `kilobasis resume` goes on")
 
 
@@ -170,28 +184,39 @@ def _stopped(api: JobsApi, root: StoragePath) -> list[str]:
 
 
 def _driver(root: StoragePath) -> Owner | None:
-    """Who leads the newest run of a root, if it is alive on this machine.
+    """Who leads a run of a root on this machine.
 
     Raises:
-        BusyError: it is on another machine.
+        ManifestError: it is no root.
+        BusyError: a run was led from another machine, and none is from here.
     """
     from cluster.storage.objects import names, read_json
     from jobs import lease
-    from jobs.workspace import PROCESS
+    from jobs.status import RECENT_RUNS
+    from jobs.workspace import PROCESS, owner_of, reaching
     from schemas.layouts import RUNS
     from schemas.records import Owner
 
-    runs = names(root / RUNS)
-    if not runs:
-        return None
-    try:
-        owner = Owner.model_validate(read_json(root / RUNS / runs[-1] / PROCESS))
-    except FileNotFoundError:
-        return None
-    state = lease.state(owner)
-    if state == "unknown":
+    elsewhere = None
+    with reaching(f"root {root}", root):
+        try:
+            owner_of(root)
+        except FileNotFoundError:
+            advice = "give the root, or the manifest that names it"
+            raise ManifestError(f"{root} is no Kilobasis root", advice) from None
+        # The newest one need not be it: a run that finds another one at work ends at once.
+        for run in reversed(names(root / RUNS)[-RECENT_RUNS:]):
+            try:
+                owner = Owner.model_validate(read_json(root / RUNS / run / PROCESS))
+            except (FileNotFoundError, IntegrityError, ValidationError):
+                continue
+            state = lease.state(owner)
+            if state in ("alive", "stopped"):
+                return owner
+            elsewhere = elsewhere or (owner if state == "unknown" else None)
+    if elsewhere is not None:
         raise BusyError(
-            f"the newest run of {root} was led by process {owner.pid} of {owner.host}, another machine",
+            f"nothing runs {root} here; process {elsewhere.pid} of {elsewhere.host}, another machine, led a run of it",
             "give --address of its cluster, or stop it there",
         )
-    return None if state == "dead" else owner
+    return None

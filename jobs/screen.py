@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -24,7 +24,7 @@ from cluster.storage.objects import names, read_text_object
 from cluster.storage.path import StoragePath
 from jobs.plan import instances, size
 from jobs.progress import trouble
-from jobs.status import alive
+from jobs.status import RECENT_RUNS, alive
 from jobs.workspace import label, manifest_of, owner_of, reaching
 from schemas.errors import IntegrityError, ManifestError, printable
 from schemas.events import (
@@ -81,19 +81,26 @@ class StageView:
         """Rows or tokens a second of late, and which; None where nothing is known."""
         if self.told and "tokens_per_second" in self.scalars:
             return self.scalars["tokens_per_second"], "tokens/s"
-        late = [unit for unit in self.units if now - unit[0] <= RECENT_SECONDS] or list(self.units)[-2:]
+        late = self._late(now)
         if not late:
             return None
-        span = max(now if now - late[-1][0] <= RECENT_SECONDS else late[-1][0], late[-1][0]) - (late[0][0] - late[0][2])
-        return sum(rows for _, rows, _ in late) / max(span, 1e-9), "rows/s"
+        return sum(rows for _, rows, _ in late) / self._span(late, now), "rows/s"
 
     def busy(self, now: float) -> float | None:
         """Workers that had a unit of late, on average."""
-        late = [unit for unit in self.units if now - unit[0] <= RECENT_SECONDS]
-        if not late:
-            return None
-        span = now - min(when - seconds for when, _, seconds in late)
-        return sum(seconds for _, _, seconds in late) / max(span, 1e-9)
+        late = self._late(now)
+        return sum(seconds for _, _, seconds in late) / self._span(late, now) if late else None
+
+    def _late(self, now: float) -> list[tuple[float, int, float]]:
+        """The units of the last minute; where units take longer, the last two."""
+        return [unit for unit in self.units if now - unit[0] <= RECENT_SECONDS] or list(self.units)[-2:]
+
+    def _span(self, late: list[tuple[float, int, float]], now: float) -> float:
+        """Seconds from the first one's beginning until now; a unit that is being made counts only once it is late."""
+        last = late[-1][0]
+        # Two clocks: that of whoever wrote may be ahead of ours.
+        end = max(now, last) if now - last <= RECENT_SECONDS or now - last > 2 * late[-1][2] else last
+        return max(end - min(when - seconds for when, _, seconds in late), 1e-9)
 
     def left(self, now: float) -> float | None:
         """Seconds until the end, at the pace of late."""
@@ -101,7 +108,7 @@ class StageView:
             return None
         if self.told and (pace := self.pace(now)):
             return (self.total - self.done) / pace[0] if pace[0] else None
-        late = [unit for unit in self.units if now - unit[0] <= RECENT_SECONDS]
+        late = self._late(now)
         if len(late) < 2:
             return None
         return (self.total - self.done) * (late[-1][0] - late[0][0]) / (len(late) - 1)
@@ -124,13 +131,28 @@ class Tail:
         runs = [run for run in names(self._root / RUNS) if run not in self._without]
         if not runs:
             return []
-        if runs[-1] != self.run:
-            self.run, self._seen = runs[-1], set()
+        if (run := working(self._root, runs)) != self.run:
+            self.run, self._seen = run, set()
         folder = self._root / RUNS / self.run / "events"
         fresh = [segment for segment in names(folder) if segment not in self._seen]
         self._seen.update(fresh)
         with ThreadPoolExecutor(AT_ONCE) as readers:
             return [each for told in readers.map(_told, [folder / segment for segment in fresh]) for each in told]
+
+
+def working(root: StoragePath, runs: Sequence[str]) -> str:
+    """The run to look at: the newest one, unless that has ended and one before it has not.
+
+    A run that finds another one at work ends at once, and is the newest all the same.
+
+    Args:
+        root: Whose.
+        runs: Its runs, oldest first; at least one.
+    """
+    for run in reversed(runs[-RECENT_RUNS:]):
+        if alive(root / RUNS / run) is not False:
+            return run
+    return runs[-1]
 
 
 class View:
@@ -253,7 +275,7 @@ def _stages(view: View, alive_: bool | None, now: float) -> Table:
         pace = stage.pace(now) if running else None
         left, busy = (stage.left(now), stage.busy(now)) if running else (None, None)
         shown.add_row(
-            printable(name),
+            Text(printable(name)),
             state if state != "committed" or not stage.seconds else f"committed in {_span(stage.seconds)}",
             ProgressBar(total=max(1, stage.total), completed=stage.done, width=20) if stage.total else "",
             f"{stage.done:,} / {stage.total:,}" if stage.total else "",
@@ -276,7 +298,7 @@ def _training(training: dict[str, StageView]) -> Table:
     shown.add_column("FVU so far", no_wrap=True)
     for name, stage in training.items():
         numbers = [SCALARS[key][1].format(stage.scalars[key]) if key in stage.scalars else "" for key in present]
-        shown.add_row(printable(name), *numbers, curve(list(stage.curve)))
+        shown.add_row(Text(printable(name)), *numbers, curve(list(stage.curve)))
     return shown
 
 
@@ -328,7 +350,11 @@ def watch(root: StoragePath, console: Console, interval: float, ended: Callable[
         ended: Asked behind each look.
     """
     view = View(root)
-    with Live(picture(view, time.time()), console=console, auto_refresh=False, screen=console.is_terminal) as live:
+    if not console.is_terminal:
+        # Nobody would see anything before the end.
+        console.print(picture(view, time.time()))
+        return
+    with Live(picture(view, time.time()), console=console, auto_refresh=False, screen=True) as live:
         while not ended():
             time.sleep(interval)
             view.look()

@@ -8,29 +8,42 @@ committed in the root is committed.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shlex
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from cluster.ray_jobs import Job, JobsApi, State
 from cluster.storage.path import StoragePath
 from cluster.storage.redaction import first_line, redact
+from jobs import status
 from jobs.package import packed
 from jobs.screen import Tail
 from jobs.workspace import Workspace
-from schemas.errors import BusyError, InterruptedRunError, KilobasisError, ManifestError, StageFailedError
+from schemas.errors import (
+    BusyError,
+    InterruptedRunError,
+    KilobasisError,
+    ManifestError,
+    StageFailedError,
+    StorageError,
+)
 from schemas.events import Event
 from schemas.manifest import Manifest
 
 PREFIX = "kilobasis"
+# What a job's id looks like.
+JOB = re.compile(rf"{PREFIX}-.+-[0-9a-f]{{12}}-a\d+")
 MOST_ATTEMPTS = 1000
 # Between two looks at a job, and for how long the dashboard may be silent: a head takes its time to come back.
 LOOK_SECONDS, SILENT_SECONDS = 2.0, 300.0
+# For which a cluster may not know yet of a job that it was asked for.
+GRACE_SECONDS = 30.0
 # Of what a driver ended with; see `schemas.errors`.
 CODES = (2, 3, 4, 5, 70, 75)
 
@@ -64,18 +77,24 @@ def submit(
         ManifestError: it cannot work there.
         BusyError: the cluster does not answer.
     """
-    workspace = _preflight(api, parsed, overrides, private_network)
+    workspace = _preflight(api, parsed, private_network)
     root = workspace.root
     if root.is_local:
         say(f"root {root} is a folder: every machine of the cluster has to see it under this name")
     with tempfile.TemporaryDirectory(prefix="kb-job-") as folder:
         package = packed(path.resolve(), parsed, Path(folder))
-        # What came along is named where it is now; a user's own word on it would be about this machine.
-        fields = {override.partition("=")[0] for override in package.overrides}
-        own = [each for each in overrides if each.partition("=")[0] not in {*fields, "root", "compute.address"}]
-        given = [*own, *package.overrides, f"root={root}", "compute.address=auto"]
+        # What came along is named where it is now, and the rest as it is understood here; a user's own word on either
+        # would be understood by the cluster's machines.
+        fields = {"root": str(root), "compute.address": "auto", **package.sources}
+        own = [each for each in overrides if each.partition("=")[0] not in fields]
+        given = [*own, *(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in fields.items())]
         arguments = [part for override in given for part in ("--set", override)]
         entrypoint = shlex.join(["python", "-m", "jobs", "run", package.manifest, *arguments])
+        if redact(entrypoint) != entrypoint:
+            raise ManifestError(
+                "the command of the job would hold a secret, which everybody at the dashboard could read",
+                "put it into the environment of the cluster's machines",
+            )
         identity = hashlib.sha256(repr((package.digest, entrypoint)).encode()).hexdigest()[:12]
         name = f"{PREFIX}-{re.sub(r'[^A-Za-z0-9-]+', '-', parsed.name)[:40]}-{identity}"
         metadata = {"kilobasis_name": parsed.name, "kilobasis_root": redact(str(root)), "kilobasis": _version()}
@@ -86,18 +105,31 @@ def submit(
                 say(f"{job}: submitted, {len(list(package.folder.rglob('*.py')))} files of code")
                 return Submitted(job, True, root, earlier)
             there = there or api.job(job)
-            if there is None or not there.state.over or there.state == State.SUCCEEDED:
+            if there is None or not there.state.over or (there.state == State.SUCCEEDED and _is_whole(workspace)):
                 say(f"{job}: is there already ({there.state.lower() if there else 'as somebody else asks for it'})")
                 return Submitted(job, False, root, earlier)
-            say(f"{job}: {there.state.lower()}, so this is another attempt")
+            why = "but its root is not whole, so" if there.state == State.SUCCEEDED else "so"
+            say(f"{job}: {there.state.lower()}, {why} this is another attempt")
     raise ManifestError(f"{name} was tried {MOST_ATTEMPTS} times", "look at why it fails")
 
 
+def _is_whole(workspace: Workspace) -> bool:
+    """Whether the root has everything committed: what a job once did may have been deleted since."""
+    try:
+        found = status.read(workspace)
+    except KilobasisError:
+        return False
+    return all(stage.state == "committed" for stage in found.stages)
+
+
 def _version() -> str:
-    return version("kilobasis")
+    try:
+        return version("kilobasis")
+    except PackageNotFoundError:
+        return "not installed"
 
 
-def _preflight(api: JobsApi, parsed: Manifest, overrides: Sequence[str], private_network: bool) -> Workspace:
+def _preflight(api: JobsApi, parsed: Manifest, private_network: bool) -> Workspace:
     """What can be known from here: that the cluster is one that we can work with, and the root is ours."""
     ours = version("ray")
     if api.version.split(".")[:2] != ours.split(".")[:2]:
@@ -113,12 +145,6 @@ def _preflight(api: JobsApi, parsed: Manifest, overrides: Sequence[str], private
         )
     if parsed.compute.pool != "ray":
         raise ManifestError("compute.pool is inline, which uses no cluster", "leave compute.pool out")
-    for override in overrides:
-        if redact(override) != override:
-            raise ManifestError(
-                f"--set {override.partition('=')[0]} brings a secret, which everybody at the dashboard could read",
-                "put it into the environment of the cluster's machines",
-            )
     return Workspace.of(parsed)
 
 
@@ -139,43 +165,61 @@ def follow(
         InterruptedRunError: it was stopped.
         KilobasisError: it failed; the exit code is the driver's.
     """
-    job, root = submitted.job, submitted.root
+    job = submitted.job
     began = heard = time.monotonic()
-    tail = Tail(root, submitted.earlier if submitted.fresh else ())
-    advice = "ask for it again to attach to it; `kilobasis top` shows what its root says"
-    seen, silent, told = False, False, State.PENDING
+    tail = Tail(submitted.root, submitted.earlier if submitted.fresh else ())
+    advice = "submit again to attach to it; `kilobasis top` shows what its root says"
+    missed: set[str] = set()
+    told = None
     while True:
         try:
-            found = api.job(job)
-            if silent:
-                say(f"{job}: the dashboard is back")
-            heard, silent = time.monotonic(), False
-        except BusyError as error:
-            if not silent:
-                say(f"{job}: {error.what}; the job goes on without it")
-            silent = True
+            found, silent = api.job(job), False
+            heard = time.monotonic()
+        except (BusyError, ManifestError) as error:
+            found, silent = None, True
             if time.monotonic() - heard > SILENT_SECONDS:
                 raise BusyError(f"{job}: nobody has answered for {SILENT_SECONDS:.0f} s", advice) from error
-            found = None
-        if found is None or not found.state.over or seen or submitted.fresh:
+            _miss(say, missed, "dashboard", f"{job}: {error.what}; the job goes on without it")
+        if not silent:
+            _back(say, missed, "dashboard", job)
+        if found is None or not found.state.over or told is not None or submitted.fresh:
             # Of what was over when we came, nobody wants to hear again how it went.
-            for when, event in tail.look():
-                tell(when, event)
+            try:
+                for when, event in tail.look():
+                    tell(when, event)
+                _back(say, missed, "root", job)
+            except StorageError as error:
+                _miss(say, missed, "root", f"{job}: {error.what}; the job goes on")
+        waited = time.monotonic() - began
         if found is not None:
-            seen = True
             if found.state != told:
                 say(f"{job}: {found.state.lower()}")
                 told = found.state
             if found.state.over:
                 return _ended(api, found)
-            if found.state == State.PENDING and time.monotonic() - began > pending_seconds:
+            if found.state == State.PENDING and waited > pending_seconds:
                 raise BusyError(
                     f"{job} has been waiting for {pending_seconds:.0f} s ({first_line(redact(found.message), 200)})",
                     "`ray status` says what the cluster has free; submit again to wait on, or `kilobasis stop` it",
                 )
-        elif seen and not silent:
-            raise BusyError(f"the cluster no longer knows of {job}", "its head was replaced; submit again to go on")
+        elif not silent and (told is not None or waited > GRACE_SECONDS):
+            longer = "knows of no" if told is None else "no longer knows of"
+            raise BusyError(f"the cluster {longer} {job}", "its head was replaced; submit again to go on")
         time.sleep(LOOK_SECONDS)
+
+
+def _miss(say: Say, missed: set[str], what: str, line: str) -> None:
+    """Say once that something is away."""
+    if what not in missed:
+        say(line)
+        missed.add(what)
+
+
+def _back(say: Say, missed: set[str], what: str, job: str) -> None:
+    """Say once that it is back."""
+    if what in missed:
+        say(f"{job}: the {what} is back")
+        missed.discard(what)
 
 
 def _ended(api: JobsApi, job: Job) -> None:

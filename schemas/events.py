@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import Any, get_args
 
 from pydantic import TypeAdapter
 
@@ -117,6 +117,9 @@ Event = (
     | Note
 )
 
+# The year 9999. Nothing that has a clock to show can show more.
+LATEST = 253_370_764_800.0
+
 _KINDS = {kind.__name__: TypeAdapter(kind) for kind in get_args(Event)}
 
 
@@ -135,6 +138,12 @@ def parse_lines(body: bytes) -> list[tuple[float, Event]]:
             event = kind.validate_python(content)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
-        if math.isfinite(when):
+        if 0 <= when < LATEST and _is_finite(content):
             found.append((when, event))
     return found
+
+
+def _is_finite(content: dict[str, Any]) -> bool:
+    """Whether all numbers of an event are some."""
+    values = [*content.values(), *content.get("scalars", {}).values()]
+    return all(math.isfinite(value) for value in values if isinstance(value, int | float))

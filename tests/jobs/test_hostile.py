@@ -550,7 +550,7 @@ FILES = {
     "events": "runs/*/events/000000.jsonl",
     "metrics": OBJECTS["metrics"],
 }
-READERS = ("verify", "verify --full", "status", "status --json", "report", "plan", "gc")
+READERS = ("verify", "verify --full", "status", "status --json", "report", "plan", "gc", "top --once", "list", "logs")
 WRITERS = ("resume", "run", "repair")
 # The files that no record vouches for.
 LOOSE = ("process", "events", "specification")

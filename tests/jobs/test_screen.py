@@ -132,6 +132,51 @@ def test_trouble_is_counted_and_told(told: Told) -> None:
     assert "\x1b" not in shown
 
 
+def test_names_of_stages_are_no_markup(told: Told) -> None:
+    for name in ("x[/nope]", "[link=http://evil.invalid]x[/link]", "bell\x07"):
+        told.tell((NOW - 9, events.StageStarted(name, 0, 9, "harvest/abc")))
+        told.tell((NOW - 8, events.Progress(name, 1, 1, 9, {"fvu": 0.5})))
+    shown = seen(View(told.root))
+    assert "x[/nope]" in shown
+    assert "[link=http://evil.invalid]x[/link]" in shown
+    assert not {"\x1b", "\x07"} & set(shown)
+
+
+def test_numbers_that_are_none_say_nothing(told: Told) -> None:
+    told.tell((NOW - 9, events.StageStarted("train/a", 0, 9, "train/abc")))
+    for when, number in ((NOW, float("nan")), (NOW, float("inf")), (1e20, 0.5), (-1.0, 0.5)):
+        told.tell((when, events.Progress("train/a", 1, 1, 9, {"fvu": number, "tokens_per_second": number})))
+    view = View(told.root)
+    assert not view.stages["train/a"].curve
+    assert "train/a" in seen(view)
+
+
+def test_pace_of_long_units_stays_and_that_of_a_hang_goes_on_falling(told: Told) -> None:
+    told.tell((NOW, events.StageStarted("harvest", 0, 9, "harvest/abc")))
+    told.tell(*((NOW + 100 * at, events.UnitCommitted("harvest", str(at), 1000, 100.0, 0)) for at in (1, 2, 3)))
+    stage = View(told.root).stages["harvest"]
+    paces = [stage.pace(NOW + 300 + waited) for waited in (70, 190, 250, 1000)]
+    rates = [round(pace[0], 2) for pace in paces if pace]
+    assert rates[:2] == [10.0, 10.0]
+    assert rates[1] > rates[2] > rates[3]
+    # Whoever looks may have a clock that is behind.
+    busy = stage.busy(NOW + 290)
+    assert busy is not None
+    assert busy == pytest.approx(1.0)
+
+
+def test_run_that_found_another_one_at_work_is_not_looked_at(copied: SimpleNamespace) -> None:
+    first = newest(copied.root)
+    refused = first.parent / "29990101T000000.000000Z-ffffff"
+    refused.mkdir()
+    for name in ("manifest.json", "process.json"):
+        (refused / name).write_text((first / name).read_text())
+    note = json.loads((refused / "process.json").read_text())
+    (first / "process.json").write_text(json.dumps(note))
+    (refused / "process.json").write_text(json.dumps(note | {"pid": dead_process()}))
+    assert View(StoragePath.parse(str(copied.root))).run == first.name
+
+
 def test_look_reads_only_what_is_new(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
     told.tell((NOW - 9, events.StageStarted("harvest", 0, 9, "harvest/abc")))
     view, read = View(told.root), list[str]()
@@ -167,6 +212,8 @@ def test_watch_looks_again_and_again(told: Told) -> None:
 
     console = Console(file=io.StringIO(), force_terminal=True, width=160, legacy_windows=False)
     watch(told.root, console, 0.01, ended)
+    # In a pipe nobody would see anything before the end, which never comes.
+    watch(told.root, Console(file=io.StringIO(), width=160), 0.01)
     assert isinstance(console.file, io.StringIO)
     assert "3 / 9" in console.file.getvalue()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from cluster.ray_jobs import JobsApi
 from cluster.storage.create import create
@@ -55,9 +56,8 @@ def test_manifest_is_submitted_once_and_followed_to_its_end(server: JobsServer, 
     assert asked["submission_id"].endswith("-a1")
     command = shlex.split(asked["entrypoint"])
     assert command[:5] == ["python", "-m", "jobs", "run", "job/tiny.yaml"]
-    assert f"root={manifest.parent / 'root'}" in command
-    assert "compute.address=auto" in command
-    assert [line.partition(": ")[2] for line in result.out.splitlines() if "pending" in line] == ["pending"] * 0
+    assert f'root="{manifest.parent / "root"}"' in command
+    assert 'compute.address="auto"' in command
     assert "running" in result.out
     assert "succeeded" in result.out
 
@@ -81,13 +81,16 @@ def test_what_lies_beside_the_manifest_comes_along(server: JobsServer, tiny_mode
     (body,) = server.packages.values()
     assert "job/data/corpus/part-0.jsonl" in zipfile.ZipFile(io.BytesIO(body)).namelist()
     command = shlex.split(server.submitted[0]["entrypoint"])
-    assert "corpus.source=./data/corpus/*.jsonl" in command
-    # The model lies elsewhere: it is named as it is, and every machine has to have it there.
-    assert not any(part.startswith("model.source=") for part in command)
+    assert 'corpus.source="./data/corpus/*.jsonl"' in command
+    # The model lies elsewhere: it is named as it is understood here, and every machine has to have it there.
+    assert f'model.source="{tiny_model}"' in command
 
 
 @pytest.mark.parametrize("state", ["PENDING", "RUNNING", "SUCCEEDED"])
-def test_duplicate_attaches_to_what_is_there(state: str, server: JobsServer, manifest: Path) -> None:
+def test_duplicate_attaches_to_what_is_there(
+    state: str, server: JobsServer, manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.submit._is_whole", lambda _: True)
     server.next = deque([Job("RUNNING", "SUCCEEDED")])
     assert submit(server, manifest, "--no-follow").code == 0
     (name,) = server.jobs
@@ -105,6 +108,30 @@ def test_job_that_is_over_without_success_is_tried_again(state: str, server: Job
     server.jobs[name].states = deque([state])
     assert submit(server, manifest).code == 0
     assert [asked["submission_id"] for asked in server.submitted] == [name, name.removesuffix("1") + "2"]
+
+
+def test_success_counts_only_while_the_root_has_it(server: JobsServer, manifest: Path) -> None:
+    assert submit(server, manifest).code == 0
+    # Nothing is there, whatever the job did.
+    result = submit(server, manifest)
+    assert result.code == 0
+    assert "its root is not whole" in result.out
+    assert len(server.submitted) == 2
+
+
+def test_cluster_is_the_one_that_was_named(server: JobsServer, manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's client by itself believes the environment more than what it is told."""
+    monkeypatch.setenv("RAY_ADDRESS", "http://other.invalid:8265")
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://other.invalid:8265")
+    assert submit(server, manifest).code == 0
+    assert len(server.submitted) == 1
+
+
+def test_root_with_a_strange_name_is_the_same_there(server: JobsServer, manifest: Path, tmp_path: Path) -> None:
+    root = tmp_path / "with #1: and more"
+    assert submit(server, manifest, "--set", f"root='{root}'").code == 0
+    (override,) = (part for part in shlex.split(server.submitted[0]["entrypoint"]) if part.startswith("root="))
+    assert yaml.safe_load(override.removeprefix("root=")) == str(root)
 
 
 def test_change_of_the_manifest_is_another_job(server: JobsServer, manifest: Path) -> None:
@@ -142,6 +169,39 @@ def test_job_that_the_cluster_has_forgotten_is_not_submitted_again(server: JobsS
     assert len(server.submitted) == 1
 
 
+def test_job_that_was_never_seen_is_given_up(
+    server: JobsServer, manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.submit.GRACE_SECONDS", 0.1)
+    lose = server._submit
+
+    def lost(asked: dict[str, Any]) -> tuple[int, Any]:
+        answer = lose(asked)
+        server.jobs.clear()
+        return answer
+
+    monkeypatch.setattr(server, "_submit", lost)
+    result = submit(server, manifest)
+    assert result.code == 75
+    assert is_one_line(result)
+    assert len(server.submitted) == 1
+
+
+def test_job_goes_on_when_nobody_follows_it_any_more(
+    server: JobsServer, manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: float) -> None:
+        raise KeyboardInterrupt
+
+    server.next = deque([Job("RUNNING")])
+    monkeypatch.setattr("jobs.submit.time.sleep", interrupted)
+    result = submit(server, manifest)
+    assert result.code == 75
+    assert "goes on" in result.err
+    assert "resume" not in result.err
+    assert not server.stopped
+
+
 def test_job_that_waits_for_too_long_says_for_what(server: JobsServer, manifest: Path) -> None:
     message = "Job has not started yet. It may be waiting for resources (CPUs, GPUs) to become available."
     server.next = deque([Job("PENDING", message=message)])
@@ -174,7 +234,6 @@ def test_dashboard_that_does_not_work_is_no_users_error(trouble: int | str, serv
 def test_dashboard_that_is_not_there(server: JobsServer, manifest: Path) -> None:
     url = server.url
     server.__exit__()
-    server.__exit__ = lambda *_: None  # type: ignore[method-assign]
     result = invoke("submit", manifest, "--address", url)
     assert result.code == 75
     assert is_one_line(result)
@@ -201,7 +260,7 @@ def test_dashboard_that_stays_silent_is_given_up(
     result = submit(server, manifest)
     assert result.code == 75
     assert is_one_line(result)
-    assert "ask for it again" in result.err
+    assert "submit again" in result.err
     assert len(server.submitted) == 1
 
 
@@ -217,7 +276,7 @@ def test_other_version_of_ray_is_refused(server: JobsServer, manifest: Path) -> 
 def test_what_is_no_dashboard(server: JobsServer, manifest: Path) -> None:
     server.troubles = deque(["html"] * 9)
     assert is_one_line(submit(server, manifest))
-    for address in ("ray://host:10001", "host:8265", "nonsense"):
+    for address in ("ray://host:10001", "host:8265", "nonsense", "http://[::1:8265"):
         result = invoke("submit", manifest, "--address", address)
         assert result.code == 2
         assert is_one_line(result)
@@ -315,6 +374,20 @@ def test_what_cannot_work_there_is_refused_and_writes_nothing(server: JobsServer
         assert "hunter2" not in result.err
     assert not server.submitted
     assert snapshot(manifest.parent) == before
+
+
+def test_what_cannot_be_read_is_named(server: JobsServer, tiny_model: Path, tmp_path: Path) -> None:
+    make_corpus(tmp_path / "data")
+    (tmp_path / "data" / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "data" / ".gitignore").write_text("*")
+    tree = manifest_tree(tiny_model, tmp_path / "data", tmp_path / "root")
+    del tree["compute"]["pool"]
+    manifest = write_manifest(tmp_path / "tiny.yaml", tree)
+    assert submit(server, manifest).code == 0
+    # What leads nowhere is nothing; and Ray would leave out what a .gitignore names.
+    (body,) = server.packages.values()
+    names = [name for name in zipfile.ZipFile(io.BytesIO(body)).namelist() if name.startswith("job/data/")]
+    assert [name for name in names if not name.endswith("/")] == [f"job/data/part-{at}.jsonl" for at in range(3)]
 
 
 @pytest.mark.parametrize(
