@@ -13,7 +13,7 @@ import re
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -42,6 +42,8 @@ JOB = re.compile(rf"{PREFIX}-.+-[0-9a-f]{{12}}-a\d+")
 MOST_ATTEMPTS = 1000
 # Between two looks at a job, and for how long the dashboard may be silent: a head takes its time to come back.
 LOOK_SECONDS, SILENT_SECONDS = 2.0, 300.0
+# For which a cluster may answer, and start no job yet.
+START_SECONDS = 60.0
 # For which a cluster may not know yet of a job that it was asked for.
 GRACE_SECONDS = 30.0
 # Of what a driver ended with; see `schemas.errors`.
@@ -101,7 +103,7 @@ def submit(
         for attempt in range(1, MOST_ATTEMPTS):
             job, earlier = f"{name}-a{attempt}", tuple(workspace.runs())
             there = api.job(job)
-            if there is None and api.submit(job, entrypoint, package.folder, metadata):
+            if there is None and _asked(api, job, entrypoint, package.folder, metadata):
                 say(f"{job}: submitted, {len(list(package.folder.rglob('*.py')))} files of code")
                 return Submitted(job, True, root, earlier)
             there = there or api.job(job)
@@ -111,6 +113,18 @@ def submit(
             why = "but its root is not whole, so" if there.state == State.SUCCEEDED else "so"
             say(f"{job}: {there.state.lower()}, {why} this is another attempt")
     raise ManifestError(f"{name} was tried {MOST_ATTEMPTS} times", "look at why it fails")
+
+
+def _asked(api: JobsApi, job: str, entrypoint: str, folder: Path, metadata: Mapping[str, str]) -> bool:
+    """See `JobsApi.submit`. A cluster that has just come up answers before it can start anything; its id is kept."""
+    began = time.monotonic()
+    while True:
+        try:
+            return api.submit(job, entrypoint, folder, metadata)
+        except BusyError:
+            if time.monotonic() - began > START_SECONDS:
+                raise
+        time.sleep(LOOK_SECONDS)
 
 
 def _is_whole(workspace: Workspace) -> bool:

@@ -43,6 +43,8 @@ def dashboard() -> Iterator[str]:
             [
                 *(BIN / "ray", "start", "--head", "--block", "--port", "0", "--node-ip-address", "127.0.0.1"),
                 *("--dashboard-host", "127.0.0.1", "--dashboard-port", str(port), "--num-cpus", "4"),
+                # Jobs are started by the agent. Where its usual port is taken, by another Ray's, it starts none.
+                *("--dashboard-agent-listen-port", str(free_port())),
                 *("--object-store-memory", str(2**27), "--temp-dir", folder, "--disable-usage-stats"),
             ],
             env=environment(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

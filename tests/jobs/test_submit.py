@@ -231,6 +231,24 @@ def test_dashboard_that_does_not_work_is_no_users_error(trouble: int | str, serv
     assert not server.submitted
 
 
+def test_cluster_that_has_just_come_up_is_waited_for(server: JobsServer, manifest: Path) -> None:
+    """It answers before it can start anything. An answer that was lost on the way asks for nothing twice."""
+    server.starting = deque(["No available agent to submit job, please try again later."] * 3)
+    result = submit(server, manifest)
+    assert (result.code, len(server.submitted)) == (0, 1)
+
+
+def test_cluster_that_starts_nothing_is_given_up(
+    server: JobsServer, manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.submit.START_SECONDS", 0.1)
+    server.starting = deque(["No available agent to submit job, please try again later."] * 1000)
+    result = submit(server, manifest)
+    assert (result.code, is_one_line(result)) == (75, True)
+    assert "No available agent" in result.err
+    assert not server.submitted
+
+
 def test_dashboard_that_is_not_there(server: JobsServer, manifest: Path) -> None:
     url = server.url
     server.__exit__()

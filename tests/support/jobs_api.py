@@ -51,6 +51,8 @@ class JobsServer:
         self.stopped: list[str] = []
         # A request for a job, and what happens right before its answer.
         self.before_submit: Happens | None = None
+        # Why the next jobs cannot be started yet.
+        self.starting: deque[str] = deque()
         self.packages: dict[str, bytes] = {}
         owner = self
 
@@ -122,6 +124,8 @@ class JobsServer:
         return 200, job.told(parts[2])
 
     def _submit(self, asked: dict[str, Any]) -> tuple[int, Any]:
+        if self.starting:
+            return 500, self.starting.popleft().encode()
         if self.before_submit is not None:
             self.before_submit(self)
         name = asked["submission_id"]
