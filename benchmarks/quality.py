@@ -107,17 +107,24 @@ class Contest:
         return Standing(rate, searched, [self.result(contender, rate, seed) for seed in seeds])
 
 
-def search(result: Callable[[float], Result], rates: Sequence[float], extra: int) -> dict[float, Result]:
+Best = Callable[[Mapping[float, Result]], float]
+
+
+def search(
+    result: Callable[[float], Result], rates: Sequence[float], extra: int, best_of: Best | None = None
+) -> dict[float, Result]:
     """By rate: those of the grid, and those beyond as long as an end of it is the best.
 
     Args:
         result: Of a rate.
         rates: The grid.
         extra: Most rates beyond.
+        best_of: Which is the best; the one with the lowest error if left out.
     """
+    best_of = best_of or best_rate
     found = {rate: result(rate) for rate in rates}
     for _ in range(extra):
-        best = best_rate(found)
+        best = best_of(found)
         if best not in (min(found), max(found)):
             break
         beyond = best * FACTOR if best == max(found) else best / FACTOR

@@ -39,6 +39,7 @@ import numpy as np
 import torch
 from contenders import OURS, ROOT, Contender, missing
 from marks import Fact, Mark, fact, spread
+from quality import Standing, search
 from rich.console import Console
 from rich.table import Table
 from rows import write
@@ -57,7 +58,7 @@ from schemas.synthetic import World
 OURSELVES = "kilobasis"
 SCORES = ("f1", "mcc", "uniqueness", "found_90")
 RATES, SEEDS = (0.5, 1.0, 2.0), (0,)
-EXTRA, FACTOR = 4, 2.0
+EXTRA = 4
 # Rows that are made, and judged, at one time.
 SPAN = 8192
 # What decides which rows a world has.
@@ -210,27 +211,9 @@ def judged(code: Path, truth: Path) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items() if value is not None}
 
 
-@dataclass(frozen=True)
-class Standing:
-    """An entrant's search and its runs at the best rate, one a seed."""
-
-    rate: float
-    searched: Mapping[float, Result]
-    results: Sequence[Result]
-
-    @property
-    def failure(self) -> str | None:
-        """Why it has no number, if it has none."""
-        return next((each.failure for each in self.results if each.failure is not None), None)
-
-    @property
-    def inside(self) -> bool:
-        """Whether rates on both sides of the best one are worse."""
-        return min(self.searched) < self.rate < max(self.searched)
-
-    def scores(self, name: str) -> list[float]:
-        """By seed."""
-        return [each.more[name] for each in self.results]
+def scores(standing: Standing, name: str) -> list[float]:
+    """By seed."""
+    return [each.more[name] for each in standing.results]
 
 
 def best_rate(found: Mapping[float, Result]) -> float:
@@ -256,13 +239,8 @@ def standing(
         label = f"F {features}, {entrant.name}, rate x {rate:g}, seed {seed}"
         return bench.result(plan, ground.digest(seed), lambda: ground.files(seed), label)
 
-    found = {rate: result(rate, options.seeds[0]) for rate in options.rates}
-    for _ in range(0 if options.quick else EXTRA):
-        best = best_rate(found)
-        if best not in (min(found), max(found)):
-            break
-        beyond = best * FACTOR if best == max(found) else best / FACTOR
-        found[beyond] = result(beyond, options.seeds[0])
+    extra = 0 if options.quick else EXTRA
+    found = search(lambda rate: result(rate, options.seeds[0]), options.rates, extra, best_rate)
     rate = best_rate(found)
     return Standing(rate, found, [result(rate, seed) for seed in options.seeds])
 
@@ -291,7 +269,7 @@ def table(case: Case, features: int, seeds: Sequence[int], standings: Standings)
         shown.add_row(
             name,
             f"{each.rate:g}" + ("" if each.inside else "*"),
-            *(shown_as(each.scores(score)) for score in SCORES),
+            *(shown_as(scores(each, score)) for score in SCORES),
             shown_as([result.fvu for result in each.results]),
             shown_as([result.dead for result in each.results]),
             f"{statistics.median(result.seconds for result in each.results):.0f}",
@@ -309,7 +287,7 @@ def facts(case: Case, features: int, seeds: Sequence[int], standings: Standings)
         if each.failure is not None:
             found.append(fact(f"{prefix}/failed", [1.0], "count", config | {"reason": each.failure}))
             continue
-        found += [fact(f"{prefix}/{score}", each.scores(score), "fraction", config) for score in SCORES]
+        found += [fact(f"{prefix}/{score}", scores(each, score), "fraction", config) for score in SCORES]
         found.append(fact(f"{prefix}/fvu", [result.fvu for result in each.results], "fraction", config))
     return found
 
@@ -320,7 +298,7 @@ def compared(features: int, standings: Standings) -> list[Mark]:
     for score in ("f1", "mcc"):
         ours, theirs = (
             [
-                statistics.median(each.scores(score))
+                statistics.median(scores(each, score))
                 for name, each in standings.items()
                 if name.startswith(OURSELVES) == mine and not each.failure
             ]

@@ -22,13 +22,9 @@ if TYPE_CHECKING:
     from cluster.storage.path import StoragePath
     from schemas.records import Owner
 
-Address = Annotated[
-    str, typer.Option("--address", metavar="URL", envvar="RAY_DASHBOARD_ADDRESS", help="Of the cluster's dashboard.")
-]
-MaybeAddress = Annotated[
-    str | None,
-    typer.Option("--address", metavar="URL", envvar="RAY_DASHBOARD_ADDRESS", help="Of the cluster's dashboard."),
-]
+DASHBOARD = typer.Option("--address", metavar="URL", envvar="RAY_DASHBOARD_ADDRESS", help="Of the cluster's dashboard.")
+Address = Annotated[str, DASHBOARD]
+MaybeAddress = Annotated[str | None, DASHBOARD]
 
 
 def submit(
@@ -92,16 +88,12 @@ def list_(
 def _runs(root: StoragePath) -> object:
     from cluster.storage.objects import names
     from jobs.status import alive
-    from jobs.workspace import events_of, owner_of, reaching
+    from jobs.workspace import events_of, reaching, require_root
     from schemas.events import StageCommitted
     from schemas.layouts import RUNS
 
     with reaching(f"root {root}", root):
-        try:
-            owner = owner_of(root).name
-        except FileNotFoundError:
-            advice = "give the root, or the manifest that names it"
-            raise ManifestError(f"{root} is no Kilobasis root", advice) from None
+        owner = require_root(root).name
     shown = terminal.table(f"runs of {owner} in {root}")
     for column in ("run", "driver", "last heard of", "committed"):
         shown.add_column(column)
@@ -193,17 +185,13 @@ def _driver(root: StoragePath) -> Owner | None:
     from cluster.storage.objects import names, read_json
     from jobs import lease
     from jobs.status import RECENT_RUNS
-    from jobs.workspace import PROCESS, owner_of, reaching
+    from jobs.workspace import PROCESS, reaching, require_root
     from schemas.layouts import RUNS
     from schemas.records import Owner
 
     elsewhere = None
     with reaching(f"root {root}", root):
-        try:
-            owner_of(root)
-        except FileNotFoundError:
-            advice = "give the root, or the manifest that names it"
-            raise ManifestError(f"{root} is no Kilobasis root", advice) from None
+        require_root(root)
         # The newest one need not be it: a run that finds another one at work ends at once.
         for run in reversed(names(root / RUNS)[-RECENT_RUNS:]):
             try:

@@ -25,7 +25,7 @@ from cluster.storage.path import StoragePath
 from jobs.plan import instances, size
 from jobs.progress import trouble
 from jobs.status import RECENT_RUNS, alive
-from jobs.workspace import label, manifest_of, owner_of, reaching
+from jobs.workspace import label, manifest_of, reaching, require_root
 from schemas.errors import IntegrityError, ManifestError, printable
 from schemas.events import (
     CheckpointCommitted,
@@ -74,12 +74,10 @@ class StageView:
     curve: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
     # When a unit was committed, its rows, and how long a worker had it.
     units: deque[tuple[float, int, float]] = field(default_factory=lambda: deque(maxlen=4096))
-    # When training told where it was, and how many tokens it had seen.
-    told: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=4096))
 
     def pace(self, now: float) -> tuple[float, str] | None:
         """Rows or tokens a second of late, and which; None where nothing is known."""
-        if self.told and "tokens_per_second" in self.scalars:
+        if "tokens_per_second" in self.scalars:
             return self.scalars["tokens_per_second"], "tokens/s"
         late = self._late(now)
         if not late:
@@ -106,8 +104,8 @@ class StageView:
         """Seconds until the end, at the pace of late."""
         if self.state != "running" or self.total <= self.done:
             return None
-        if self.told and (pace := self.pace(now)):
-            return (self.total - self.done) / pace[0] if pace[0] else None
+        if "tokens_per_second" in self.scalars:
+            return (self.total - self.done) / max(self.scalars["tokens_per_second"], 1e-9)
         late = self._late(now)
         if len(late) < 2:
             return None
@@ -168,11 +166,7 @@ class View:
     def __init__(self, root: StoragePath) -> None:
         self._root, self._tail = root, Tail(root)
         with reaching(f"root {root}", root):
-            try:
-                self.name = owner_of(root).name
-            except FileNotFoundError:
-                advice = "give the root, or the manifest that names it"
-                raise ManifestError(f"{root} is no Kilobasis root", advice) from None
+            self.name = require_root(root).name
         self.run = ""
         self.stages: dict[str, StageView] = {}
         self.happened: deque[tuple[float, str, str]] = deque(maxlen=LINES)
@@ -214,7 +208,6 @@ class View:
             stage.units.append((when, event.rows, event.seconds))
         elif isinstance(event, Progress):
             stage.done, stage.total, stage.scalars = event.done, event.total, event.scalars
-            stage.told.append((when, event.done))
             stage.peak_memory = max(stage.peak_memory, int(event.scalars.get("memory_bytes", 0)))
             if "fvu" in event.scalars:
                 stage.curve.append(event.scalars["fvu"])

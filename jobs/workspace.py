@@ -206,6 +206,20 @@ def owner_of(root: StoragePath, listed: bool = False) -> RootRecord:
     return read_checked(root / OWNER, lambda body: parse_record(RootRecord, body, str(root / OWNER)), listed)
 
 
+def require_root(root: StoragePath) -> RootRecord:
+    """See `owner_of`; of what a user has named.
+
+    Raises:
+        ManifestError: it is no root.
+        IntegrityError: the record is damaged.
+    """
+    try:
+        return owner_of(root)
+    except FileNotFoundError:
+        advice = "give the root, or the manifest that names it"
+        raise ManifestError(f"{root} is no Kilobasis root", advice) from None
+
+
 def manifest_of(run: StoragePath) -> dict[str, Any] | None:
     """The manifest that a run was started with; None where it was not written, or is damaged.
 

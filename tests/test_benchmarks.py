@@ -197,6 +197,21 @@ def test_train_table_and_marks_of_failed_peers_show_the_reason(load: Any) -> Non
     assert [mark.met for mark in train.judged(case, outcomes)] == [False, False, False]
 
 
+def test_gpu_mark_of_a_tree_is_its_pace(load: Any) -> None:
+    gpu, race = load("gpu"), load("race")
+    case = race.Case(768, 1024, k=32, batch=1000, threads=1, warmup=1, rounds=1, steps=1)
+    outcomes = {
+        "kilobasis": race.Outcome([0.0002], [1.0], 0.9, 0.5, 40),
+        "kilobasis-tree": race.Outcome([0.0004], [1.0], 0.9, 0.5, 80),
+    }
+    (pace,) = gpu.judged(case, outcomes, 1e15)
+    assert (pace.value, pace.bound) == (pytest.approx(2.5e6), 2.5e6)
+    # Beside a tree stands a dense dictionary of 16 D; the tree looks at parents of 16 D and some of their children.
+    dense, tree = (gpu.useful(case, name) for name in outcomes)
+    assert dense < tree < 1.2 * dense
+    assert "2.00" in str(list(gpu.table(case, outcomes, "H200").columns[2].cells))
+
+
 def test_gpu_marks_are_of_the_encoder_and_of_the_best_peer(load: Any) -> None:
     gpu, race = load("gpu"), load("race")
     case = race.Case(768, 128, k=64, batch=1000, threads=1, warmup=1, rounds=1, steps=1)
