@@ -1,6 +1,7 @@
 """Quality beside the peers': held-out error of whole training runs on the same tokens in the same order.
 
-    python benchmarks/quality.py [--quick] [--only NAME ...] [--rates R ...] [--seeds N ...] [--json FILE]
+    python benchmarks/quality.py [--quick] [--only NAME ...] [--rates R ...] [--seeds N ...]
+                                 [--device cuda --jobs N] [--json FILE]
 
 The activations are those of the quickstart (its harvest is made first, where it is not committed): the training
 stream as the train stage reads it, and rows of documents that nobody is trained on. Every contender is trained by its
@@ -27,18 +28,19 @@ import dataclasses
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import marks
 import rows
+import trainings
 from contenders import OURS, REFERENCE, Contender, missing
 from marks import Fact, Mark, fact, spread
 from rich.console import Console
 from rich.table import Table
 from rows import Harvested
-from trainings import SCRATCH, Bench, Ledger, Plan, Result
+from trainings import Bench, Plan, Result
 
 CONTENDERS = (
     Contender(REFERENCE, "kilobasis_run.py", "row_adam", OURS),
@@ -102,16 +104,22 @@ class Contest:
 
     def standing(self, contender: Contender, rates: Sequence[float], seeds: Sequence[int], extra: int) -> Standing:
         """Of a contender at its best rate; see `search`."""
-        searched = search(lambda rate: self.result(contender, rate, seeds[0]), rates, extra)
+        together = self._bench.together
+        searched = search(lambda rate: self.result(contender, rate, seeds[0]), rates, extra, together=together)
         rate = best_rate(searched)
-        return Standing(rate, searched, [self.result(contender, rate, seed) for seed in seeds])
+        return Standing(rate, searched, together(lambda seed: self.result(contender, rate, seed), seeds))
 
 
 Best = Callable[[Mapping[float, Result]], float]
+Together = Callable[[Callable[[float], Result], Sequence[float]], Iterable[Result]]
 
 
 def search(
-    result: Callable[[float], Result], rates: Sequence[float], extra: int, best_of: Best | None = None
+    result: Callable[[float], Result],
+    rates: Sequence[float],
+    extra: int,
+    best_of: Best | None = None,
+    together: Together = map,
 ) -> dict[float, Result]:
     """By rate: those of the grid, and those beyond as long as an end of it is the best.
 
@@ -120,9 +128,10 @@ def search(
         rates: The grid.
         extra: Most rates beyond.
         best_of: Which is the best; the one with the lowest error if left out.
+        together: Makes those of the grid.
     """
     best_of = best_of or best_rate
-    found = {rate: result(rate) for rate in rates}
+    found = dict(zip(rates, together(result, rates), strict=True))
     for _ in range(extra):
         best = best_of(found)
         if best not in (min(found), max(found)):
@@ -236,11 +245,11 @@ def contest(options: argparse.Namespace, contenders: Sequence[Contender], folder
     """Train what is missing, and report."""
     case = QUICK if options.quick else Case()
     root = (f"root={folder / 'quickstart'}", QUICK_CORPUS) if options.quick else ()
-    bench = Bench(Ledger(folder / "quality.jsonl"), lambda line: console.print(line, style="dim"))
+    bench = Bench.of(options, folder / "quality.jsonl", console)
     arena = Contest(case, rows.harvested([*case.overrides, *root]), bench, folder / "data")
-    standings, extra = {}, 0 if options.quick else EXTRA
-    for contender in contenders:
-        standings[contender.name] = arena.standing(contender, options.rates, options.seeds, extra)
+    extra = 0 if options.quick else EXTRA
+    made = bench.together(lambda each: arena.standing(each, options.rates, options.seeds, extra), contenders)
+    standings = {contender.name: standing for contender, standing in zip(contenders, made, strict=True)}
     console.print(table(case, options.seeds, standings))
     marks.write(options.json, facts(case, options.seeds, standings))
     missed = marks.show([] if options.quick else judged(standings), console)
@@ -255,8 +264,7 @@ def main() -> int:
     parser.add_argument("--only", action="append", choices=names, help=f"besides {REFERENCE}; may be repeated")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="times each default; the search's start")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="rates are searched on the first")
-    parser.add_argument("--folder", type=Path, default=SCRATCH, help="keeps data and results; delete to begin anew")
-    parser.add_argument("--json", type=Path, help="write a list of {name, value, unit, config}")
+    trainings.options(parser)
     options = parser.parse_args()
     contenders = [each for each in CONTENDERS if each.name in {REFERENCE, *(options.only or names)}]
     if wrong := missing(contenders):

@@ -1,6 +1,7 @@
 """What each part of the training recipe is worth: one thing changed at a time around the default.
 
-    python benchmarks/recipe.py [--quick] [--on NAME ...] [--factor NAME ...] [--seeds N ...] [--json FILE]
+    python benchmarks/recipe.py [--quick] [--on NAME ...] [--factor NAME ...] [--seeds N ...]
+                                [--device cuda --jobs N] [--json FILE]
 
 On two kinds of data. `quickstart`: activations of the quickstart's model (see `quality.py`, same definitions of FVU and
 dead). `truth`: synthetic activations whose true features are known, every batch of fresh tokens. There, besides, two
@@ -31,12 +32,13 @@ from typing import Any
 
 import marks
 import rows
+import trainings
 from contenders import HERE, OURS, REFERENCE, Contender
 from marks import Fact, fact, spread
 from rich.console import Console
 from rich.table import Table
 from synthetic import GroundTruth
-from trainings import SCRATCH, Bench, Files, Ledger, Plan, Result
+from trainings import Bench, Files, Plan, Result
 
 OURS_RUN = Contender(REFERENCE, "kilobasis_run.py", "", OURS)
 HOOK_POINT = "gpt_neox.layers.2"
@@ -196,10 +198,10 @@ def measure(case: Case, data: Data, wanted: Sequence[Variant], seeds: Sequence[i
         label = f"{data.name}, {variant.factor} {variant.value}, seed {seed}"
         return bench.result(plan, data.digest(seed), lambda: data.files(seed), label)
 
+    asked = [(variant, seed) for seed in seeds for variant in wanted]
     found = {variant_name(variant): list[Result]() for variant in wanted}
-    for seed in seeds:
-        for variant in wanted:
-            found[variant_name(variant)].append(result(variant, seed))
+    for (variant, _), made in zip(asked, bench.together(lambda each: result(*each), asked), strict=True):
+        found[variant_name(variant)].append(made)
     return [
         Measured(data.name, variant, found[variant_name(variant)], found[compared(variant)])
         for variant in wanted
@@ -283,7 +285,7 @@ def facts(case: Case, seeds: Sequence[int], measured: Sequence[Measured]) -> lis
 def ablate(options: argparse.Namespace, folder: Path, console: Console) -> int:
     """Train what is missing, and report."""
     case = QUICK if options.quick else Case()
-    bench = Bench(Ledger(folder / "recipe.jsonl"), lambda line: console.print(line, style="dim"))
+    bench = Bench.of(options, folder / "recipe.jsonl", console)
     (folder / "data").mkdir(parents=True, exist_ok=True)
     wanted = [
         variant
@@ -311,8 +313,7 @@ def main() -> int:
     parser.add_argument("--on", action="append", choices=DATA, help="may be repeated")
     parser.add_argument("--factor", action="append", choices=factors, help="besides the default; may be repeated")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
-    parser.add_argument("--folder", type=Path, default=SCRATCH, help="keeps data and results; delete to begin anew")
-    parser.add_argument("--json", type=Path, help="write a list of {name, value, unit, config}")
+    trainings.options(parser)
     options = parser.parse_args()
     console = Console(width=140)
     if not options.quick:

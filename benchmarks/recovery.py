@@ -1,12 +1,12 @@
 """What is found of a world whose features are known: ours beside SAELens', on the same rows in the same order.
 
     python benchmarks/recovery.py [--quick] [--features F ...] [--only NAME ...] [--rates R ...] [--seeds N ...]
-                                  [--json FILE]
+                                  [--rows N] [--device cuda --jobs N] [--json FILE]
 
 The world is SynthSAEBench-16k (v2), Chanin and Garriga-Alonso 2026 (arXiv 2602.14687): 16,384 features in 768
 dimensions, Zipf frequencies, a hierarchy, correlations; about 34 fire on a row. Its authors train on 200 million rows.
-Here it is as many as a CPU can be asked for, the same for everybody, so the numbers are those of short runs, and only
-compare with each other. k and the batch are theirs.
+Here it is `--rows`, by default as many as a CPU can be asked for, the same for everybody, so the numbers are those of
+short runs, and only compare with each other. k and the batch are theirs.
 
 - `kilobasis`: TopK with the manifest's defaults. `kilobasis-batch`: BatchTopK. `kilobasis-nested`: the same, with
   nested prefixes of an eighth, a quarter and a half. `kilobasis-tree`: parents of 7 children each, a third of k fire.
@@ -25,25 +25,29 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import statistics
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import marks
 import numpy as np
 import torch
+import trainings
 from contenders import OURS, ROOT, Contender, missing
 from marks import Fact, Mark, fact, spread
 from quality import Standing, search
 from rich.console import Console
 from rich.table import Table
 from rows import write
-from trainings import SCRATCH, Bench, Files, Ledger, Plan, Result
+from trainings import Bench, Files, Plan, Result
 
 from pipeline.recovery import summary
 from pipeline.recovery.firings import Firings
@@ -143,10 +147,11 @@ class Ground:
     Args:
         case: Which, and how many.
         folder: Where the files go; those that are there are used.
+        workers: Make rows, and judge.
     """
 
-    def __init__(self, case: Case, folder: Path) -> None:
-        self._case, self._folder = case, folder
+    def __init__(self, case: Case, folder: Path, workers: Executor) -> None:
+        self._case, self._folder, self._workers = case, folder, workers
         made = hashlib.sha256(repr((case.world, case.tokens, case.heldout)).encode())
         for place in CODE:
             for path in sorted((ROOT / place).rglob("*.py")) if (ROOT / place).is_dir() else [ROOT / place]:
@@ -165,21 +170,21 @@ class Ground:
         if not (heldout.exists() and truth.exists()):
             self._make_truth(heldout, truth)
         if not data.exists():
+            unfinished = data.with_suffix(".unfinished")
+            np.lib.format.open_memmap(unfinished, "w+", np.int16, (self._case.tokens, self._case.world.width))
             # Another seed's rows lie behind those of the one before.
-            source, first = self._source(np.load(truth)["directions"]), seed * self._case.tokens
-            spans = range(first, first + self._case.tokens, SPAN)
-            parts = (rows(source, Split.TRAIN, at, min(at + SPAN, first + self._case.tokens)) for at in spans)
-            write(data, (part.x_ND.bfloat16() for part in parts), self._case.tokens, self._case.world.width)
-        return Files(data, heldout, self.digest(seed), judge=lambda path: judged(path, truth))
-
-    def _source(self, directions_MD: np.ndarray[Any, Any]) -> WorldSource:
-        return WorldSource(self._case.world, torch.from_numpy(directions_MD))
+            fill = functools.partial(filled, unfinished, truth, self._case.world, seed * self._case.tokens)
+            list(self._workers.map(fill, range(0, self._case.tokens, SPAN)))
+            unfinished.rename(data)
+        return Files(
+            data, heldout, self.digest(seed), judge=lambda code: self._workers.submit(judged, code, truth).result()
+        )
 
     def _make_truth(self, heldout: Path, truth: Path) -> None:
         world, count = self._case.world, self._case.heldout
         random_MD = random_directions(world.features, world.width, world.seed)
         directions_MD = pushed_apart(random_MD, world.interference.steps, world.interference.learning_rate)
-        source = self._source(directions_MD.numpy())
+        source = WorldSource(world, directions_MD)
         parts = [rows(source, Split.HELDOUT, at, min(at + SPAN, count)) for at in range(0, count, SPAN)]
         active = Active.joined([part.active for part in parts])
         np.savez(
@@ -190,6 +195,15 @@ class Ground:
             features=active.feature_E,
         )
         write(heldout, (part.x_ND.bfloat16() for part in parts), count, world.width)
+
+
+def filled(stream: Path, truth: Path, world: World, before: int, first: int) -> None:
+    """Write rows [first, first + SPAN) of a stream, those of the world from `before` on, as far as it has so many."""
+    out_ND = np.load(stream, mmap_mode="r+")
+    end = min(first + SPAN, len(out_ND))
+    source = WorldSource(world, torch.from_numpy(np.load(truth)["directions"]))
+    x_ND = rows(source, Split.TRAIN, before + first, before + end).x_ND
+    out_ND[first:end] = x_ND.bfloat16().view(torch.int16).numpy()
 
 
 def judged(code: Path, truth: Path) -> dict[str, float]:
@@ -226,7 +240,7 @@ def best_rate(found: Mapping[float, Result]) -> float:
 
 
 def standing(
-    case: Case, features: int, entrant: Entrant, options: argparse.Namespace, bench: Bench, ground: Ground
+    case: Case, features: int, entrant: Entrant, *, options: argparse.Namespace, bench: Bench, ground: Ground
 ) -> Standing:
     """Train what is missing."""
 
@@ -240,9 +254,9 @@ def standing(
         return bench.result(plan, ground.digest(seed), lambda: ground.files(seed), label)
 
     extra = 0 if options.quick else EXTRA
-    found = search(lambda rate: result(rate, options.seeds[0]), options.rates, extra, best_rate)
+    found = search(lambda rate: result(rate, options.seeds[0]), options.rates, extra, best_rate, bench.together)
     rate = best_rate(found)
-    return Standing(rate, found, [result(rate, seed) for seed in options.seeds])
+    return Standing(rate, found, bench.together(lambda seed: result(rate, seed), options.seeds))
 
 
 Standings = dict[str, Standing]
@@ -313,20 +327,22 @@ def compared(features: int, standings: Standings) -> list[Mark]:
 def compare(options: argparse.Namespace, folder: Path, console: Console) -> int:
     """Train what is missing, and report."""
     case = quick() if options.quick else full()
-    bench = Bench(Ledger(folder / "recovery.jsonl"), lambda line: console.print(line, style="dim"))
-    ground = Ground(case, folder / "data")
+    if options.rows:
+        case = dataclasses.replace(case, steps=options.rows // case.batch)
+    bench = Bench.of(options, folder / "recovery.jsonl", console)
     found, made, failed = list[Fact](), list[Mark](), False
-    for features in options.features or case.features:
-        taking_part = [each for each in entrants(case, features) if options.only is None or each.name in options.only]
-        standings: Standings = {}
-        for entrant in taking_part:
-            standings[entrant.name] = standing(case, features, entrant, options, bench, ground)
-        console.print(table(case, features, options.seeds, standings))
-        failed = failed or any(each.failure for name, each in standings.items() if name.startswith(OURSELVES))
-        found += facts(case, features, options.seeds, standings)
-        made += compared(features, standings)
-        # A long run that is broken off leaves the sizes that it finished.
-        marks.write(options.json, found)
+    with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        ground = Ground(case, folder / "data", pool)
+        for features in options.features or case.features:
+            wanted = [each for each in entrants(case, features) if options.only is None or each.name in options.only]
+            train = functools.partial(standing, case, features, options=options, bench=bench, ground=ground)
+            standings = dict(zip((each.name for each in wanted), bench.together(train, wanted), strict=True))
+            console.print(table(case, features, options.seeds, standings))
+            failed = failed or any(each.failure for name, each in standings.items() if name.startswith(OURSELVES))
+            found += facts(case, features, options.seeds, standings)
+            made += compared(features, standings)
+            # A long run that is broken off leaves the sizes that it finished.
+            marks.write(options.json, found)
     missed = marks.show([] if options.quick else made, console)
     return 1 if missed or failed else 0
 
@@ -339,8 +355,8 @@ def main() -> int:
     parser.add_argument("--only", action="append", choices=NAMES, help="may be repeated")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="times each default; the search's start")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="rates are searched on the first")
-    parser.add_argument("--folder", type=Path, default=SCRATCH, help="keeps data and results; delete to begin anew")
-    parser.add_argument("--json", type=Path, help="write a list of {name, value, unit, config}")
+    parser.add_argument("--rows", type=int, help="that everybody trains on, in whole batches; 999,424 if left out")
+    trainings.options(parser)
     options = parser.parse_args()
     console = Console(width=140)
     if wrong := missing(

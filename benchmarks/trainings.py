@@ -1,25 +1,31 @@
 """Whole training runs, each in a process of its own, and the file that remembers what came of them.
 
-`quality.py` and `recipe.py` are made of such runs. Each takes minutes and all of them hours, so every result is
-written down as it comes: a benchmark that is broken off goes on with what is missing. A result counts only for the very
-task, data and code that it was made with; changed code makes new entries beside the old ones.
+`quality.py`, `recipe.py`, `trees.py` and `recovery.py` are made of such runs. On two cores each takes minutes and all
+of them hours, so every result is written down as it comes: a benchmark that is broken off goes on with what is missing.
+A result counts only for the very task, data, device and code that it was made with; changed code makes new entries
+beside the old ones. A GPU (`--device cuda`) is kept busy by several runs at one time (`--jobs`).
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
 import json
 import math
 import subprocess
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from contenders import HERE, OURS, ROOT, Contender, environment, last_words
+from rich.console import Console
 
 # Data, and what was found; git ignores it.
 SCRATCH = ROOT / "runs" / "benchmarks"
@@ -57,6 +63,7 @@ class Plan:
     rate: float = 1.0
     start: float = 1.0
     settings: dict[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
 
     def facts(self) -> dict[str, Any]:
         """The plan as JSON."""
@@ -89,6 +96,7 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._writing = threading.Lock()
         self._known: dict[str, Result] = {}
         for line in path.read_text().splitlines() if path.exists() else ():
             try:
@@ -104,13 +112,9 @@ class Ledger:
     def put(self, of: dict[str, Any], result: Result) -> None:
         """Remember a result, on disk first."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        torn = self._path.exists() and not self._path.read_bytes().endswith(b"\n")
-        with self._path.open("a") as stream:
-            stream.write(
-                ("\n" if torn and self._path.stat().st_size else "")
-                + json.dumps({"of": of, "result": dataclasses.asdict(result)})
-                + "\n"
-            )
+        with self._writing, self._path.open("a") as stream:
+            torn = self._path.stat().st_size and not self._path.read_bytes().endswith(b"\n")
+            stream.write(("\n" if torn else "") + json.dumps({"of": of, "result": dataclasses.asdict(result)}) + "\n")
         self._known[canonical(of)] = result
 
 
@@ -135,16 +139,37 @@ def code_digest(contender: Contender) -> str:
     return made.hexdigest()[:16]
 
 
+Of, Made = TypeVar("Of"), TypeVar("Made")
+
+
 class Bench:
     """Runs plans, or remembers what came of them.
 
     Args:
         ledger: What is known.
         tell: Gets a line for every run.
+        device: Where runs train.
+        jobs: So many of them at one time.
     """
 
-    def __init__(self, ledger: Ledger, tell: Callable[[str], None]) -> None:
-        self._ledger, self._tell = ledger, tell
+    def __init__(self, ledger: Ledger, tell: Callable[[str], None], device: str = "cpu", jobs: int = 1) -> None:
+        self._ledger, self._tell, self._device, self._jobs = ledger, tell, device, jobs
+        self._slots = threading.Semaphore(jobs)
+        # Two runs that want the same data wait for one that makes it.
+        self._making: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+
+    @classmethod
+    def of(cls, options: argparse.Namespace, ledger: Path, console: Console) -> Bench:
+        """As the command line wants it; see `options`."""
+        return cls(Ledger(ledger), lambda line: console.print(line, style="dim"), options.device, options.jobs)
+
+    def together(self, function: Callable[[Of], Made], each: Iterable[Of]) -> list[Made]:
+        """A function of each, in order; at one time where there is more than one job."""
+        if self._jobs == 1:
+            return [function(one) for one in each]
+        asked = list(each)
+        with ThreadPoolExecutor(max(1, len(asked))) as pool:
+            return list(pool.map(function, asked))
 
     def result(self, plan: Plan, digest: str, files: Callable[[], Files], label: str) -> Result:
         """Of a plan on some data.
@@ -155,16 +180,28 @@ class Bench:
             files: Makes the data, where it is needed.
             label: How the run is called.
         """
+        plan = dataclasses.replace(plan, device=self._device)
         of = plan.facts() | {"data": digest, "code": code_digest(plan.contender)}
         known = self._ledger.get(of)
         if known is None:
-            began = time.monotonic()
-            known = run(plan, files())
+            with self._making[digest]:
+                made = files()
+            with self._slots:
+                began = time.monotonic()
+                known = run(plan, made)
             self._tell(f"{label}: {_told(known)}, {time.monotonic() - began:.0f} s")
             # What failed may have failed for want of something that is there the next time.
             if known.failure is None:
                 self._ledger.put(of, known)
         return known
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Those of every benchmark that is made of runs."""
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where runs train")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at one time; more than one is for a GPU")
+    parser.add_argument("--folder", type=Path, default=SCRATCH, help="keeps data and results; delete to begin anew")
+    parser.add_argument("--json", type=Path, help="write a list of {name, value, unit, config}")
 
 
 def _told(result: Result) -> str:
@@ -181,6 +218,7 @@ def run(plan: Plan, files: Files) -> Result:
             "rate": plan.rate,
             "start": plan.start,
             "settings": plan.settings,
+            "device": plan.device,
             "data": str(files.data),
             "heldout": str(files.heldout),
             "directions": str(files.directions) if files.directions else None,
@@ -194,7 +232,7 @@ def run(plan: Plan, files: Files) -> Result:
                     stdin=subprocess.DEVNULL,
                     stdout=stream,
                     stderr=stream,
-                    env=environment(plan.threads),
+                    env=environment(plan.threads, plan.device),
                     cwd=folder,
                     timeout=PATIENCE,
                 ).returncode

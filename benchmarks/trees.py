@@ -1,7 +1,7 @@
 """What a tree is worth: held-out error at a thousand times more features than dimensions, and what each part adds.
 
     python benchmarks/trees.py [--quick] [--hook NAME ...] [--only NAME ...] [--rates R ...] [--seeds N ...]
-                               [--json FILE]
+                               [--device cuda --jobs N] [--json FILE]
 
 On activations of two hook points of the quickstart's model (see `quality.py`, same definitions of FVU and dead), the
 same tokens in the same order and the same k for everybody:
@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import statistics
 import sys
 import tempfile
@@ -37,13 +38,14 @@ from typing import Any
 
 import marks
 import rows
+import trainings
 from contenders import OURS, Contender
 from marks import Fact, Mark, fact, spread
 from quality import EXTRA, QUICK_CORPUS, Standing, best_rate, search
 from rich.console import Console
 from rich.table import Table
 from rows import Harvested
-from trainings import SCRATCH, Bench, Ledger, Plan, Result
+from trainings import Bench, Plan, Result
 
 HOOKS = ("gpt_neox.layers.2", "gpt_neox.layers.2.mlp")
 RATES, SEEDS = (0.5, 1.0, 2.0), (0, 1, 2)
@@ -142,9 +144,10 @@ class Ground:
 
     def standing(self, entrant: Entrant, rates: Sequence[float], seeds: Sequence[int], extra: int) -> Standing:
         """Of an entrant at its best rate."""
-        searched = search(lambda rate: self.result(entrant, rate, seeds[0]), rates, extra)
+        together = self.bench.together
+        searched = search(lambda rate: self.result(entrant, rate, seeds[0]), rates, extra, together=together)
         rate = best_rate(searched)
-        return Standing(rate, searched, [self.result(entrant, rate, seed) for seed in seeds])
+        return Standing(rate, searched, together(lambda seed: self.result(entrant, rate, seed), seeds))
 
 
 Standings = dict[str, Standing]
@@ -216,17 +219,20 @@ def compare(options: argparse.Namespace, folder: Path, console: Console) -> int:
     """Train what is missing, and report."""
     case = QUICK if options.quick else Case()
     root = (f"root={folder / 'quickstart'}",) if options.quick else ()
-    bench = Bench(Ledger(folder / "trees.jsonl"), lambda line: console.print(line, style="dim"))
+    bench = Bench.of(options, folder / "trees.jsonl", console)
     (folder / "data").mkdir(parents=True, exist_ok=True)
     source = rows.harvested([*case.overrides, *root])
     found, made, failed = list[Fact](), list[Mark](), False
     for hook in options.hook or HOOKS:
         ground = Ground(case, source, hook, bench, folder / "data")
-        standings: Standings = {}
-        for entrant in ENTRANTS:
-            if entrant.name == TREE or options.only is None or entrant.name in options.only:
-                extra = 0 if options.quick else EXTRA
-                standings[entrant.name] = ground.standing(entrant, options.rates, options.seeds, extra)
+        extra = 0 if options.quick else EXTRA
+        taking_part = [
+            each for each in ENTRANTS if each.name == TREE or options.only is None or each.name in options.only
+        ]
+        all_of_them = bench.together(
+            functools.partial(ground.standing, rates=options.rates, seeds=options.seeds, extra=extra), taking_part
+        )
+        standings = {each.name: standing for each, standing in zip(taking_part, all_of_them, strict=True)}
         console.print(table(case, hook, options.seeds, standings))
         failed = failed or any(
             standings[each.name].failure for each in ENTRANTS if each.is_tree and each.name in standings
@@ -250,8 +256,7 @@ def main() -> int:
     parser.add_argument("--only", action="append", choices=names, help=f"besides {TREE}; may be repeated")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="times the default; the search's start")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="rates are searched on the first")
-    parser.add_argument("--folder", type=Path, default=SCRATCH, help="keeps data and results; delete to begin anew")
-    parser.add_argument("--json", type=Path, help="write a list of {name, value, unit, config}")
+    trainings.options(parser)
     options = parser.parse_args()
     console = Console(width=140)
     if not options.quick:

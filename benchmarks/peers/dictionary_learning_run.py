@@ -42,15 +42,15 @@ trainSAE(
             "lr": task.rate * 2e-4 / (task.features / 2**14) ** 0.5,
             "warmup_steps": course.rise(1000),
             "seed": task.seed,
-            "device": "cpu",
+            "device": task.device,
         }
     ],
     steps=task.steps,
     save_dir=FOLDER,
     normalize_activations=task.variant == "normalized",
-    device="cpu",
+    device=task.device,
 )
-autoencoder = AutoEncoderTopK.from_pretrained(f"{FOLDER}/trainer_0/ae.pt")
+autoencoder = AutoEncoderTopK.from_pretrained(f"{FOLDER}/trainer_0/ae.pt", device=task.device)
 
 
 @torch.no_grad()

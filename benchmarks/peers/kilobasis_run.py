@@ -33,8 +33,10 @@ class RandomRoutes(TreeDictionary):
     def route(self, centred_BD: Tensor, z_BP: Tensor, parents_BP: Tensor, ranks: Ranks) -> Tensor:
         """See `TreeDictionary.route`."""
         directions_FD = torch.randn(self.parents, self.width, generator=torch.Generator().manual_seed(task.seed))
-        unit_FD = torch.nn.functional.normalize(directions_FD, dim=1)
-        z_BP, routed_BP = topk.top_k(centred_BD, unit_FD, torch.zeros(self.parents), self.tree.routed)
+        unit_FD = torch.nn.functional.normalize(directions_FD, dim=1).to(course.device)
+        z_BP, routed_BP = topk.top_k(
+            centred_BD, unit_FD, torch.zeros(self.parents, device=course.device), self.tree.routed
+        )
         return routed_BP.where(z_BP > 0, -1)
 
 
@@ -42,7 +44,7 @@ course = Course()
 task = course.task
 be_deterministic()
 
-sample_ND = course.sample()
+sample_ND = course.sample().cpu()
 scale = scale_of(sample_ND)
 kind, *ways = task.variant.split("-")
 if kind == "tree":
@@ -55,6 +57,7 @@ else:
     activation = BatchTopK(task.k) if kind == "batch" else task.k
     dictionary = TopKDictionary(task.width, task.features, activation)
 dictionary.initialize(sample_ND * scale, task.seed)
+dictionary.to(course.device)
 with torch.no_grad():
     dictionary.W_enc.mul_(task.start)
 settings = Train(**{"tokens": task.steps * task.batch, "batch": task.batch, "seed": task.seed, **task.settings})
@@ -64,7 +67,7 @@ settings = settings.model_copy(update={"learning_rate": peak_rate(settings, task
 def judge(x_BD: Tensor) -> tuple[Tensor, Tensor]:
     """See `training.Judge`."""
     z_BK, indices_BK = dictionary.encode(x_BD)
-    fired_F = torch.zeros(task.features, dtype=torch.bool)
+    fired_F = torch.zeros(task.features, dtype=torch.bool, device=course.device)
     fired_F[indices_BK[z_BK > 0]] = True
     return dictionary.decode(z_BK, indices_BK), fired_F
 

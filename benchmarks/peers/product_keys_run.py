@@ -26,9 +26,9 @@ generator = torch.Generator().manual_seed(task.seed)
 keys = torch.randn(2, sides, half, generator=generator)
 keys = torch.nn.functional.normalize(keys, dim=2) / math.sqrt(2)
 left_FD, right_FD = (side.unsqueeze(at).expand(sides, sides, half) for at, side in ((1, keys[0]), (0, keys[1])))
-W_dec = torch.nn.Parameter(torch.cat([left_FD, right_FD], 2).reshape(features, task.width).clone())
+W_dec = torch.nn.Parameter(torch.cat([left_FD, right_FD], 2).reshape(features, task.width).to(course.device))
 b_dec = torch.nn.Parameter(sample_ND.mean(0) * scale)
-keys = torch.nn.Parameter(keys)
+keys = torch.nn.Parameter(keys.to(course.device))
 
 
 def encode(x_BD: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,7 +50,7 @@ def decode(z_BK: Tensor, indices_BK: Tensor) -> Tensor:
 def judge(x_BD: Tensor) -> tuple[Tensor, Tensor]:
     """See `training.Judge`."""
     z_BK, indices_BK = encode(x_BD * scale)
-    fired_F = torch.zeros(task.features, dtype=torch.bool)
+    fired_F = torch.zeros(task.features, dtype=torch.bool, device=course.device)
     fired_F[indices_BK[z_BK > 0]] = True
     return decode(z_BK, indices_BK) / scale, fired_F
 

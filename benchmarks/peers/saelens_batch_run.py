@@ -21,7 +21,7 @@ from training import Course, largest
 
 course = Course()
 task = course.task
-shape = {"d_in": task.width, "d_sae": task.features, "k": float(task.k)}
+shape = {"d_in": task.width, "d_sae": task.features, "k": float(task.k), "device": task.device}
 if task.variant == "matryoshka":
     widths = [task.features // 8, task.features // 4, task.features // 2, task.features]
     trained = MatryoshkaBatchTopKTrainingSAE(MatryoshkaBatchTopKTrainingSAEConfig(**shape, matryoshka_widths=widths))
@@ -35,6 +35,7 @@ trainer = SAETrainer(
         lr=rate,
         # As its runner sets it; the constant schedule, its default, does not look at it.
         lr_end=rate / 10,
+        device=task.device,
     ),
     sae=trained,
     data_provider=course.batches(),
@@ -44,6 +45,7 @@ state = trained.state_dict()
 trained.process_state_dict_for_saving_inference(state)
 autoencoder = SAE.from_dict(trained.cfg.get_inference_sae_cfg_dict())
 autoencoder.load_state_dict(state)
+autoencoder.to(course.device)
 
 
 @torch.no_grad()

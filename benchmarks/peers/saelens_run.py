@@ -25,6 +25,7 @@ autoencoder = TopKTrainingSAE(
         d_in=task.width,
         d_sae=task.features,
         k=task.k,
+        device=task.device,
         normalize_activations="expected_average_only_in" if task.variant == "normalized" else "none",
     )
 )
@@ -37,6 +38,7 @@ trainer = SAETrainer(
         lr=rate,
         # As its runner sets it; the constant schedule, its default, does not look at it.
         lr_end=rate / 10,
+        device=task.device,
         n_batches_for_norm_estimate=first,
     ),
     sae=autoencoder,

@@ -17,7 +17,7 @@ RATES = {"signum": 5e-3, "adam": 2e-4}
 
 course = Course()
 task = course.task
-source = Source(task.width)
+source = Source(task.width, course.device)
 trainer = Trainer(
     TrainConfig(
         SparseCoderConfig(num_latents=task.features, k=task.k),
@@ -36,14 +36,14 @@ trainer = Trainer(
 )
 source.batches = course.batches()
 trainer.fit()
-coder = SparseCoder.load_from_disk("checkpoints/unnamed/layer")
+coder = SparseCoder.load_from_disk("checkpoints/unnamed/layer", device=task.device)
 
 
 @torch.no_grad()
 def judge(x_BD: Tensor) -> tuple[Tensor, Tensor]:
     """See `training.Judge`."""
     z_BK, indices_BK, _ = coder.encode(x_BD)
-    fired_F = torch.zeros(task.features, dtype=torch.bool)
+    fired_F = torch.zeros(task.features, dtype=torch.bool, device=course.device)
     fired_F[indices_BK[z_BK > 0]] = True
     return coder.decode(z_BK, indices_BK), fired_F
 

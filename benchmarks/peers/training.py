@@ -60,6 +60,7 @@ class Task:
     code: str | None = None
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     start: float = 1.0
+    device: str = "cpu"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,17 +87,18 @@ class Course:
         self.task = Task(**json.loads(sys.argv[1]))
         torch.set_num_threads(self.task.threads)
         torch.manual_seed(self.task.seed)
+        self.device = torch.device(self.task.device)
         self._data_ND = np.load(self.task.data, mmap_mode="r")
         self._began = time.perf_counter()
 
     def sample(self) -> torch.Tensor:
         """Rows to start from; those that are trained on first. Shape (N, D)."""
-        return decoded(self._data_ND[:SAMPLE_ROWS])
+        return decoded(self._data_ND[:SAMPLE_ROWS], self.device)
 
     def batches(self) -> Iterator[torch.Tensor]:
         """All batches, from the first one on. Shape of each (B, D)."""
         for first in range(0, self.task.steps * self.task.batch, self.task.batch):
-            yield decoded(self._data_ND[first : first + self.task.batch])
+            yield decoded(self._data_ND[first : first + self.task.batch], self.device)
 
     def rise(self, own: int) -> int:
         """Steps of a rise of the rate for which the library would take `own`."""
@@ -110,12 +112,14 @@ class Course:
             W_dec_FD: The decoder's rows, of any length.
             encode: See `Encode`; of raw rows. Asked where the task wants the code.
         """
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - self._began
         with torch.no_grad():
             fvu, fired_F = self._fvu(judge)
             found, true = None, None
             if self.task.directions is not None:
-                found, true = recovery(torch.from_numpy(np.load(self.task.directions)), W_dec_FD[fired_F])
+                found, true = recovery(torch.from_numpy(np.load(self.task.directions)), W_dec_FD.cpu()[fired_F])
             if self.task.code is not None:
                 assert encode is not None, "nobody says what fires"
                 self._keep_code(Path(self.task.code), encode, W_dec_FD)
@@ -124,26 +128,27 @@ class Course:
         Path(self.task.result).write_text(json.dumps(dataclasses.asdict(judgement)))
 
     def _keep_code(self, path: Path, encode: Encode, W_dec_FD: torch.Tensor) -> None:
-        made = [encode(x_BD) for x_BD in pieces(np.load(self.task.heldout, mmap_mode="r"))]
+        pairs = (encode(x_BD) for x_BD in pieces(np.load(self.task.heldout, mmap_mode="r"), self.device))
+        made = [(z_BK.cpu(), indices_BK.cpu()) for z_BK, indices_BK in pairs]
         most = max(z_BK.shape[1] for z_BK, _ in made)
         z_NK, indices_NK = (
             torch.cat([torch.nn.functional.pad(each_BK, (0, most - each_BK.shape[1])) for each_BK in parts])
             for parts in zip(*made, strict=True)
         )
-        np.savez(path, W_dec=W_dec_FD.float().numpy(), z=z_NK.float().numpy(), indices=indices_NK.int().numpy())
+        np.savez(path, W_dec=W_dec_FD.float().cpu().numpy(), z=z_NK.float().numpy(), indices=indices_NK.int().numpy())
 
     def _fvu(self, judge: Judge) -> tuple[float, torch.Tensor]:
         heldout_ND = np.load(self.task.heldout, mmap_mode="r")
         fired_F = torch.zeros(self.task.features, dtype=torch.bool)
         error, square, sum_D = 0.0, 0.0, torch.zeros(self.task.width, dtype=torch.float64)
-        for x_BD in pieces(heldout_ND):
+        for x_BD in pieces(heldout_ND, self.device):
             x_hat_BD, now_F = judge(x_BD)
-            fired_F |= now_F
+            fired_F |= now_F.cpu()
             error += float((x_hat_BD.double() - x_BD.double()).square().sum())
             square += float(x_BD.double().square().sum())
-            sum_D += x_BD.double().sum(0)
-        for x_BD in pieces(self._data_ND[-CENSUS_ROWS:]):
-            fired_F |= judge(x_BD)[1]
+            sum_D += x_BD.double().sum(0).cpu()
+        for x_BD in pieces(self._data_ND[-CENSUS_ROWS:], self.device):
+            fired_F |= judge(x_BD)[1].cpu()
         return error / (square - float(sum_D.square().sum()) / len(heldout_ND)), fired_F
 
 
@@ -153,15 +158,15 @@ def largest(code_BF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return z_BK.clamp_min(0), indices_BK
 
 
-def decoded(rows_ND: np.ndarray[Any, np.dtype[np.int16]]) -> torch.Tensor:
+def decoded(rows_ND: np.ndarray[Any, np.dtype[np.int16]], device: torch.device) -> torch.Tensor:
     """Rows as float32."""
-    return torch.from_numpy(np.array(rows_ND)).view(torch.bfloat16).float()
+    return torch.from_numpy(np.array(rows_ND)).to(device).view(torch.bfloat16).float()
 
 
-def pieces(rows_ND: np.ndarray[Any, np.dtype[np.int16]]) -> Iterator[torch.Tensor]:
+def pieces(rows_ND: np.ndarray[Any, np.dtype[np.int16]], device: torch.device) -> Iterator[torch.Tensor]:
     """Rows as float32, a few at a time."""
     for first in range(0, len(rows_ND), JUDGED_AT_ONCE):
-        yield decoded(rows_ND[first : first + JUDGED_AT_ONCE])
+        yield decoded(rows_ND[first : first + JUDGED_AT_ONCE], device)
 
 
 def recovery(true_MD: torch.Tensor, learned_FD: torch.Tensor) -> tuple[float, float]:
