@@ -13,7 +13,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "train",
-        5,
+        6,
         ("harvest",),
         train.params,
         train.run,

@@ -43,13 +43,17 @@ class Train(Section):
     tokens: Count = Field(description="Rows that pass through the trainer, over all epochs.")
     batch: Count = Field(default=4096, description="Rows in one step, over all ranks.")
     learning_rate: float | None = Field(
-        default=None, gt=0, description="Peak rate; 1.6e-3 * sqrt(2^14 / features) if left out."
+        default=None,
+        gt=0,
+        description="Peak rate; 1.6e-3 * sqrt(2^14 / features) if left out, in a tree times the fourth root of a "
+        "subtree's features.",
     )
     warmup: Fraction = Field(default=0.02, description="Share of the steps over which the rate rises from zero.")
     decay: Fraction = Field(default=0.2, description="Share of the steps over which the rate falls to zero at the end.")
     optimizer: Literal["row_adam", "adam"] = Field(
         default="row_adam",
-        description="row_adam has no first moment (beta1 is 0) and visits only the features that fired; adam is dense.",
+        description="row_adam visits only the features that fired, and its first moments decay with their gradients; "
+        "adam is dense.",
     )
     second_moment: Literal["full", "row"] = Field(
         default="full", description="row: a feature's row shares one number, which takes a third of the memory away."
@@ -58,7 +62,9 @@ class Train(Section):
         default="float32",
         description="Of encoder and decoder rows. row_adam rounds bfloat16 at random; adam keeps a copy in float32.",
     )
-    beta1: float | None = Field(default=None, ge=0.0, lt=1.0, description="Of adam; 0.9 if left out.")
+    beta1: float = Field(
+        default=0.9, ge=0.0, lt=1.0, description="With 0, row_adam has no first moment, and equals dense adam with 0."
+    )
     beta2: float = Field(default=0.999, gt=0.0, lt=1.0)
     clip: float = Field(default=1.0, ge=0.0, description="Largest norm of the gradient; 0 does not clip.")
     aux_k: Steps | None = Field(
@@ -93,8 +99,6 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _optimizer_fits(self) -> Self:
-        if self.optimizer == "row_adam" and self.beta1:
-            raise ValueError(f"beta1 {self.beta1} needs a first moment, row_adam has none; leave it out, or use adam")
         if self.optimizer == "adam" and self.resample:
             raise ValueError("resample needs row_adam; found optimizer adam, whose dead features have aux_k")
         if self.optimizer == "adam" and self.second_moment == "row":

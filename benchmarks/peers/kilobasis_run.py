@@ -61,7 +61,8 @@ dictionary.to(course.device)
 with torch.no_grad():
     dictionary.W_enc.mul_(task.start)
 settings = Train(**{"tokens": task.steps * task.batch, "batch": task.batch, "seed": task.seed, **task.settings})
-settings = settings.model_copy(update={"learning_rate": peak_rate(settings, task.features) * task.rate})
+subtree = dictionary.tree.size if isinstance(dictionary, TreeDictionary) else 1
+settings = settings.model_copy(update={"learning_rate": peak_rate(settings, task.features, subtree) * task.rate})
 
 
 def judge(x_BD: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,6 @@ from typing import NamedTuple
 import torch
 
 from pipeline.dictionary.kernels.portable import Rows
-from pipeline.dictionary.optimizer import MOMENTS
 from pipeline.dictionary.tree_objective import TreeObjective
 
 # A child is hot above, a parent cold below this part of what parents fire on average. Far enough from one another that
@@ -25,8 +24,6 @@ from pipeline.dictionary.tree_objective import TreeObjective
 HOT, COLD = 0.5, 0.125
 # Most exchanges at a time: one of so many parents.
 FEWEST = 32
-# What a place has of the feature in it.
-FIELDS = ("W_enc", "W_dec", "b_enc", *MOMENTS)
 
 
 class Exchange(NamedTuple):
@@ -209,7 +206,8 @@ class Balance:
         rows, size = self._rows, self._objective.tree.tree.size
         device = rows.b_enc.device
         places, features = (torch.tensor(each, device=device) for each in (list(got), list(got.values())))
-        fields = {name: getattr(rows, name) for name in FIELDS} | {"since_fired": since_fired_F}
+        fields = {"W_enc": rows.W_enc, "W_dec": rows.W_dec, "b_enc": rows.b_enc, "since_fired": since_fired_F}
+        fields |= rows.remembered()
         # All are read before any is written.
         made = {name: self._of(field, features) for name, field in fields.items()}
         if self._objective.tree.tree.sees == "rest":

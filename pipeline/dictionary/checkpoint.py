@@ -26,7 +26,8 @@ from schemas.records import CheckpointRecord, ObjectEntry
 STATE = "state.safetensors"
 # Tensors with a row for every feature; dense Adam's are called after their weights.
 ROWS = ("model.W_enc", "model.W_dec", "model.b_enc", "adam.encoder_v", "adam.decoder_v", "adam.bias_v", "adam.stamps_F")
-THRESHOLD_ROWS = ("model.threshold", "adam.threshold_v")
+FIRST_ROWS = ("adam.encoder_m", "adam.decoder_m", "adam.bias_m")
+THRESHOLD_ROWS = ("model.threshold", "adam.threshold_v", "adam.threshold_m")
 DENSE_ROWS = ("adam.W_enc.exp", "adam.W_dec.exp", "adam.b_enc.exp")
 SINCE_FIRED, FIRES, CURVES = "since_fired", "fires", "curves"
 
@@ -73,7 +74,7 @@ def state(
 
 
 def _has_rows(name: str) -> bool:
-    return name in (*ROWS, *THRESHOLD_ROWS, SINCE_FIRED, FIRES) or name.startswith(DENSE_ROWS)
+    return name in (*ROWS, *FIRST_ROWS, *THRESHOLD_ROWS, SINCE_FIRED, FIRES) or name.startswith(DENSE_ROWS)
 
 
 def read(bodies: Iterable[bytes], first: int, count: int, moments: bool = True) -> dict[str, torch.Tensor]:

@@ -41,6 +41,8 @@ def footprint(train: Train, compute: Compute, features: int, width: int) -> Foot
     moments = 4 * numbers * (2 if dense else 1)
     if train.second_moment == "row":
         moments = 16 * features
+    if train.beta1 and not dense:
+        moments += (2 * width + 4) * features
     state = weights + moments
     parts = compute.sharding.features
     kept = _dense(numbers, low, compute) if dense else state // parts

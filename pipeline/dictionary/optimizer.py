@@ -34,8 +34,6 @@ class DictionaryOptimizer(Protocol):
 
 EPSILON = 1e-8
 DENSE_MOMENTS = ("exp_avg", "exp_avg_sq")
-# What a row remembers besides its weights: fields of `Rows`.
-MOMENTS = ("encoder_v", "decoder_v", "bias_v", "stamps_F")
 
 
 class SphereAdam(torch.optim.Adam):
@@ -127,11 +125,12 @@ class SphereAdam(torch.optim.Adam):
 
 
 class RowAdam(torch.optim.Optimizer):
-    """Adam with beta1 = 0 that visits only the rows that fired; equal to one that visits all. See `portable.update`.
+    """Adam that visits only the rows that fired. See `portable.update`.
 
-    Without a first moment nothing moves a row that has no gradient. The second moment may be one number a row; rows may
-    be bfloat16. Gradients are clipped by their norm over everything, which is computed only where a cheap bound does
-    not show that there is nothing to clip.
+    With beta1 = 0 nothing moves a row that has no gradient, and it equals one that visits all. Else a first moment is a
+    mean over the gradients of the last times that the row fired, kept in bfloat16. The second moment may be one number
+    a row; rows may be bfloat16. Gradients are clipped by their norm over everything, which is computed only where a
+    cheap bound does not show that there is nothing to clip.
 
     Args:
         objective: Holds the dictionary, and behind each pass what its rows' gradients are made of.
@@ -139,7 +138,8 @@ class RowAdam(torch.optim.Optimizer):
         beta2: Decay of the second moment.
         clip: Largest gradient norm; 0 does not clip.
         row_wise: Whether a row shares one second moment.
-        seed: Of the rounding of rows in bfloat16.
+        seed: Of the rounding to bfloat16.
+        beta1: Decay of the first moment; 0 for none.
     """
 
     def __init__(
@@ -150,16 +150,18 @@ class RowAdam(torch.optim.Optimizer):
         clip: float,
         row_wise: bool,
         seed: int = 0,
+        beta1: float = 0.0,
     ) -> None:
         dictionary = objective.dictionary
         # What has a gradient like any other: b_dec, the same on all ranks, and thresholds of this rank's features.
         self._small = {name: each for name, each in dictionary.named_parameters() if each.requires_grad}
         super().__init__(list(self._small.values()), {"lr": learning_rate})
-        self.beta2, self.clip, self.objective, self.seed = beta2, clip, objective, seed
+        self.beta1, self.beta2, self.clip, self.objective, self.seed = beta1, beta2, clip, objective, seed
         # Of the last step, before clipping, over all ranks.
         self.gradient_square = torch.zeros((), dtype=torch.float64)
         self.steps = 0
         self._v = {name: torch.zeros_like(each) for name, each in self._small.items()}
+        self._m = {name: torch.zeros_like(each) for name, each in self._small.items()} if beta1 else {}
         self._bound: float | None = None
         W_enc_FD, W_dec_FD = dictionary.W_enc.data, dictionary.W_dec.data
         self.rows = Rows(
@@ -171,13 +173,13 @@ class RowAdam(torch.optim.Optimizer):
             bias_v=torch.zeros_like(dictionary.b_enc.data),
             stamps_F=torch.zeros(dictionary.features, dtype=torch.int32, device=W_enc_FD.device),
             first=objective.ranks.feature_rank * dictionary.features,
+            **_firsts(dictionary) if beta1 else {},
         )
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What it remembers, by name."""
-        moments = {name: getattr(self.rows, name) for name in MOMENTS}
-        small = {f"{name}_v": v for name, v in self._v.items()}
-        return {**moments, **small, "steps": torch.tensor(self.steps)}
+        small = {f"{name}_v": v for name, v in self._v.items()} | {f"{name}_m": m for name, m in self._m.items()}
+        return {**self.rows.remembered(), **small, "steps": torch.tensor(self.steps)}
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Remember `tensors` of another one."""
@@ -224,12 +226,14 @@ class RowAdam(torch.optim.Optimizer):
             norm = math.sqrt(float(self._everywhere(with_.squares(gradient, self.rows).sum())))
             clip = min(1.0, self.clip / (norm + 1e-6))
         rate = self.param_groups[0]["lr"]
-        adam = Adam(self.steps, rate, self.beta2, EPSILON, clip, self.seed)
+        adam = Adam(self.steps, rate, self.beta2, EPSILON, clip, self.seed, self.beta1)
         squares_F = with_.update(gradient, self.rows, adam)
         self.gradient_square = self._everywhere(squares_F.sum())
         for name, gradient_ in self._gradients().items():
             moved, v = gradient_ * clip, self._v[name]
             v.mul_(self.beta2).addcmul_(moved, moved, value=1 - self.beta2)
+            if self.beta1:
+                moved = self._m[name].lerp_(moved, 1 - self.beta1) / (1 - self.beta1**self.steps)
             self._small[name].addcdiv_(moved, (v / (1 - self.beta2**self.steps)).sqrt_().add_(EPSILON), value=-rate)
         self.objective.pending, self._bound = None, None
 
@@ -239,14 +243,32 @@ def _moments(W_FD: torch.Tensor, row_wise: bool) -> torch.Tensor:
     return zeros(*W_FD.shape[: 1 if row_wise else 2]).to(W_FD.device)
 
 
+def _firsts(dictionary: TopKDictionary) -> dict[str, torch.Tensor]:
+    """First moments of nothing yet."""
+    made = {
+        name: zeros(*rows.shape, dtype=torch.bfloat16).to(rows.device)
+        for name, rows in (("encoder_m", dictionary.W_enc.data), ("decoder_m", dictionary.W_dec.data))
+    }
+    return made | {"bias_m": torch.zeros_like(dictionary.b_enc.data)}
+
+
 # The best of a search by factors of two, at every F (8 to 128 D), D (64, 128, 512) and length (1 to 12 million tokens)
 # that was tried, of activations of a model and of synthetic ones; see `benchmarks/recipe.py`.
 PEAK = 1.6e-3
 
 
-def peak_rate(settings: Train, features: int) -> float:
-    """The largest rate: as given, or PEAK at 2^14 features and falling with the square root of F."""
-    return settings.learning_rate or PEAK * math.sqrt(2**14 / features)
+def peak_rate(settings: Train, features: int, subtree: int = 1) -> float:
+    """The largest rate: as given, or PEAK at 2^14 features and falling with the square root of F.
+
+    That of a tree is the one of a number of features in the middle between its parents and all, F / sqrt(subtree): for
+    all of them it is far too slow (`benchmarks/trees.py`).
+
+    Args:
+        settings: The manifest's `train`.
+        features: F.
+        subtree: A parent with its children; 1 where there are none.
+    """
+    return settings.learning_rate or PEAK * math.sqrt(2**14 * math.sqrt(subtree) / features)
 
 
 def rate(step: int, steps: int, peak: float, warmup: float, decay: float) -> float:

@@ -65,7 +65,7 @@ def place(rows: Rows, own: torch.Tensor, seen_ND: torch.Tensor, directions_ND: t
     """
     rows.W_dec[own] = directions_ND.to(rows.W_dec.dtype)
     rows.W_enc[own] = (seen_ND * norm).to(rows.W_enc.dtype)
-    for each in (rows.b_enc, rows.encoder_v, rows.decoder_v, rows.bias_v, rows.stamps_F):
+    for each in (rows.b_enc, *rows.remembered().values()):
         each[own] = 0
 
 

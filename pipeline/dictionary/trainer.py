@@ -71,7 +71,8 @@ class Trainer:
         self._accumulate = dense.accumulate
         self.dictionary, self.settings, self.steps, self.ranks = dictionary, settings, steps, ranks
         self.features = dictionary.features * ranks.features
-        self._peak = peak_rate(settings, self.features)
+        subtree = dictionary.tree.size if isinstance(dictionary, TreeDictionary) else 1
+        self._peak = peak_rate(settings, self.features, subtree)
         aux_k = settings.auxiliary(dictionary.width)
         dictionary.to(parallel.device(ranks.rank))
         self.since_fired_F = torch.zeros(dictionary.features, dtype=torch.int64, device=dictionary.W_enc.device)
@@ -87,13 +88,15 @@ class Trainer:
             self._rows: SparseObjective | None = rows
             row_wise = settings.second_moment == "row"
             # It clips by itself, because the engine sees no gradient but that of b_dec.
-            self.optimizer = RowAdam(rows, self._peak, settings.beta2, settings.clip, row_wise, settings.seed)
+            self.optimizer = RowAdam(
+                rows, self._peak, settings.beta2, settings.clip, row_wise, settings.seed, settings.beta1
+            )
             self.engine = Engine(rows, self.optimizer, settings.batch, 0.0, ranks)
             if isinstance(rows, TreeObjective) and rebalance:
                 self.balance = Balance(rows, self.optimizer.rows, rebalance, settings.dead_after)
         else:
             self._objective, self._rows = DenseObjective(dictionary, aux_k, settings.aux_weight, ranks), None
-            betas = (0.9 if settings.beta1 is None else settings.beta1, settings.beta2)
+            betas = (settings.beta1, settings.beta2)
             self.optimizer = SphereAdam(dictionary, self._peak, betas, ranks)
             if dense.bfloat16:
                 # Those that DeepSpeed keeps in float32 are copies of what it has rounded.

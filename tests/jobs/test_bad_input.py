@@ -232,7 +232,6 @@ FIELDS: dict[str, tuple[Change, tuple[str, ...]]] = {
         both(at(FIRST + "train.weights", "bfloat16"), at(FIRST + "train.optimizer", "adam")),
         ("train.weights bfloat16 with adam", "found compute.zero.stage 0, expected 2 or 3"),
     ),
-    "first_moment_of_row_adam": (at(FIRST + "train.beta1", 0.9), ("row_adam has none", "use adam")),
     "row_moments_of_adam": (
         both(at(FIRST + "train.optimizer", "adam"), at(FIRST + "train.second_moment", "row")),
         ("second_moment row is row_adam's",),

@@ -20,6 +20,8 @@ from pipeline.dictionary.optimizer import RowAdam
 from pipeline.dictionary.ranks import Ranks
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+# What every `Rows` has.
+STATE = ("W_enc", "W_dec", "b_enc", "encoder_v", "decoder_v", "bias_v", "stamps_F")
 # An interpreter is numpy, which warns of what a GPU does silently.
 no_numbers = pytest.mark.filterwarnings("ignore:(invalid value|overflow|All-NaN slice) encountered:RuntimeWarning")
 drawn = settings(max_examples=8, derandomize=True, deadline=None, database=None)
@@ -284,6 +286,7 @@ class RowsContract:
         parts=st.integers(1, 3),
         inputs=st.booleans(),
         share=st.sampled_from([1, 3, 128]),
+        beta1=st.sampled_from([0.0, 0.8]),
         seed=st.integers(0, 10_000),
     )
     def test_rows_move_as_torch_moves_them(
@@ -298,6 +301,7 @@ class RowsContract:
         parts: int,
         inputs: bool,
         share: int,
+        beta1: float,
         seed: int,
     ) -> None:
         """From any state, with rows that rested for some steps; bfloat16 ones are rounded by the same noise.
@@ -316,22 +320,25 @@ class RowsContract:
             draw.normal(features, width).to(dtype), W_dec_FD.to(dtype), draw.normal(features),
             *(draw.uniform(*shape) for shape in shapes), draw.uniform(features), draw.whole(6, features).int(), 1000,
         )  # fmt: skip
+        if beta1:
+            firsts = (0.1 * draw.normal(features, each).bfloat16() for each in (width, target_width))
+            rows = Rows(*(getattr(rows, name) for name in STATE), 1000, *firsts, 0.1 * draw.normal(features))
         made = []
         monkeypatch = pytest.MonkeyPatch()
         monkeypatch.setattr(cuda("_update"), "SHARE", share)
         for kind in (cuda(), portable):
-            own = Rows(*(getattr(rows, name).clone() for name in list(Rows.__slots__)[:-1]), first=rows.first)
+            own = Rows(first=1000, **{name: getattr(rows, name).clone() for name in {*STATE, *rows.remembered()}})
             grouped: Grouped = kind.group(z_BK, indices_BK, features)
             scales = tuple(0.1 + part for part in range(parts))
             gradient = RowGradient(grouped, z_BK, grad_z_BK, encoded, errors, scales, part_BK)
             squares_F = kind.squares(gradient, own)
             assert kind.norm_bound(gradient, own) >= 0.999 * float(squares_F.sum().sqrt())
-            moved_F = kind.update(gradient, own, Adam(7, 1e-2, 0.9, 1e-8, 0.5, seed=2**40 + seed))
+            moved_F = kind.update(gradient, own, Adam(7, 1e-2, 0.9, 1e-8, 0.5, 2**40 + seed, beta1))
             torch.testing.assert_close(moved_F, squares_F)
             made.append((squares_F, own))
         monkeypatch.undo()
         torch.testing.assert_close(made[0][0], made[1][0], rtol=1e-4, atol=1e-5)
-        for name in list(Rows.__slots__)[:-1]:
+        for name in {*STATE, *rows.remembered()}:
             mine, theirs = getattr(made[0][1], name), getattr(made[1][1], name)
             # Numbers that round to different sides are one unit apart, and few.
             unit = 2**-7 if mine.dtype == torch.bfloat16 else 0.0

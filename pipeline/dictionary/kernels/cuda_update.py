@@ -84,13 +84,13 @@ def _visited(gradient: RowGradient, rows: Rows, adam: Adam | None) -> torch.Tens
     squares_F = torch.zeros(features, dtype=torch.float64, device=rows.W_enc.device)
     half = rows.W_enc.dtype == torch.bfloat16
     W_enc, W_dec = (each.view(torch.uint16) if half else each for each in (rows.W_enc, rows.W_dec))
-    state = (W_enc, W_dec, rows.b_enc, rows.encoder_v, rows.decoder_v, rows.bias_v, rows.stamps_F)
+    state = (W_enc, W_dec, rows.b_enc, rows.encoder_v, rows.decoder_v, rows.bias_v, rows.stamps_F, *_firsts(rows))
     assert all(each.is_contiguous() for each in state)
     parts = len(gradient.errors) if gradient.part_BN is not None else 1
     errors_QD = gradient.errors[0].contiguous() if parts == 1 else torch.cat(gradient.errors)
     inputs = len(gradient.inputs) if parts > 1 else 1
     inputs_QE = gradient.inputs[0].contiguous() if inputs == 1 else torch.cat(gradient.inputs)
-    move, (step, rate, beta2, epsilon, clip, seed) = adam is not None, adam or Adam(1, 0.0, 0.0, 0.0, 1.0)
+    move, (step, rate, beta2, epsilon, clip, seed, beta1) = adam is not None, adam or Adam(1, 0.0, 0.0, 0.0, 1.0)
     grouped, (tokens, k), visits = gradient.grouped, gradient.z_BN.shape, _visits(gradient, rows)
     assert grouped.busiest_F is not None
     assert grouped.counts_F is not None
@@ -125,11 +125,19 @@ def _visited(gradient: RowGradient, rows: Rows, adam: Adam | None) -> torch.Tens
     if visits:
         triton_update.visit[(visits,)](
             grouped.busiest_F, grouped.starts_F, *entries, ends_H, encoder_SE, decoder_SD, bias_S, *state, decay_N,
-            squares_F, parted, tokens, k, encoder_width, decoder_width, step, rows.first, _noise_at(seed, step, 1),
-            _noise_at(seed, step, 2), rate, 1 - beta2, epsilon, clip, 1 - beta2**step, ROWS=1,
-            ROW_WISE=rows.encoder_v.dim() == 1, HALF=half, MOVE=move, num_warps=warps, **blocks,
+            squares_F, parted, tokens, k, encoder_width, decoder_width, step, rows.first,
+            *(_noise_at(seed, step, salt) for salt in (1, 2, 3, 4)), rate, 1 - beta2, epsilon, clip, 1 - beta2**step,
+            beta1, 1 - beta1**step, ROWS=1, ROW_WISE=rows.encoder_v.dim() == 1, FIRST=rows.encoder_m is not None,
+            HALF=half, MOVE=move, num_warps=warps, **blocks,
         )  # fmt: skip
     return squares_F
+
+
+def _firsts(rows: Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """First moments, bfloat16 as bits; what nobody reads where there are none."""
+    if rows.encoder_m is None or rows.decoder_m is None or rows.bias_m is None:
+        return rows.stamps_F, rows.stamps_F, rows.bias_v
+    return rows.encoder_m.view(torch.uint16), rows.decoder_m.view(torch.uint16), rows.bias_m
 
 
 def _noise_at(seed: int, step: int, salt: int) -> int:

@@ -26,7 +26,7 @@ void scan(const T* scores, int64_t stride, int64_t tokens, const Block& block, c
 } // namespace
 
 // What the Python side expects; raised with every change of a signature.
-KILOBASIS int64_t kilobasis_version() { return 5; }
+KILOBASIS int64_t kilobasis_version() { return 6; }
 
 // Ask for large pages where nothing was written yet: rows are read from all over, and each would be another small page.
 KILOBASIS void kilobasis_ask_for_large_pages(void* memory, int64_t bytes) {

@@ -353,6 +353,7 @@ def _update(gradient: RowGradient, rows: Rows, adam: Adam | None) -> tuple[ctype
         "bias_v": rows.bias_v,
         "stamps": rows.stamps_F,
     }
+    state |= {name: each for name, each in rows.remembered().items() if name.endswith("_m")}
     assert all(each.is_contiguous() for each in state.values())
     errors, inputs = ([each.contiguous() for each in every] for every in (gradient.errors, gradient.inputs))
     # One input may be that of all errors.
@@ -377,5 +378,5 @@ def _update(gradient: RowGradient, rows: Rows, adam: Adam | None) -> tuple[ctype
     )
     if adam is not None:
         update.step, update.rate, update.beta2, update.seed = adam.step, adam.rate, adam.beta2, adam.seed
-        update.epsilon, update.clip = adam.epsilon, adam.clip
+        update.epsilon, update.clip, update.beta1 = adam.epsilon, adam.clip, adam.beta1
     return loaded, update, [*given.values(), *errors, *inputs, pointers, encoded, scales]

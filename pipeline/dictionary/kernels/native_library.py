@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-VERSION = 5
+VERSION = 6
 # What torch calls the machine, and the library for it.
 LIBRARIES = {"AVX512": "_native_avx512", "AVX2": "_native_avx2"}
 
@@ -34,8 +34,9 @@ class Update(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("parts", "half")),
         *((name, ctypes.c_void_p) for name in ("encoder", "decoder", "bias")),
         *((name, ctypes.c_void_p) for name in ("encoder_v", "decoder_v", "bias_v", "stamps")),
+        *((name, ctypes.c_void_p) for name in ("encoder_m", "decoder_m", "bias_m")),
         *((name, ctypes.c_int64) for name in ("row_wise", "step", "first", "seed")),
-        *((name, ctypes.c_double) for name in ("rate", "beta2", "epsilon", "clip")),
+        *((name, ctypes.c_double) for name in ("rate", "beta1", "beta2", "epsilon", "clip")),
     )
 
 

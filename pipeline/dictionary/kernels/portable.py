@@ -58,7 +58,8 @@ class Rows:
 
     Rows are float32 or bfloat16, all else float32. Second moments have the shape of their rows, or (F,) where a row
     shares one. `stamps_F` (int32) is the step of each row's last update, from 1, and 0 for never. `first` says which of
-    all ranks' features is the first one here.
+    all ranks' features is the first one here. First moments have the shape of their rows, in bfloat16, that of the bias
+    is float32; None where there are none.
     """
 
     W_enc: torch.Tensor
@@ -69,10 +70,21 @@ class Rows:
     bias_v: torch.Tensor
     stamps_F: torch.Tensor
     first: int = 0
+    encoder_m: torch.Tensor | None = None
+    decoder_m: torch.Tensor | None = None
+    bias_m: torch.Tensor | None = None
+
+    def remembered(self) -> dict[str, torch.Tensor]:
+        """What the optimizer knows of every row, by name."""
+        names = ("encoder_v", "decoder_v", "bias_v", "stamps_F", "encoder_m", "decoder_m", "bias_m")
+        return {name: each for name in names if (each := getattr(self, name)) is not None}
 
 
 class Adam(NamedTuple):
-    """How rows are to move: the step from 1, and the factor that clips the gradient; the seed rounds bfloat16 rows."""
+    """How rows are to move: the step from 1, and the factor that clips the gradient; the seed rounds to bfloat16.
+
+    `beta1` counts where rows have first moments.
+    """
 
     step: int
     rate: float
@@ -80,6 +92,7 @@ class Adam(NamedTuple):
     epsilon: float
     clip: float
     seed: int = 0
+    beta1: float = 0.0
 
 
 def top_k(x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -337,13 +350,18 @@ def update(gradient: RowGradient, rows: Rows, adam: Adam) -> torch.Tensor:
     it fires, and catching up on the decay, equals visiting every row in every step, exactly. Decoder rows stay unit
     vectors: the part of the gradient along a row is removed, and the row normalised behind the step. What moves is
     float32; rows that are kept in bfloat16 are rounded at random (see `noise`), so that steps too small for it add up.
+
+    A first moment decays when its row fires, not by the step: it is a mean over the last gradients that there were, as
+    torch's SparseAdam has it. By the step, nothing would be left of it where features fire seldom.
     """
     touched = _touched(gradient)
     measured_F, touched_U = touched.squares(len(rows.W_enc)), touched.features_U
     age_U = adam.step - rows.stamps_F[touched_U]
     decay_U = torch.pow(adam.beta2, age_U.double()).float()
 
-    def stepped(weights: torch.Tensor, moments: torch.Tensor, gradient_: torch.Tensor) -> torch.Tensor:
+    def stepped(
+        weights: torch.Tensor, moments: torch.Tensor, gradient_: torch.Tensor, firsts: torch.Tensor | None, salt: int
+    ) -> torch.Tensor:
         clipped = gradient_ * adam.clip
         row_wise = moments.dim() < weights.dim()
         decay = decay_U if moments.dim() == 1 else decay_U.unsqueeze(1)
@@ -351,6 +369,10 @@ def update(gradient: RowGradient, rows: Rows, adam: Adam) -> torch.Tensor:
         v = decay * moments[touched_U] + (1 - adam.beta2) * fresh
         moments[touched_U] = v
         root = (v / (1 - adam.beta2**adam.step)).sqrt() + adam.epsilon
+        if firsts is not None:
+            clipped = adam.beta1 * firsts[touched_U].to(clipped.dtype) + (1 - adam.beta1) * clipped
+            place(clipped, firsts, salt)
+            clipped = clipped / (1 - adam.beta1**adam.step)
         return weights - adam.rate * clipped / (root.unsqueeze(1) if row_wise else root)
 
     def place(rows_UD: torch.Tensor, weights: torch.Tensor, salt: int) -> None:
@@ -361,11 +383,11 @@ def update(gradient: RowGradient, rows: Rows, adam: Adam) -> torch.Tensor:
     W_enc_UD, W_dec_UD = rows.W_enc[touched_U].float(), rows.W_dec[touched_U].float()
     decoder_UD = touched.decoder_UD
     decoder_UD -= torch.linalg.vecdot(decoder_UD, W_dec_UD).unsqueeze(1) * W_dec_UD
-    place(stepped(W_enc_UD, rows.encoder_v, touched.encoder_UD), rows.W_enc, 1)
-    W_dec_UD = stepped(W_dec_UD, rows.decoder_v, decoder_UD)
+    place(stepped(W_enc_UD, rows.encoder_v, touched.encoder_UD, rows.encoder_m, 3), rows.W_enc, 1)
+    W_dec_UD = stepped(W_dec_UD, rows.decoder_v, decoder_UD, rows.decoder_m, 4)
     norm_U1 = torch.linalg.vector_norm(W_dec_UD, dim=1, keepdim=True).clamp_min(1e-12)
     place(W_dec_UD / norm_U1, rows.W_dec, 2)
-    rows.b_enc[touched_U] = stepped(rows.b_enc[touched_U], rows.bias_v, touched.bias_U)
+    rows.b_enc[touched_U] = stepped(rows.b_enc[touched_U], rows.bias_v, touched.bias_U, rows.bias_m, 0)
     rows.stamps_F[touched_U] = adam.step
     return measured_F
 

@@ -23,8 +23,10 @@ struct KilobasisUpdate {
     float* bias;
     float *encoder_v, *decoder_v, *bias_v; // second moments: like their rows, or (F) where row_wise
     int32_t* stamps;                       // the step of each row's last update, from 1; 0 for never
+    uint16_t *encoder_m, *decoder_m;       // first moments, bfloat16, like their rows; null where there are none
+    float* bias_m;
     int64_t row_wise, step, first, seed;   // first: which of all features is the first one here
-    double rate, beta2, epsilon, clip;
+    double rate, beta1, beta2, epsilon, clip;
 };
 
 namespace {
@@ -79,32 +81,6 @@ template <typename Visit> void visit(const KilobasisUpdate& u, double* squares, 
     }
 }
 
-// Adam without a first moment (beta1 = 0). Steps in which a row had no gradient only let the second moment decay, which
-// is caught up here: the same as if every row were visited in every step.
-struct Adam {
-    float decay, correction, fresh, rate, epsilon;
-
-    Adam(const KilobasisUpdate& u, int64_t f, float correction)
-        : decay(float(std::pow(u.beta2, double(u.step - u.stamps[f])))), correction(correction),
-          fresh(float((1 - u.beta2) * u.clip * u.clip)), rate(float(u.rate * u.clip)), epsilon(float(u.epsilon)) {}
-
-    // A row whose numbers have a second moment each.
-    void move(float* w, float* v, const float* g, int64_t d) const {
-        for (int64_t i = 0; i < d; ++i) {
-            v[i] = decay * v[i] + fresh * (g[i] * g[i]);
-            w[i] -= rate * g[i] / (std::sqrt(v[i] / correction) + epsilon);
-        }
-    }
-
-    // The rate of a row that has one, given the squared norm of its gradient.
-    float rate_of(float* v, float square, int64_t d) const {
-        *v = decay * *v + fresh * (square / float(d));
-        return rate / (std::sqrt(*v / correction) + epsilon);
-    }
-};
-
-inline float inverse_length(float square) { return 1 / std::max(std::sqrt(square), 1e-12f); }
-
 // Sixteen bits that depend on a number's place alone, for sixteen places. See `portable.noise`.
 inline Words noise(Words place) {
     place = (place ^ (place >> 16)) * 0x7feb352du;
@@ -148,28 +124,71 @@ template <typename Make> void put_row(uint16_t* to, int64_t d, uint32_t place, M
     std::memcpy(to + i, &halves, (d - i) * sizeof *to);
 }
 
+// Without a first moment, steps in which a row had no gradient only let the second moment decay, which is caught up
+// here: the same as if every row were visited in every step. A first moment decays with the gradients that there are.
+struct Adam {
+    float decay, correction, fresh, rate, epsilon;
+    // How much of the first moment stays, how much of a gradient comes to it, and what its mean is made of it by.
+    float stays, comes, whole;
+
+    Adam(const KilobasisUpdate& u, int64_t f, float correction)
+        : decay(float(std::pow(u.beta2, double(u.step - u.stamps[f])))), correction(correction),
+          fresh(float((1 - u.beta2) * u.clip * u.clip)), rate(float(u.encoder_m ? u.rate : u.rate * u.clip)),
+          epsilon(float(u.epsilon)), stays(float(u.beta1)), comes(float((1 - u.beta1) * u.clip)),
+          whole(float(1 / (1 - std::pow(u.beta1, double(u.step))))) {}
+
+    // A row whose numbers have a second moment each, and perhaps first ones.
+    void move(float* w, float* v, uint16_t* m, float* g, int64_t d, uint32_t place) const {
+        for (int64_t i = 0; i < d; ++i) v[i] = decay * v[i] + fresh * (g[i] * g[i]);
+        blend(m, g, d, place);
+        for (int64_t i = 0; i < d; ++i) w[i] -= rate * g[i] / (std::sqrt(v[i] / correction) + epsilon);
+    }
+
+    // From a gradient to the mean of the last ones, where they are remembered.
+    void blend(uint16_t* m, float* g, int64_t d, uint32_t place) const {
+        if (!m) return;
+        put_row(m, d, place, [&](auto one, int64_t i) {
+            auto now = stays * at(one, m + i) + comes * at(one, g + i);
+            put(g + i, now * whole);
+            return now;
+        });
+    }
+
+    // The rate of a row that has one, given the squared norm of its gradient.
+    float rate_of(float* v, float square, int64_t d) const {
+        *v = decay * *v + fresh * (square / float(d));
+        return rate / (std::sqrt(*v / correction) + epsilon);
+    }
+};
+
+inline uint16_t* first_of(uint16_t* moments, int64_t f, int64_t d) { return moments ? moments + f * d : nullptr; }
+
+inline float inverse_length(float square) { return 1 / std::max(std::sqrt(square), 1e-12f); }
+
 // A row that has one second moment: what is left of `gradient` moves it.
 template <typename W>
-void move_encoder(const KilobasisUpdate& u, const Adam& adam, W* row, float* v, Scratch& scratch, uint32_t place) {
-    const float* gradient = scratch.encoder.data();
-    float rate = adam.rate_of(v, float(scratch.encoder_square), u.encoder_d);
-    put_row(row, u.encoder_d, place, [&](auto one, int64_t i) { return at(one, row + i) - rate * at(one, gradient + i); });
+void move_encoder(const KilobasisUpdate& u, const Adam& adam, W* row, int64_t f, Scratch& scratch) {
+    float* gradient = scratch.encoder.data();
+    float rate = adam.rate_of(u.encoder_v + f, float(scratch.encoder_square), u.encoder_d);
+    adam.blend(first_of(u.encoder_m, f, u.encoder_d), gradient, u.encoder_d, place_of(u, f, 3));
+    put_row(row, u.encoder_d, place_of(u, f, 1), [&](auto one, int64_t i) { return at(one, row + i) - rate * at(one, gradient + i); });
 }
 
 // The same of a decoder row, which stays a unit vector: what would only lengthen it is taken off its gradient.
 template <typename W>
-void move_decoder(const KilobasisUpdate& u, const Adam& adam, W* row, float* v, Scratch& scratch, uint32_t place) {
+void move_decoder(const KilobasisUpdate& u, const Adam& adam, W* row, int64_t f, Scratch& scratch) {
     float *gradient = scratch.decoder.data(), *moved = scratch.row.data();
     float radial = -dot(gradient, row, u.decoder_d);
     float square = square_of(u.decoder_d, [&](auto one, int64_t i) {
         return put(gradient + i, at(one, gradient + i) + radial * at(one, row + i));
     });
-    float rate = adam.rate_of(v, square, u.decoder_d);
+    float rate = adam.rate_of(u.decoder_v + f, square, u.decoder_d);
+    adam.blend(first_of(u.decoder_m, f, u.decoder_d), gradient, u.decoder_d, place_of(u, f, 4));
     float length = square_of(u.decoder_d, [&](auto one, int64_t i) {
         return put(moved + i, at(one, row + i) - rate * at(one, gradient + i));
     });
     float inverse = inverse_length(length);
-    put_row(row, u.decoder_d, place, [&](auto one, int64_t i) { return at(one, moved + i) * inverse; });
+    put_row(row, u.decoder_d, place_of(u, f, 2), [&](auto one, int64_t i) { return at(one, moved + i) * inverse; });
 }
 
 // Both rows of a feature, where each of their numbers has a second moment.
@@ -178,11 +197,13 @@ void move_fully(const KilobasisUpdate& u, const Adam& adam, W* encoder, W* decod
     float *row = scratch.row.data(), *gradient = scratch.decoder.data();
     auto take = [&](const W* from, int64_t d) { along(d, [&](auto one, int64_t i) { put(row + i, at(one, from + i)); }); };
     take(encoder, u.encoder_d);
-    adam.move(row, u.encoder_v + f * u.encoder_d, scratch.encoder.data(), u.encoder_d);
+    uint16_t* m = first_of(u.encoder_m, f, u.encoder_d);
+    adam.move(row, u.encoder_v + f * u.encoder_d, m, scratch.encoder.data(), u.encoder_d, place_of(u, f, 3));
     put_row(encoder, u.encoder_d, place_of(u, f, 1), [&](auto one, int64_t i) { return at(one, row + i); });
     add_scaled(gradient, decoder, -dot(gradient, decoder, u.decoder_d), u.decoder_d);
     take(decoder, u.decoder_d);
-    adam.move(row, u.decoder_v + f * u.decoder_d, gradient, u.decoder_d);
+    m = first_of(u.decoder_m, f, u.decoder_d);
+    adam.move(row, u.decoder_v + f * u.decoder_d, m, gradient, u.decoder_d, place_of(u, f, 4));
     float inverse = inverse_length(dot(row, row, u.decoder_d));
     put_row(decoder, u.decoder_d, place_of(u, f, 2), [&](auto one, int64_t i) { return at(one, row + i) * inverse; });
 }
@@ -193,12 +214,17 @@ template <typename W> void update_rows(const KilobasisUpdate& u, W* encoder, W* 
         Adam adam(u, f, correction);
         W *own_encoder = encoder + f * u.encoder_d, *own_decoder = decoder + f * u.decoder_d;
         if (u.row_wise) {
-            move_encoder(u, adam, own_encoder, u.encoder_v + f, scratch, place_of(u, f, 1));
-            move_decoder(u, adam, own_decoder, u.decoder_v + f, scratch, place_of(u, f, 2));
+            move_encoder(u, adam, own_encoder, f, scratch);
+            move_decoder(u, adam, own_decoder, f, scratch);
         } else {
             move_fully(u, adam, own_encoder, own_decoder, f, scratch);
         }
-        u.bias[f] -= adam.rate_of(u.bias_v + f, scratch.bias * scratch.bias, 1) * scratch.bias;
+        float rate = adam.rate_of(u.bias_v + f, scratch.bias * scratch.bias, 1);
+        if (u.bias_m) {
+            u.bias_m[f] = adam.stays * u.bias_m[f] + adam.comes * scratch.bias;
+            scratch.bias = adam.whole * u.bias_m[f];
+        }
+        u.bias[f] -= rate * scratch.bias;
         u.stamps[f] = int32_t(u.step);
     });
 }

@@ -14,7 +14,8 @@ import triton.language as tl
 
 # Numbers that change from step to step: another kernel for every multiple of 16 would be compiled in vain.
 CHANGING = ["tokens", "k"]
-CHANGING_BY_STEP = [*CHANGING, "parted", "step", "first", "encoder_noise", "decoder_noise"]
+NOISES = ["encoder_noise", "decoder_noise", "encoder_m_noise", "decoder_m_noise"]
+CHANGING_BY_STEP = [*CHANGING, "parted", "step", "first", *NOISES]
 
 
 @triton.jit(do_not_specialize=CHANGING)
@@ -96,6 +97,8 @@ def moved(
     row_D: tl.tensor,
     gradient_D: tl.tensor,
     v: tl.tensor,
+    m: tl.tensor,
+    noise_D: tl.tensor,
     at_D: tl.tensor,
     inside_D: tl.tensor,
     width: tl.tensor,
@@ -105,9 +108,12 @@ def moved(
     epsilon: tl.tensor,
     clip: tl.tensor,
     correction: tl.tensor,
+    stays: tl.tensor,
+    whole: tl.tensor,
     ROW_WISE: tl.constexpr,
+    FIRST: tl.constexpr,
 ):
-    """One row behind a step of Adam without a first moment; the second moment at `v` is brought up to date."""
+    """One row behind a step of Adam. Moments at `v` and, where there are first ones, `m` are brought up to date."""
     clipped_D = gradient_D * clip
     if ROW_WISE:
         mean = tl.sum(clipped_D * clipped_D, 0) / width
@@ -116,6 +122,10 @@ def moved(
     else:
         now = decay * tl.load(v + at_D, mask=inside_D, other=0.0) + fresh * (clipped_D * clipped_D)
         tl.store(v + at_D, now, mask=inside_D)
+    if FIRST:
+        clipped_D = stays * read_row(m, at_D, inside_D, True) + (1.0 - stays) * clipped_D
+        write_row(m, clipped_D, noise_D, at_D, inside_D, True)
+        clipped_D = tl.div_rn(clipped_D, whole)
     return row_D - tl.div_rn(rate * clipped_D, tl.sqrt_rn(tl.div_rn(now, correction)) + epsilon)
 
 
@@ -253,6 +263,9 @@ def visit(
     decoder_v: tl.tensor,
     bias_v: tl.tensor,
     stamps_F: tl.tensor,
+    encoder_m: tl.tensor,
+    decoder_m: tl.tensor,
+    bias_m: tl.tensor,
     decay_N: tl.tensor,
     squares_F: tl.tensor,
     parted: tl.tensor,
@@ -264,17 +277,22 @@ def visit(
     first: tl.tensor,
     encoder_noise: tl.tensor,
     decoder_noise: tl.tensor,
+    encoder_m_noise: tl.tensor,
+    decoder_m_noise: tl.tensor,
     rate: tl.tensor,
     fresh: tl.tensor,
     epsilon: tl.tensor,
     clip: tl.tensor,
     correction: tl.tensor,
+    stays: tl.tensor,
+    whole: tl.tensor,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
     INPUTS: tl.constexpr,
     ROW_WISE: tl.constexpr,
+    FIRST: tl.constexpr,
     HALF: tl.constexpr,
     MOVE: tl.constexpr,
 ):
@@ -312,8 +330,9 @@ def visit(
 
             row_E = read_row(encoder_row, at_E, inside_E, HALF)
             row_E = moved(
-                row_E, encoder_E, encoder_moment, at_E, inside_E, encoder_width, decay, rate, fresh, epsilon, clip,
-                correction, ROW_WISE,
+                row_E, encoder_E, encoder_moment, encoder_m + feature * encoder_width,
+                placed_at(own, encoder_m_noise, at_E), at_E, inside_E, encoder_width, decay, rate, fresh, epsilon, clip,
+                correction, stays, whole, ROW_WISE, FIRST,
             )  # fmt: skip
             write_row(encoder_row, row_E, placed_at(own, encoder_noise, at_E), at_E, inside_E, HALF)
 
@@ -321,8 +340,9 @@ def visit(
             # What is along the row could only change its length.
             decoder_D -= tl.sum(decoder_D * row_D, 0) * row_D
             row_D = moved(
-                row_D, decoder_D, decoder_moment, at_D, inside_D, decoder_width, decay, rate, fresh, epsilon, clip,
-                correction, ROW_WISE,
+                row_D, decoder_D, decoder_moment, decoder_m + feature * decoder_width,
+                placed_at(own, decoder_m_noise, at_D), at_D, inside_D, decoder_width, decay, rate, fresh, epsilon, clip,
+                correction, stays, whole, ROW_WISE, FIRST,
             )  # fmt: skip
             row_D = tl.div_rn(row_D, tl.maximum(tl.sqrt_rn(tl.sum(row_D * row_D, 0)), 1e-12))
             write_row(decoder_row, row_D, placed_at(own, decoder_noise, at_D), at_D, inside_D, HALF)
@@ -330,6 +350,10 @@ def visit(
             clipped = bias * clip
             now = decay * tl.load(bias_v + feature) + fresh * (clipped * clipped)
             tl.store(bias_v + feature, now)
+            if FIRST:
+                clipped = stays * tl.load(bias_m + feature) + (1.0 - stays) * clipped
+                tl.store(bias_m + feature, clipped)
+                clipped = tl.div_rn(clipped, whole)
             step_size = tl.div_rn(rate * clipped, tl.sqrt_rn(tl.div_rn(now, correction)) + epsilon)
             tl.store(bias_F + feature, tl.load(bias_F + feature) - step_size)
             tl.store(stamps_F + feature, step)

@@ -87,7 +87,8 @@ def test_peak_rate_falls_with_the_square_root_of_features() -> None:
     settings = Train(tokens=1000, batch=10)
     assert peak_rate(settings, 2**14) == pytest.approx(1.6e-3)
     assert peak_rate(settings, 2**16) == pytest.approx(0.8e-3)
-    assert peak_rate(settings.model_copy(update={"learning_rate": 0.5}), 2**16) == 0.5
+    assert peak_rate(settings, 2**14, 16) == pytest.approx(3.2e-3)
+    assert peak_rate(settings.model_copy(update={"learning_rate": 0.5}), 2**16, 16) == 0.5
 
 
 def test_saved_dictionary_reads_back_bit_for_bit() -> None:

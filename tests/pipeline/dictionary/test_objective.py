@@ -1,5 +1,7 @@
 """Two ways to one loss: differentiated densely, and straight back to the rows that fired."""
 
+from types import ModuleType
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -79,10 +81,11 @@ def test_row_adam_equals_dense_adam_without_a_first_moment(
                 moved.copy_(value)
 
 
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
 @pytest.mark.parametrize("row_wise", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @needs_native
-def test_kernels_move_rows_alike(dtype: torch.dtype, row_wise: bool) -> None:
+def test_kernels_move_rows_alike(dtype: torch.dtype, row_wise: bool, beta1: float) -> None:
     """In bfloat16 they round the same numbers by the same noise, so few differ, and those by one unit."""
     made = []
     for kind in (native, portable):
@@ -93,20 +96,63 @@ def test_kernels_move_rows_alike(dtype: torch.dtype, row_wise: bool) -> None:
             for rows in (dictionary.W_enc, dictionary.W_dec):
                 rows.data = rows.data.to(dtype)
             objective = RowObjective(dictionary, 6, 0.25, Ranks())
-            adam = RowAdam(objective, 1e-2, 0.99, 0.01, row_wise, seed=7)
+            adam = RowAdam(objective, 1e-2, 0.99, 0.01, row_wise, seed=7, beta1=beta1)
             generator = torch.Generator().manual_seed(1)
             for _ in range(1 if dtype == torch.bfloat16 else 8):
                 x_BD = torch.randn(30, 20, generator=generator)
                 objective(x_BD, torch.arange(90) > 80).total.backward()
                 adam.step()
                 adam.zero_grad()
-            made.append(dictionary.state_dict())
+            made.append({**dictionary.state_dict(), **adam.tensors()})
     for name, value in made[0].items():
         assert value.dtype == made[1][name].dtype
         rounding = 2**-7 if value.dtype == torch.bfloat16 else 0.0
         torch.testing.assert_close(value, made[1][name], rtol=1e-3 + rounding, atol=1e-4)
         if value.dtype == torch.bfloat16:
             assert (value != made[1][name]).double().mean() < 0.01
+
+
+@pytest.mark.parametrize("kernels", [portable, pytest.param(native, marks=needs_native)])
+@pytest.mark.parametrize("row_wise", [False, True])
+def test_first_moments_are_means_over_the_last_times_that_a_row_fired(kernels: ModuleType, row_wise: bool) -> None:
+    """Written out for one row at a time, in float64; rounding of the moments to bfloat16 is all the difference."""
+    generator, beta1, beta2, rate = torch.Generator().manual_seed(4), 0.8, 0.9, 1e-2
+    W_enc_FD, W_dec_FD = torch.randn(3, 8, generator=generator), torch.randn(3, 8, generator=generator)
+    W_dec_FD = torch.nn.functional.normalize(W_dec_FD, dim=1)
+    shape = (3,) if row_wise else (3, 8)
+    m_F, stamps_F = torch.zeros(3), torch.zeros(3, dtype=torch.int32)
+    rows = portable.Rows(
+        W_enc_FD.clone(), W_dec_FD.clone(), torch.zeros(3), torch.zeros(shape), torch.zeros(shape), torch.zeros(3),
+        stamps_F, 0, torch.zeros(3, 8).bfloat16(), torch.zeros(3, 8).bfloat16(), m_F,
+    )  # fmt: skip
+    expected = {name: getattr(rows, name).double() for name in ("W_enc", "W_dec", "b_enc")}
+    first = {name: torch.zeros_like(value) for name, value in expected.items()}
+    second = {name: torch.zeros_like(value) for name, value in expected.items()}
+    for step in range(1, 13):
+        # The first row fires every time, the second every third time, the last never.
+        fires_F = torch.tensor([True, step % 3 == 0, False])
+        z, x = fires_F.float().unsqueeze(1), torch.randn(3, 8, generator=generator)
+        error, grad_z = torch.randn(3, 8, generator=generator), torch.randn(3, 1, generator=generator) * z
+        gradient = portable.RowGradient(
+            kernels.group(z, torch.arange(3).unsqueeze(1), 3), z, grad_z, (x,), (error,), (1.0,)
+        )
+        kernels.update(gradient, rows, portable.Adam(step, rate, beta2, 1e-8, 0.5, 3, beta1))
+        W_dec = expected["W_dec"]
+        tangent = error.double() - (error.double() * W_dec).sum(1, keepdim=True) * W_dec
+        made = {"W_enc": grad_z.double() * x.double(), "W_dec": tangent, "b_enc": grad_z.double().squeeze(1)}
+        for name, moved in made.items():
+            clipped = 0.5 * moved
+            square = clipped.square().mean(1, keepdim=True).expand(3, 8) if row_wise and moved.dim() > 1 else clipped**2
+            second[name] = beta2 * second[name] + (1 - beta2) * square * (fires_F if moved.dim() == 1 else z > 0)
+            now = beta1 * first[name] + (1 - beta1) * clipped
+            first[name] = now.where(fires_F if moved.dim() == 1 else z > 0, first[name])
+            root = (second[name] / (1 - beta2**step)).sqrt() + 1e-8
+            step_ = rate * first[name] / (1 - beta1**step) / root
+            expected[name] = (expected[name] - step_).where(fires_F if moved.dim() == 1 else z > 0, expected[name])
+        expected["W_dec"] = torch.nn.functional.normalize(expected["W_dec"], dim=1)
+    for name, value in expected.items():
+        torch.testing.assert_close(getattr(rows, name).double(), value, rtol=0, atol=12 * rate * 2**-7)
+    assert torch.equal(rows.W_enc[2], W_enc_FD[2])
 
 
 def test_rows_in_bfloat16_learn_from_steps_that_are_too_small_for_it() -> None:

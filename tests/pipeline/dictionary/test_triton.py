@@ -97,9 +97,9 @@ entries = [whole, single, single, "*u8", *[single] * 3]
 shape = dict(BLOCK_E=1024, BLOCK_D=1024, PARTS=2, INPUTS=2)
 visit = made(
     triton_update.visit,
-    [long, long, *entries, long, *[single] * 3, "*u16", "*u16", *[single] * 4, whole, single, double, *["i32"] * 9,
-     *["fp32"] * 5],
-    dict(shape, ROWS=1, ROW_WISE=True, HALF=True, MOVE=True), 2,
+    [long, long, *entries, long, *[single] * 3, "*u16", "*u16", *[single] * 4, whole, "*u16", "*u16", single, single,
+     double, *["i32"] * 11, *["fp32"] * 7],
+    dict(shape, ROWS=1, ROW_WISE=True, FIRST=True, HALF=True, MOVE=True), 2,
 )
 parts = made(
     triton_update.add_parts, [long, long, long, *entries, *[single] * 3, *["i32"] * 5],
