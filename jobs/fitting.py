@@ -23,6 +23,7 @@ LEVERS: dict[str, tuple[str, ...]] = {
         "compute.accumulate",
         ".train.second_moment",
         ".train.weights",
+        ".train.beta1",
         ".train.batch",
         ".features",
         ".expansion",
@@ -95,6 +96,8 @@ def _smaller(path: str, now: Any, parts: int) -> Iterator[Any]:
         yield "row"
     elif path.endswith("train.weights"):
         yield "bfloat16"
+    elif path.endswith("train.beta1"):
+        yield 0.0
     elif path.endswith("zero.stage"):
         yield from range(now + 1, 4)
     elif path.endswith(("sharding.features", "accumulate")):

@@ -55,8 +55,10 @@ class Train(Section):
         description="row_adam visits only the features that fired, and its first moments decay with their gradients; "
         "adam is dense.",
     )
-    second_moment: Literal["full", "row"] = Field(
-        default="full", description="row: a feature's row shares one number, which takes a third of the memory away."
+    second_moment: Literal["full", "row"] | None = Field(
+        default=None,
+        description="row: a feature's row shares one number, which takes a third of the memory away; row_adam's if "
+        "left out. Adam's is full.",
     )
     weights: Literal["float32", "bfloat16"] = Field(
         default="float32",
@@ -90,6 +92,11 @@ class Train(Section):
     )
     seed: Seed = 0
     filter: Filter = Filter()
+
+    @property
+    def row_wise(self) -> bool:
+        """Whether a feature's row shares one second moment."""
+        return self.optimizer == "row_adam" and self.second_moment != "full"
 
     def auxiliary(self, width: int) -> int:
         """Most dead features that try to predict a residual of this width."""

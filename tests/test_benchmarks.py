@@ -114,12 +114,12 @@ def load(monkeypatch: pytest.MonkeyPatch):
         (
             "recipe.py",
             ["--on", "quickstart", "--factor", "second_moment", "--seeds", "0"],
-            {"recipe/quickstart/default/fvu", "recipe/quickstart/second_moment row/ratio"},
+            {"recipe/quickstart/default/fvu", "recipe/quickstart/second_moment full/ratio"},
         ),
         (
             "recipe.py",
             ["--on", "truth", "--factor", "second_moment", "--seeds", "0"],
-            {"recipe/truth/default/found", "recipe/truth/default/true", "recipe/truth/second_moment row/ratio"},
+            {"recipe/truth/default/found", "recipe/truth/default/true", "recipe/truth/second_moment full/ratio"},
         ),
     ],
 )

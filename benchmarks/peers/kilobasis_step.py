@@ -63,7 +63,6 @@ settings = Train(
     batch=setting.batch,
     warmup=0.0,
     seed=setting.seed,
-    second_moment="row" if low else "full",
 )
 
 

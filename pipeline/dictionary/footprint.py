@@ -39,10 +39,10 @@ def footprint(train: Train, compute: Compute, features: int, width: int) -> Foot
     # Biases are float32 everywhere, and dense Adam's weights are saved as it moves them.
     weights = 4 * numbers if dense else (low * width + 4) * features
     moments = 4 * numbers * (2 if dense else 1)
-    if train.second_moment == "row":
+    if train.row_wise:
         moments = 16 * features
     if train.beta1 and not dense:
-        moments += (2 * width + 4) * features
+        moments += (low * width + 4) * features
     state = weights + moments
     parts = compute.sharding.features
     kept = _dense(numbers, low, compute) if dense else state // parts

@@ -128,7 +128,7 @@ class RowAdam(torch.optim.Optimizer):
     """Adam that visits only the rows that fired. See `portable.update`.
 
     With beta1 = 0 nothing moves a row that has no gradient, and it equals one that visits all. Else a first moment is a
-    mean over the gradients of the last times that the row fired, kept in bfloat16. The second moment may be one number
+    mean over the gradients of the last times that the row fired, of the row's type. The second moment may be one number
     a row; rows may be bfloat16. Gradients are clipped by their norm over everything, which is computed only where a
     cheap bound does not show that there is nothing to clip.
 
@@ -246,7 +246,7 @@ def _moments(W_FD: torch.Tensor, row_wise: bool) -> torch.Tensor:
 def _firsts(dictionary: TopKDictionary) -> dict[str, torch.Tensor]:
     """First moments of nothing yet."""
     made = {
-        name: zeros(*rows.shape, dtype=torch.bfloat16).to(rows.device)
+        name: zeros(*rows.shape, dtype=rows.dtype).to(rows.device)
         for name, rows in (("encoder_m", dictionary.W_enc.data), ("decoder_m", dictionary.W_dec.data))
     }
     return made | {"bias_m": torch.zeros_like(dictionary.b_enc.data)}

@@ -86,10 +86,9 @@ class Trainer:
             else:
                 rows = RowObjective(dictionary, aux_k, settings.aux_weight, ranks, settings.prefixes)
             self._rows: SparseObjective | None = rows
-            row_wise = settings.second_moment == "row"
             # It clips by itself, because the engine sees no gradient but that of b_dec.
             self.optimizer = RowAdam(
-                rows, self._peak, settings.beta2, settings.clip, row_wise, settings.seed, settings.beta1
+                rows, self._peak, settings.beta2, settings.clip, settings.row_wise, settings.seed, settings.beta1
             )
             self.engine = Engine(rows, self.optimizer, settings.batch, 0.0, ranks)
             if isinstance(rows, TreeObjective) and rebalance:

@@ -80,7 +80,7 @@ IDENTITY: dict[str, tuple[str, str]] = {
     FIRST + "train.warmup": ("0.1", "train"),
     FIRST + "train.decay": ("0.3", "train"),
     FIRST + "train.optimizer": ("adam", "train"),
-    FIRST + "train.second_moment": ("row", "train"),
+    FIRST + "train.second_moment": ("full", "train"),
     FIRST + "train.weights": ("bfloat16", "train"),
     FIRST + "train.beta1": ("0.0", "train"),
     FIRST + "train.beta2": ("0.99", "train"),

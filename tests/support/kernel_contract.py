@@ -321,7 +321,7 @@ class RowsContract:
             *(draw.uniform(*shape) for shape in shapes), draw.uniform(features), draw.whole(6, features).int(), 1000,
         )  # fmt: skip
         if beta1:
-            firsts = (0.1 * draw.normal(features, each).bfloat16() for each in (width, target_width))
+            firsts = ((0.1 * draw.normal(features, each)).to(dtype) for each in (width, target_width))
             rows = Rows(*(getattr(rows, name) for name in STATE), 1000, *firsts, 0.1 * draw.normal(features))
         made = []
         monkeypatch = pytest.MonkeyPatch()

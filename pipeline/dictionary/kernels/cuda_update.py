@@ -137,7 +137,9 @@ def _firsts(rows: Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """First moments, bfloat16 as bits; what nobody reads where there are none."""
     if rows.encoder_m is None or rows.decoder_m is None or rows.bias_m is None:
         return rows.stamps_F, rows.stamps_F, rows.bias_v
-    return rows.encoder_m.view(torch.uint16), rows.decoder_m.view(torch.uint16), rows.bias_m
+    half = rows.encoder_m.dtype == torch.bfloat16
+    encoder_m, decoder_m = (each.view(torch.uint16) if half else each for each in (rows.encoder_m, rows.decoder_m))
+    return encoder_m, decoder_m, rows.bias_m
 
 
 def _noise_at(seed: int, step: int, salt: int) -> int:

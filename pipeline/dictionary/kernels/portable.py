@@ -58,8 +58,8 @@ class Rows:
 
     Rows are float32 or bfloat16, all else float32. Second moments have the shape of their rows, or (F,) where a row
     shares one. `stamps_F` (int32) is the step of each row's last update, from 1, and 0 for never. `first` says which of
-    all ranks' features is the first one here. First moments have the shape of their rows, in bfloat16, that of the bias
-    is float32; None where there are none.
+    all ranks' features is the first one here. First moments have the shape and the type of their rows; None where there
+    are none.
     """
 
     W_enc: torch.Tensor

@@ -23,7 +23,7 @@ struct KilobasisUpdate {
     float* bias;
     float *encoder_v, *decoder_v, *bias_v; // second moments: like their rows, or (F) where row_wise
     int32_t* stamps;                       // the step of each row's last update, from 1; 0 for never
-    uint16_t *encoder_m, *decoder_m;       // first moments, bfloat16, like their rows; null where there are none
+    void *encoder_m, *decoder_m;           // first moments, like their rows; null where there are none
     float* bias_m;
     int64_t row_wise, step, first, seed;   // first: which of all features is the first one here
     double rate, beta1, beta2, epsilon, clip;
@@ -138,14 +138,14 @@ struct Adam {
           whole(float(1 / (1 - std::pow(u.beta1, double(u.step))))) {}
 
     // A row whose numbers have a second moment each, and perhaps first ones.
-    void move(float* w, float* v, uint16_t* m, float* g, int64_t d, uint32_t place) const {
+    template <typename W> void move(float* w, float* v, W* m, float* g, int64_t d, uint32_t place) const {
         for (int64_t i = 0; i < d; ++i) v[i] = decay * v[i] + fresh * (g[i] * g[i]);
         blend(m, g, d, place);
         for (int64_t i = 0; i < d; ++i) w[i] -= rate * g[i] / (std::sqrt(v[i] / correction) + epsilon);
     }
 
     // From a gradient to the mean of the last ones, where they are remembered.
-    void blend(uint16_t* m, float* g, int64_t d, uint32_t place) const {
+    template <typename W> void blend(W* m, float* g, int64_t d, uint32_t place) const {
         if (!m) return;
         put_row(m, d, place, [&](auto one, int64_t i) {
             auto now = stays * at(one, m + i) + comes * at(one, g + i);
@@ -161,7 +161,8 @@ struct Adam {
     }
 };
 
-inline uint16_t* first_of(uint16_t* moments, int64_t f, int64_t d) { return moments ? moments + f * d : nullptr; }
+// A feature's first moments.
+template <typename W> W* first_of(void* moments, int64_t f, int64_t d) { return moments ? (W*)moments + f * d : nullptr; }
 
 inline float inverse_length(float square) { return 1 / std::max(std::sqrt(square), 1e-12f); }
 
@@ -170,7 +171,7 @@ template <typename W>
 void move_encoder(const KilobasisUpdate& u, const Adam& adam, W* row, int64_t f, Scratch& scratch) {
     float* gradient = scratch.encoder.data();
     float rate = adam.rate_of(u.encoder_v + f, float(scratch.encoder_square), u.encoder_d);
-    adam.blend(first_of(u.encoder_m, f, u.encoder_d), gradient, u.encoder_d, place_of(u, f, 3));
+    adam.blend(first_of<W>(u.encoder_m, f, u.encoder_d), gradient, u.encoder_d, place_of(u, f, 3));
     put_row(row, u.encoder_d, place_of(u, f, 1), [&](auto one, int64_t i) { return at(one, row + i) - rate * at(one, gradient + i); });
 }
 
@@ -183,7 +184,7 @@ void move_decoder(const KilobasisUpdate& u, const Adam& adam, W* row, int64_t f,
         return put(gradient + i, at(one, gradient + i) + radial * at(one, row + i));
     });
     float rate = adam.rate_of(u.decoder_v + f, square, u.decoder_d);
-    adam.blend(first_of(u.decoder_m, f, u.decoder_d), gradient, u.decoder_d, place_of(u, f, 4));
+    adam.blend(first_of<W>(u.decoder_m, f, u.decoder_d), gradient, u.decoder_d, place_of(u, f, 4));
     float length = square_of(u.decoder_d, [&](auto one, int64_t i) {
         return put(moved + i, at(one, row + i) - rate * at(one, gradient + i));
     });
@@ -197,12 +198,12 @@ void move_fully(const KilobasisUpdate& u, const Adam& adam, W* encoder, W* decod
     float *row = scratch.row.data(), *gradient = scratch.decoder.data();
     auto take = [&](const W* from, int64_t d) { along(d, [&](auto one, int64_t i) { put(row + i, at(one, from + i)); }); };
     take(encoder, u.encoder_d);
-    uint16_t* m = first_of(u.encoder_m, f, u.encoder_d);
+    W* m = first_of<W>(u.encoder_m, f, u.encoder_d);
     adam.move(row, u.encoder_v + f * u.encoder_d, m, scratch.encoder.data(), u.encoder_d, place_of(u, f, 3));
     put_row(encoder, u.encoder_d, place_of(u, f, 1), [&](auto one, int64_t i) { return at(one, row + i); });
     add_scaled(gradient, decoder, -dot(gradient, decoder, u.decoder_d), u.decoder_d);
     take(decoder, u.decoder_d);
-    m = first_of(u.decoder_m, f, u.decoder_d);
+    m = first_of<W>(u.decoder_m, f, u.decoder_d);
     adam.move(row, u.decoder_v + f * u.decoder_d, m, gradient, u.decoder_d, place_of(u, f, 4));
     float inverse = inverse_length(dot(row, row, u.decoder_d));
     put_row(decoder, u.decoder_d, place_of(u, f, 2), [&](auto one, int64_t i) { return at(one, row + i) * inverse; });

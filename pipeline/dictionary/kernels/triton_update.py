@@ -112,6 +112,7 @@ def moved(
     whole: tl.tensor,
     ROW_WISE: tl.constexpr,
     FIRST: tl.constexpr,
+    HALF: tl.constexpr,
 ):
     """One row behind a step of Adam. Moments at `v` and, where there are first ones, `m` are brought up to date."""
     clipped_D = gradient_D * clip
@@ -123,8 +124,8 @@ def moved(
         now = decay * tl.load(v + at_D, mask=inside_D, other=0.0) + fresh * (clipped_D * clipped_D)
         tl.store(v + at_D, now, mask=inside_D)
     if FIRST:
-        clipped_D = stays * read_row(m, at_D, inside_D, True) + (1.0 - stays) * clipped_D
-        write_row(m, clipped_D, noise_D, at_D, inside_D, True)
+        clipped_D = stays * read_row(m, at_D, inside_D, HALF) + (1.0 - stays) * clipped_D
+        write_row(m, clipped_D, noise_D, at_D, inside_D, HALF)
         clipped_D = tl.div_rn(clipped_D, whole)
     return row_D - tl.div_rn(rate * clipped_D, tl.sqrt_rn(tl.div_rn(now, correction)) + epsilon)
 
@@ -332,7 +333,7 @@ def visit(
             row_E = moved(
                 row_E, encoder_E, encoder_moment, encoder_m + feature * encoder_width,
                 placed_at(own, encoder_m_noise, at_E), at_E, inside_E, encoder_width, decay, rate, fresh, epsilon, clip,
-                correction, stays, whole, ROW_WISE, FIRST,
+                correction, stays, whole, ROW_WISE, FIRST, HALF,
             )  # fmt: skip
             write_row(encoder_row, row_E, placed_at(own, encoder_noise, at_E), at_E, inside_E, HALF)
 
@@ -342,7 +343,7 @@ def visit(
             row_D = moved(
                 row_D, decoder_D, decoder_moment, decoder_m + feature * decoder_width,
                 placed_at(own, decoder_m_noise, at_D), at_D, inside_D, decoder_width, decay, rate, fresh, epsilon, clip,
-                correction, stays, whole, ROW_WISE, FIRST,
+                correction, stays, whole, ROW_WISE, FIRST, HALF,
             )  # fmt: skip
             row_D = tl.div_rn(row_D, tl.maximum(tl.sqrt_rn(tl.sum(row_D * row_D, 0)), 1e-12))
             write_row(decoder_row, row_D, placed_at(own, decoder_noise, at_D), at_D, inside_D, HALF)
