@@ -52,9 +52,9 @@ CONTENDERS = (
     Contender("sparsify-adam", "sparsify_step.py", "adam"),
 )
 CASES = (
-    Case(768, 32, 64, 16384, threads=8, warmup=20, rounds=5, steps=20, batches=2, device="cuda"),
-    Case(768, 128, 64, 16384, threads=8, warmup=5, rounds=5, steps=10, batches=2, device="cuda"),
-    Case(4096, 32, 64, 8192, threads=8, warmup=3, rounds=3, steps=5, batches=2, device="cuda"),
+    Case(768, 32, 64, 16384, threads=8, warmup=20, rounds=5, steps=20, batches=8, device="cuda"),
+    Case(768, 128, 64, 16384, threads=8, warmup=5, rounds=5, steps=10, batches=4, device="cuda"),
+    Case(4096, 32, 64, 8192, threads=8, warmup=3, rounds=3, steps=5, batches=4, device="cuda"),
     Case(768, 1024, 32, 65536, threads=8, warmup=5, rounds=5, steps=20, batches=2, device="cuda"),
     Case(4096, 1024, 32, 16384, threads=8, warmup=5, rounds=5, steps=10, batches=2, device="cuda"),
 )

@@ -17,7 +17,6 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -155,8 +154,8 @@ class Bench:
     def __init__(self, ledger: Ledger, tell: Callable[[str], None], device: str = "cpu", jobs: int = 1) -> None:
         self._ledger, self._tell, self._device, self._jobs = ledger, tell, device, jobs
         self._slots = threading.Semaphore(jobs)
-        # Two runs that want the same data wait for one that makes it.
-        self._making: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+        # Data is made by one run at a time, and for all that want it.
+        self._making = threading.Lock()
 
     @classmethod
     def of(cls, options: argparse.Namespace, ledger: Path, console: Console) -> Bench:
@@ -184,7 +183,7 @@ class Bench:
         of = plan.facts() | {"data": digest, "code": code_digest(plan.contender)}
         known = self._ledger.get(of)
         if known is None:
-            with self._making[digest]:
+            with self._making:
                 made = files()
             with self._slots:
                 began = time.monotonic()
