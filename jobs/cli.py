@@ -78,13 +78,13 @@ def run(manifest: ManifestPath, set_: Overrides = None, on_busy: OnBusy = Busy.F
 
 
 @app.command()
-def resume(manifest: ManifestPath, set_: Overrides = None, on_busy: OnBusy = Busy.FAIL) -> None:
-    """Continue a run; refuse if there is none, or if the manifest has changed since."""
-    _run(manifests.load(manifest, set_ or []), resume=True, on_busy=on_busy)
+def resume(target: Target, set_: Overrides = None, on_busy: OnBusy = Busy.FAIL) -> None:
+    """Continue a run, as its manifest or its root has it; refuse if there is none, or if the manifest has changed."""
+    _run(terminal.manifest_of(target, set_), resume=True, on_busy=on_busy)
 
 
 @app.command()
-def status(manifest: ManifestPath, set_: Overrides = None, json_: AsJson = False) -> None:
+def status(target: Target, set_: Overrides = None, json_: AsJson = False) -> None:
     """Print how far each stage is, from the records in the root."""
     import dataclasses
 
@@ -92,7 +92,7 @@ def status(manifest: ManifestPath, set_: Overrides = None, json_: AsJson = False
     from jobs import status as states
     from jobs.workspace import Workspace
 
-    parsed = manifests.load(manifest, set_ or [])
+    parsed = terminal.manifest_of(target, set_)
     found = states.read(Workspace(StoragePath.parse(parsed.root), parsed))
     if json_:
         print(json.dumps(dataclasses.asdict(found), indent=1))
@@ -217,14 +217,14 @@ def gc(
 
 
 @app.command()
-def report(manifest: ManifestPath, set_: Overrides = None, json_: AsJson = False) -> None:
+def report(target: Target, set_: Overrides = None, json_: AsJson = False) -> None:
     """Print where the reports are, and the final numbers."""
     terminal.quiet()
     from jobs import plan as planning
     from jobs.sources import survey
     from jobs.workspace import Workspace, label
 
-    parsed = manifests.load(manifest, set_ or [])
+    parsed = terminal.manifest_of(target, set_)
     made = planning.make(parsed, Workspace.of(parsed, writable=False), survey(parsed))
     done: dict[str, Committed] = {}
     for planned in made.stages:

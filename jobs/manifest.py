@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,6 +60,28 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Manifest:
         return Manifest.model_validate(tree)
     except ValidationError as error:
         raise ManifestError(f"{path}: {_describe(error, tree)}", _SCHEMA) from error
+
+
+def recorded(tree: Mapping[str, Any], root: str, overrides: Sequence[str], what: str) -> Manifest:
+    """A manifest as a run has left it in its root.
+
+    Args:
+        tree: What was left.
+        root: Where the root is now: other machines may have it under another name.
+        overrides: See `load`.
+        what: What it is, for a person.
+
+    Raises:
+        ManifestError: an override is wrong, or this version knows no such manifest.
+    """
+    copied = json.loads(json.dumps(tree))
+    for override in overrides:
+        _override(copied, override)
+    copied["root"] = root
+    try:
+        return Manifest.model_validate(copied)
+    except ValidationError as error:
+        raise ManifestError(f"{what}: {_describe(error, copied)}", _SCHEMA) from error
 
 
 _SCHEMA = "see `kilobasis schema` for every field"

@@ -16,6 +16,7 @@ from schemas.errors import ManifestError, printable
 
 if TYPE_CHECKING:
     from cluster.storage.path import StoragePath
+    from schemas.manifest import Manifest
 
 ManifestPath = Annotated[Path, typer.Argument(metavar="MANIFEST", help="The YAML file.")]
 Overrides = Annotated[
@@ -34,11 +35,31 @@ def root_of(target: str, overrides: list[str] | None) -> StoragePath:
     """The root that a manifest names, or the root itself."""
     from cluster.storage.path import StoragePath
 
-    if target.endswith((".yaml", ".yml")):
+    if _is_manifest(target):
         return StoragePath.parse(manifests.load(Path(target), overrides or []).root)
     if overrides:
         raise ManifestError(f"--set was given, but {target} is no manifest", "name the manifest instead of its root")
     return StoragePath.parse(target)
+
+
+def _is_manifest(target: str) -> bool:
+    return target.endswith((".yaml", ".yml")) or Path(target).is_file()
+
+
+def manifest_of(target: str, overrides: list[str] | None) -> Manifest:
+    """The manifest that a file holds, or that of the newest run of a root."""
+    if _is_manifest(target):
+        return manifests.load(Path(target), overrides or [])
+    from cluster.storage.path import StoragePath
+    from jobs.workspace import last_manifest, reaching, require_root
+
+    root = StoragePath.parse(target)
+    with reaching(f"root {root}", root):
+        require_root(root)
+        found = last_manifest(root)
+    if found is None:
+        raise ManifestError(f"root {root} has no run to resume", "start one with `kilobasis run`")
+    return manifests.recorded(found, str(root), overrides or [], f"the manifest of the last run in {root}")
 
 
 def quiet() -> None:

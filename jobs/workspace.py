@@ -141,7 +141,7 @@ class Workspace:
 
     def last_manifest(self) -> dict[str, Any] | None:
         """The newest run's manifest."""
-        return next((found for run in reversed(self.runs()) if (found := manifest_of(self.root / RUNS / run))), None)
+        return last_manifest(self.root)
 
     def require_unchanged(self) -> None:
         """What `resume` asks for.
@@ -231,6 +231,12 @@ def manifest_of(run: StoragePath) -> dict[str, Any] | None:
     except (FileNotFoundError, IntegrityError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def last_manifest(root: StoragePath) -> dict[str, Any] | None:
+    """Of the newest run below a root; None where there is none."""
+    runs = reversed(names(root / RUNS))
+    return next((found for run in runs if (found := manifest_of(root / RUNS / run))), None)
 
 
 def events_of(run: StoragePath) -> Iterator[tuple[float, Event]]:

@@ -211,6 +211,42 @@ def test_resume_without_a_run_is_refused(tiny_manifest: Path, tmp_path: Path) ->
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize("command", ["status", "resume", "report"])
+def test_commands_know_from_the_root_alone_what_its_manifest_was(command: str, copied: SimpleNamespace) -> None:
+    by_manifest, before = invoke(command, copied.manifest), outputs(copied.root)
+    copied.manifest.unlink()
+    result = invoke(command, copied.root)
+    assert result.code == 0, result.err
+    # Another run may have begun in between.
+    assert result.out.splitlines()[1:] == by_manifest.out.splitlines()[1:]
+    assert outputs(copied.root) == before
+
+
+def test_resume_of_a_root_makes_what_is_missing(copied: SimpleNamespace) -> None:
+    before = outputs(copied.root)
+    shutil.rmtree(copied.root / "dictionaries" / "tiny" / "evaluate")
+    copied.manifest.unlink()
+    result = invoke("resume", copied.root, "--set", "compute.workers=1")
+    assert result.code == 0, result.err
+    assert ran(copied.root) == ["evaluate/tiny"]
+    assert outputs(copied.root) == before
+
+
+def test_what_a_root_cannot_say_is_refused_in_a_line(copied: SimpleNamespace, tmp_path: Path) -> None:
+    for target, sets, words in (
+        (tmp_path / "nothing", (), "is no Kilobasis root"),
+        (copied.root, ("--set", "compute.wrokers=1"), "did you mean 'workers'?"),
+        (copied.root, ("--set", "dictionaries.0.k=5"), "dictionaries.0.k: 4 -> 5"),
+    ):
+        result = invoke("resume", target, *sets)
+        assert result.code in (2, 3)
+        (line,) = result.err.splitlines()
+        assert words in line
+    for run in (copied.root / "runs").iterdir():
+        (run / "manifest.json").unlink()
+    assert "has no run to resume" in invoke("resume", copied.root).err
+
+
 def test_resume_of_a_changed_manifest_is_refused_with_the_diff(copied: SimpleNamespace) -> None:
     before = snapshot(copied.root)
     result = invoke("resume", copied.manifest, "--set", "dictionaries.0.k=5", "--set", "harvest.seed=9")
