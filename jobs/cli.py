@@ -6,9 +6,11 @@ A user's mistake is one line on stderr and an exit code (see `schemas.errors`), 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import sys
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +28,7 @@ from schemas.layouts import METRICS, REPORT
 from schemas.manifest import Manifest
 
 if TYPE_CHECKING:
+    from jobs.costs import Cost
     from jobs.plan import Plan
     from pipeline.stage import Committed
 
@@ -51,10 +54,19 @@ OnBusy = Annotated[
 
 
 @app.command()
-def plan(manifest: ManifestPath, set_: Overrides = None, json_: AsJson = False) -> None:
+def plan(
+    manifest: ManifestPath,
+    set_: Overrides = None,
+    json_: AsJson = False,
+    rate: Annotated[
+        list[str] | None,
+        typer.Option("--rate", metavar="STAGE=ROWS", help="Rows/s of a worker, or of all ranks, for what it costs."),
+    ] = None,
+) -> None:
     """Print what a run would do and what it takes. Writes nothing."""
     terminal.quiet()
     from jobs import plan as planning
+    from jobs.costs import costs, measured, rates
     from jobs.mesh import resolved
     from jobs.sources import survey
     from jobs.workspace import Workspace
@@ -64,10 +76,12 @@ def plan(manifest: ManifestPath, set_: Overrides = None, json_: AsJson = False) 
     sources = survey(parsed)
     parsed = resolved(parsed, sources)
     made = planning.make(parsed, workspace, sources)
+    cost = costs(made, rates(rate or []), measured(workspace, made))
     if json_:
-        print(json.dumps(_plan_json(made), indent=1))
+        print(json.dumps(_plan_json(made, cost), indent=1))
     else:
         _print_plan(made, parsed)
+        _print_costs(cost)
     planning.refuse(made, parsed, workspace)
 
 
@@ -86,8 +100,6 @@ def resume(target: Target, set_: Overrides = None, on_busy: OnBusy = Busy.FAIL) 
 @app.command()
 def status(target: Target, set_: Overrides = None, json_: AsJson = False) -> None:
     """Print how far each stage is, from the records in the root."""
-    import dataclasses
-
     from cluster.storage.path import StoragePath
     from jobs import status as states
     from jobs.workspace import Workspace
@@ -251,7 +263,7 @@ def _run(parsed: Manifest, resume: bool, on_busy: Busy) -> None:
     _print_results(parsed, run_manifest(parsed, resume, wait=on_busy is Busy.WAIT), as_json=False)
 
 
-def _plan_json(made: Plan) -> list[dict[str, Any]]:
+def _plan_json(made: Plan, cost: Mapping[str, Cost]) -> list[dict[str, Any]]:
     return [
         {
             "stage": planned.label,
@@ -265,6 +277,7 @@ def _plan_json(made: Plan) -> list[dict[str, Any]]:
             "memory_bytes": planned.estimate.memory,
             "workers": planned.estimate.workers,
             "note": planned.estimate.note,
+            "cost": dataclasses.asdict(cost[planned.label]) if planned.label in cost else None,
         }
         for planned in made.stages
     ]
@@ -298,6 +311,22 @@ def _print_plan(made: Plan, parsed: Manifest) -> None:
     limit = parsed.compute.memory or machine_memory()
     stored = sum(planned.estimate.stored_bytes for planned in made.stages)
     terminal.say(console, f"in all {about}{size(stored)} to store; memory to use: {size(limit)}")
+
+
+def _print_costs(cost: Mapping[str, Cost]) -> None:
+    """Nothing where no pace is known."""
+    if not cost:
+        return
+    table = terminal.table("what is left, at the pace that was given or seen")
+    table.add_column("stage", no_wrap=True)
+    for column in ("rows/s", "hours", "GPU hours", "lost with a machine"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for label, each in cost.items():
+        spent = f"{each.hours:,.2f}", f"{each.gpu_hours:,.2f}"
+        table.add_row(label, f"{each.rows_per_second:,.0f}", *spent, f"at most {each.lost_seconds:,.0f} s")
+    hours, gpu_hours = sum(each.hours for each in cost.values()), sum(each.gpu_hours for each in cost.values())
+    table.add_row("all of these", "", f"{hours:,.2f}", f"{gpu_hours:,.2f}", "")
+    terminal.console().print(table)
 
 
 def _print_results(parsed: Manifest, done: dict[str, Committed], as_json: bool) -> None:

@@ -34,7 +34,10 @@ class Action(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """One stage of a plan. `folder` is None while an input is not committed, because its digest is part of the name."""
+    """One stage of a plan. `folder` is None while an input is not committed, because its digest is part of the name.
+
+    `rows_done` are those that earlier runs have committed.
+    """
 
     stage: Stage
     dictionary: Dictionary | None
@@ -43,6 +46,7 @@ class Planned:
     reason: str
     estimate: Estimate
     folder: StageFolder | None
+    rows_done: int = 0
 
     @property
     def label(self) -> str:
@@ -130,10 +134,10 @@ def make(manifest: Manifest, workspace: Workspace, sources: Sources) -> Plan:
             if stage.name == "tokenize":
                 sources = refine(sources, committed)
             continue
-        action, reason = _progress(folder, estimate)
+        action, reason, rows = _progress(folder, estimate)
         if action is Action.RUN:
             reason = _changed(workspace, stage, dictionary, params, digests) or "not run yet"
-        planned.append(Planned(stage, dictionary, params, action, reason, estimate, folder))
+        planned.append(Planned(stage, dictionary, params, action, reason, estimate, folder, rows))
     return Plan(tuple(_together(planned, manifest, sources)), sources)
 
 
@@ -166,14 +170,14 @@ def _beside(one: Planned, group: list[Planned]) -> Planned:
     return replace(one, estimate=replace(estimate, note=note))
 
 
-def _progress(folder: StageFolder, estimate: Estimate) -> tuple[Action, str]:
+def _progress(folder: StageFolder, estimate: Estimate) -> tuple[Action, str, int]:
     checkpoint = TrainingLog(folder.path).latest()
     if checkpoint is not None:
-        return Action.RESUME, f"from step {checkpoint.step}"
+        return Action.RESUME, f"from step {checkpoint.step}", int(checkpoint.facts["tokens"])
     units = len(folder.units())
     if units:
-        return Action.RESUME, f"{units} of {estimate.units} units"
-    return Action.RUN, ""
+        return Action.RESUME, f"{units} of {estimate.units} units", estimate.rows * units // max(1, estimate.units)
+    return Action.RUN, "", 0
 
 
 def _changed(

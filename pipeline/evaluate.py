@@ -125,6 +125,7 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
         objects=2 * -(-rows // UNIT_ROWS) + 6,
         memory=WORKER_MEMORY + sources.model.parameters * 8 + weights * 2 * contenders + logits + forward + sample,
         workers=manifest.compute.workers,
+        gpus=manifest.compute.gpus,
     )
 
 

@@ -125,6 +125,7 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
         objects=cut.units * (2 * len(layout.widths) + 4) + 2 * len(layout.widths) + 6,
         memory=WORKER_MEMORY + model.parameters * 8 + unit + batch + attention,
         workers=manifest.compute.workers,
+        gpus=manifest.compute.gpus,
         note=f"{cut.units} units of {cut.unit_rows} rows, {cut.slabs} slabs of {layout.rows // cut.slabs} rows",
     )
 

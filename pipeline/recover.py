@@ -146,6 +146,7 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
         # Matching has candidates of both sides beside both sides' directions.
         memory=WORKER_MEMORY + truth + weights + batch + spans + (known + settings.features) * 1024,
         workers=manifest.compute.workers,
+        gpus=manifest.compute.gpus,
     )
 
 

@@ -61,7 +61,8 @@ class Estimate:
     """What a stage will take, as `plan` prints it.
 
     `memory` is the peak of one worker or rank, in bytes; `shared` is the part of it that stages which run together need
-    only once.
+    only once. `gpus` are those of one worker or rank, `lost_seconds` the most of a gang's work that is gone with a
+    machine, where it is not a unit.
     """
 
     units: int
@@ -72,6 +73,8 @@ class Estimate:
     workers: int
     note: str = ""
     shared: int = 0
+    gpus: float = 0.0
+    lost_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -164,6 +164,8 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
         memory=once + held.peak + step,
         shared=once,
         workers=sharding.ranks,
+        gpus=manifest.compute.gpus,
+        lost_seconds=manifest.compute.checkpoint_seconds,
         note=f"F {settings.features} (F/d {settings.features / width:g}){_tree(settings)}, k {settings.k}, "
         f"{steps} steps{mesh}{how}",
     )
