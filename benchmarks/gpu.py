@@ -3,8 +3,8 @@
     python benchmarks/gpu.py [--quick] [--case NAME ...] [--only NAME ...] [--tiles] [--json FILE]
 
 First the kernels are compared with torch's on the card, at the width and number of features of each case; a difference
-ends the run. Then contenders take turns as in `train.py`, all in bfloat16 (`kilobasis`: rows in bfloat16 that share one
-second moment; peers: their autocast), each through its own trainer.
+ends the run. Then contenders take turns as in `train.py`, all in bfloat16 (`kilobasis`: rows and their
+first moments; peers: their autocast), each through its own trainer.
 
 In cases of 1024 D our tree (see `overcomplete.py`) steps beside our dense dictionary of 16 D, with the same batch.
 

@@ -4,10 +4,9 @@
 
 Trees have 16 D parents whatever their size: at 64 D with 3 children each, at 1024 D with 63. Half of the k that fire
 are parents, and the children of those are searched. `slim` ones have 8 D parents with twice as many children, and a
-quarter of k are parents. Float32 with full second moments, but for those of `bfloat16`: rows in bfloat16 that share one
-second moment. The reference is our fastest dense one. One process is alive at a time (see `race.py`); a
-round starts each afresh, warms it up, and times it. The ratio is of a contender's step to the dense step at 16 D, in
-the same round.
+quarter of k are parents. Float32, but for those of `bfloat16`, whose rows and first moments are. The reference is our
+fastest dense one. One process is alive at a time (see `race.py`); a round starts each afresh, warms it up, and times
+it. The ratio is of a contender's step to the dense step at 16 D, in the same round.
 
 Exit code 1 where a mark is missed, where one of ours fails, or where its held-out error does not fall.
 """

@@ -76,12 +76,13 @@ def plan(
     sources = survey(parsed)
     parsed = resolved(parsed, sources)
     made = planning.make(parsed, workspace, sources)
-    cost = costs(made, rates(rate or []), measured(workspace, made))
+    given = rates(rate or [])
+    cost = costs(made, given, measured(workspace, made, given))
     if json_:
         print(json.dumps(_plan_json(made, cost), indent=1))
     else:
         _print_plan(made, parsed)
-        _print_costs(cost)
+        _print_costs(made, cost)
     planning.refuse(made, parsed, workspace)
 
 
@@ -313,10 +314,12 @@ def _print_plan(made: Plan, parsed: Manifest) -> None:
     terminal.say(console, f"in all {about}{size(stored)} to store; memory to use: {size(limit)}")
 
 
-def _print_costs(cost: Mapping[str, Cost]) -> None:
+def _print_costs(made: Plan, cost: Mapping[str, Cost]) -> None:
     """Nothing where no pace is known."""
     if not cost:
         return
+    from jobs.costs import total
+
     table = terminal.table("what is left, at the pace that was given or seen")
     table.add_column("stage", no_wrap=True)
     for column in ("rows/s", "hours", "GPU hours", "lost with a machine"):
@@ -324,7 +327,7 @@ def _print_costs(cost: Mapping[str, Cost]) -> None:
     for label, each in cost.items():
         spent = f"{each.hours:,.2f}", f"{each.gpu_hours:,.2f}"
         table.add_row(label, f"{each.rows_per_second:,.0f}", *spent, f"at most {each.lost_seconds:,.0f} s")
-    hours, gpu_hours = sum(each.hours for each in cost.values()), sum(each.gpu_hours for each in cost.values())
+    hours, gpu_hours = total(made, cost)
     table.add_row("all of these", "", f"{hours:,.2f}", f"{gpu_hours:,.2f}", "")
     terminal.console().print(table)
 

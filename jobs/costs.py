@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from jobs.plan import Action, Plan, Planned
+from jobs.status import RECENT_RUNS
 from jobs.workspace import Workspace, events_of
 from pipeline.stage import Estimate
 from schemas.errors import ManifestError
@@ -97,7 +98,8 @@ def _cost(planned: Planned, rate: float) -> Cost:
     gang = estimate.lost_seconds is not None
     at_once = 1 if gang else min(estimate.workers, max(1, estimate.units))
     seconds = max(0, estimate.rows - planned.rows_done) / rate / at_once
-    devices = estimate.gpus * estimate.workers
+    # The pool hires no more workers than there are units.
+    devices = estimate.gpus * (estimate.workers if gang else at_once)
     return Cost(rate, seconds / 3600, seconds * devices / 3600, _lost(estimate, rate))
 
 
@@ -107,10 +109,34 @@ def _lost(estimate: Estimate, rate: float) -> float:
     return estimate.rows / max(1, estimate.units) / rate
 
 
-def measured(workspace: Workspace, plan: Plan) -> dict[str, float]:
-    """What the runs of a root were seen to have, the newest run last; see `seen`."""
-    labels = {planned.label for planned in plan.stages}
+def total(plan: Plan, made: Mapping[str, Cost]) -> tuple[float, float]:
+    """Hours and GPU hours of all: of what runs in one pass those of the longest."""
+    passes: dict[str, list[Cost]] = {}
+    for planned in plan.stages:
+        if planned.label in made:
+            passes.setdefault(planned.led_by or planned.label, []).append(made[planned.label])
+    hours, gpu_hours = (
+        sum(max(getattr(each, name) for each in group) for group in passes.values()) for name in ("hours", "gpu_hours")
+    )
+    return hours, gpu_hours
+
+
+def measured(workspace: Workspace, plan: Plan, given: Mapping[str, float]) -> dict[str, float]:
+    """What the last runs of a root were seen to have, the newest first; see `seen`.
+
+    Args:
+        workspace: Of the root.
+        plan: Of which the open stages are looked for.
+        given: What nobody has to look for.
+    """
+    wanted = {
+        planned.label
+        for planned in plan.stages
+        if planned.action is not Action.SKIP and not {planned.label, planned.stage.name} & set(given)
+    }
     found: dict[str, float] = {}
-    for run in workspace.runs():
-        found |= seen(event for _, event in events_of(workspace.root / RUNS / run))
-    return {label: rate for label, rate in found.items() if label in labels}
+    for run in reversed(workspace.runs()[-RECENT_RUNS:]):
+        if wanted <= set(found):
+            break
+        found = seen(event for _, event in events_of(workspace.root / RUNS / run)) | found
+    return {label: rate for label, rate in found.items() if label in wanted}

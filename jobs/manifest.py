@@ -75,9 +75,14 @@ def recorded(tree: Mapping[str, Any], root: str, overrides: Sequence[str], what:
         ManifestError: an override is wrong, or this version knows no such manifest.
     """
     copied = json.loads(json.dumps(tree))
+    # The cluster of that run may be gone; which one to use now is said again.
+    copied.get("compute", {}).pop("address", None)
     for override in overrides:
+        if override.partition("=")[0] == "root":
+            raise ManifestError(f"--set {override!r}: the root is {root}", "name the other root instead")
         _override(copied, override)
     copied["root"] = root
+    _expand(copied, Path.cwd() / "manifest")
     try:
         return Manifest.model_validate(copied)
     except ValidationError as error:

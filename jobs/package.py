@@ -17,7 +17,8 @@ PACKAGES = ("cluster", "jobs", "pipeline", "schemas")
 # Where the manifest and what lies beside it is.
 PLACE = "job"
 MOST_BYTES, LARGEST = 50 * 2**20, 5
-SKIPPED = {"__pycache__", ".git", "manifests"}
+# Nothing of `deploy` runs in a job: who changes it does not change the job.
+SKIPPED = {"__pycache__", ".git", "manifests", "deploy"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,8 @@ class Action(StrEnum):
 class Planned:
     """One stage of a plan. `folder` is None while an input is not committed, because its digest is part of the name.
 
-    `rows_done` are those that earlier runs have committed.
+    `rows_done` are those that earlier runs have committed. `led_by` is the label of the first of those that run in one
+    pass with it.
     """
 
     stage: Stage
@@ -47,6 +48,7 @@ class Planned:
     estimate: Estimate
     folder: StageFolder | None
     rows_done: int = 0
+    led_by: str = ""
 
     @property
     def label(self) -> str:
@@ -167,7 +169,7 @@ def _beside(one: Planned, group: list[Planned]) -> Planned:
     estimate = functools.reduce(joint, (each.estimate for each in others), one.estimate)
     more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
     note = f"{estimate.note}, in one pass with {', '.join(each.label for each in others[:NAMED])}{more}"
-    return replace(one, estimate=replace(estimate, note=note))
+    return replace(one, estimate=replace(estimate, note=note), led_by=group[0].label)
 
 
 def _progress(folder: StageFolder, estimate: Estimate) -> tuple[Action, str, int]:

@@ -43,7 +43,8 @@ def root_of(target: str, overrides: list[str] | None) -> StoragePath:
 
 
 def _is_manifest(target: str) -> bool:
-    return target.endswith((".yaml", ".yml")) or Path(target).is_file()
+    # These say no where a path cannot be one; a pipe is a manifest too.
+    return target.endswith((".yaml", ".yml")) or (os.path.exists(target) and not os.path.isdir(target))  # noqa: PTH110, PTH112
 
 
 def manifest_of(target: str, overrides: list[str] | None) -> Manifest:

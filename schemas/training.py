@@ -65,7 +65,10 @@ class Train(Section):
         description="Of encoder and decoder rows. row_adam rounds bfloat16 at random; adam keeps a copy in float32.",
     )
     beta1: float = Field(
-        default=0.9, ge=0.0, lt=1.0, description="With 0, row_adam has no first moment, and equals dense adam with 0."
+        default=0.9,
+        ge=0.0,
+        lt=1.0,
+        description="With 0, row_adam has no first moment; with full second moments it equals dense adam then.",
     )
     beta2: float = Field(default=0.999, gt=0.0, lt=1.0)
     clip: float = Field(default=1.0, ge=0.0, description="Largest norm of the gradient; 0 does not clip.")
@@ -92,6 +95,12 @@ class Train(Section):
     )
     seed: Seed = 0
     filter: Filter = Filter()
+
+    @field_validator("beta1", mode="before")
+    @classmethod
+    def _left_out(cls, value: Any) -> Any:
+        # As earlier versions have written down what nobody had given.
+        return 0.9 if value is None else value
 
     @property
     def row_wise(self) -> bool:

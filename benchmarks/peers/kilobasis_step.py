@@ -3,7 +3,7 @@
 The manifest's defaults, deterministic kernels among them, and the step's scalars after every step, or on a GPU, where
 one that asks has to wait, after every tenth (the loop asks for them a few hundred times in a run).
 
-Variants: `row_adam` (the default), `bfloat16` (rows in bfloat16 that share one second moment), and `encoder`: no
+Variants: `row_adam` (the default), `bfloat16` (rows and their first moments in bfloat16), and `encoder`: no
 training, the search alone with rows in bfloat16. `tree-63` is a tree of 63 children a parent, and `tree-63-bfloat16`
 the same with rows in bfloat16.
 """

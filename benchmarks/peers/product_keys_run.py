@@ -2,7 +2,7 @@
 
 A feature is a pair of half keys (Lample et al., "Large Memory Layers with Product Keys", 2019): its score is the sum of
 what each half of a token scores with its half, so the k best of n^2 features are among the pairs of the k best of n.
-Decoder rows are free. F is rounded down to a square. Adam without a first moment, as the others have it.
+Decoder rows are free. F is rounded down to a square. Adam with the manifest's decays.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ with torch.no_grad():
     made_BD = decode(*encode(x_BD)) - b_dec
     keys *= float((made_BD * (x_BD - b_dec)).sum() / made_BD.square().sum())
 rate = RATE / math.sqrt(features) * task.rate
-dense = torch.optim.Adam([keys, b_dec], lr=rate, betas=(0.0, 0.999))
-sparse = torch.optim.SparseAdam([W_dec], lr=rate, betas=(0.0, 0.999))
+dense = torch.optim.Adam([keys, b_dec], lr=rate, betas=(0.9, 0.999))
+sparse = torch.optim.SparseAdam([W_dec], lr=rate, betas=(0.9, 0.999))
 # The schedule of the manifest.
 rise, fall = max(1.0, 0.02 * task.steps), max(1.0, 0.2 * task.steps)
 for step, x_BD in enumerate(course.batches()):

@@ -228,9 +228,10 @@ def test_gang_whose_rank_hangs_in_its_first_step_names_the_right_one_and_the_dea
     assert lost.doing == "rank 1"
     assert "hangs in the step at step 0: no rank moved for " in lost.reason
     assert ", last seen in tests.cluster.test_gang:" in lost.reason
-    named = [event.text for event in of(events.Note, diary.seen) if "has been" in event.text]
+    # On a busy machine ranks take their time to get there as well.
+    named = [event.text for event in of(events.Note, diary.seen) if "has been in the step at step 0" in event.text]
     assert named
-    assert all(text.startswith("rank 1 has been in the step at step 0 for ") for text in named)
+    assert all(text.startswith("rank 1 ") for text in named)
     assert all(text.endswith("its gang is started again when no rank moves for 8 s") for text in named)
     assert diary.left == [[]]
 

@@ -236,6 +236,8 @@ def test_what_a_root_cannot_say_is_refused_in_a_line(copied: SimpleNamespace, tm
     for target, sets, words in (
         (tmp_path / "nothing", (), "is no Kilobasis root"),
         (copied.root, ("--set", "compute.wrokers=1"), "did you mean 'workers'?"),
+        (copied.root, ("--set", "root=elsewhere"), "the root is"),
+        (tmp_path / ("x" * 300), (), "x" * 300),
         (copied.root, ("--set", "dictionaries.0.k=5"), "dictionaries.0.k: 4 -> 5"),
     ):
         result = invoke("resume", target, *sets)

@@ -67,6 +67,17 @@ def test_gpus_are_those_of_all_workers_that_take_some(tiny_manifest: Path) -> No
     assert (found["tokenize"].gpu_hours, found["catalog/tiny"].gpu_hours) == (0, 0)
 
 
+def test_what_runs_in_one_pass_is_counted_once(tiny_manifest: Path) -> None:
+    sweep = ("--set", "dictionaries.0.sweep={k: [2, 4]}", "--rate", "train=10")
+    trained = [each["cost"] for name, each in planned(tiny_manifest, *sweep).items() if name.startswith("train/")]
+    assert len(trained) == 2
+    shown = invoke("plan", tiny_manifest, "--set", "dictionaries.0.train.tokens=10M", *sweep).out
+    _, shown = shown.split("what is left")
+    hours = [float(line.split("│")[3]) for line in shown.splitlines() if line.startswith(("│ train", "│ all"))]
+    assert len(hours) == 3
+    assert hours[0] == hours[1] == hours[2] > 1
+
+
 def test_pace_of_a_gang_is_its_newest_and_that_of_workers_their_mean() -> None:
     told = [
         UnitCommitted("harvest", "0", 100, 1.0, 0), UnitCommitted("harvest", "1", 100, 3.0, 0),

@@ -91,7 +91,7 @@ def canaries(folder: Path, port: int) -> Canaries:
         "AZURE_STORAGE_SAS_TOKEN": "c2FzY2FuYXJ5c2lnbmF0dXJlMzMzMzMz+/3=",
         # A line of it is enough to go by.
         "GOOGLE_APPLICATION_CREDENTIALS": key.splitlines()[10],
-        "HF_TOKEN": "hf_canaryABCDEFGHIJKLMNOPQRSTUVWX4",
+        "HF_TOKEN": "hf_canaryQxRwLvKzTjMyNbGpHdFsWcXq4",
         "corpus password": "canary-corpus-Hunter5",
         "root password": "canary-root-Hunter6",
         "RAY_AUTH_TOKEN": "canary0ray7" * 6,
