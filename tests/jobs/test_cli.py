@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 import jobs
+from jobs.terminal import manifest_of
 from tests.support.command import Result, invoke, snapshot
 from tests.support.fixtures import write_manifest
 from tests.support.roots import events, lose_a_unit, newest
@@ -220,6 +221,20 @@ def test_commands_know_from_the_root_alone_what_its_manifest_was(command: str, c
     # Another run may have begun in between.
     assert result.out.splitlines()[1:] == by_manifest.out.splitlines()[1:]
     assert outputs(copied.root) == before
+
+
+def test_manifest_of_a_root_names_no_cluster_that_may_be_gone_and_may_be_of_an_earlier_version(
+    copied: SimpleNamespace,
+) -> None:
+    (run,) = (copied.root / "runs").iterdir()
+    written = json.loads((run / "manifest.json").read_text())
+    written["compute"]["address"] = "10.0.0.1:6379"
+    written["dictionaries"][0]["train"]["beta1"] = None
+    (run / "manifest.json").write_text(json.dumps(written))
+    found = manifest_of(str(copied.root), None)
+    assert found.compute.address is None
+    assert found.dictionaries[0].train.beta1 == 0.9
+    assert manifest_of(str(copied.root), ["compute.address=auto"]).compute.address == "auto"
 
 
 def test_resume_of_a_root_makes_what_is_missing(copied: SimpleNamespace) -> None:
