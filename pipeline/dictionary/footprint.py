@@ -23,9 +23,9 @@ class Footprint(NamedTuple):
 def footprint(train: Train, compute: Compute, features: int, width: int) -> Footprint:
     """What training takes.
 
-    A rank steps, while a checkpoint is packed (its part of the state, as tensors and as bytes); or it goes on from one
-    that lies in a single object, which it has as bytes and as tensors beside the dictionary; or it makes the first
-    step behind that, and the engine takes over the optimizer's memory.
+    A rank steps, while a checkpoint is packed (its part of the state, as tensors and as bytes, which safetensors has
+    twice for a moment); or it goes on from one that lies in a single object, which it has as bytes and as tensors
+    beside the dictionary; or it makes the first step behind that, and the engine takes over the optimizer's memory.
 
     Args:
         train: The manifest's `train`.
@@ -47,7 +47,7 @@ def footprint(train: Train, compute: Compute, features: int, width: int) -> Foot
     parts = compute.sharding.features
     kept = _dense(numbers, low, compute) if dense else state // parts
     gathered = 4 * numbers // 2 if dense and compute.zero.stage else 0
-    packing = kept + gathered + 2 * state // compute.sharding.ranks
+    packing = kept + gathered + 3 * state // compute.sharding.ranks
     resuming = weights // parts + 2 * state // parts
     peak = max(packing, resuming, kept + state // parts)
     if parts > 1:

@@ -61,9 +61,9 @@ def rank(index: int, ports: Sequence[int], folder: Path) -> None:
                 for step in range(3):
                     # A checkpoint is written while training goes on, and the next one not before it is.
                     trainer.step(step, x_BD[index * 32 : index * 32 + 32])
-                    packed = None
+                    state = packed = None
                     state = trainer.snapshot([])
-                    packed = (state, safetensors.torch.save(state))
+                    packed = safetensors.torch.save(state)
             found.append(memory("VmHWM") - before)
             del trainer, dictionary, packed, state
     torch.save(found[1:], folder / f"{index}.pt")
