@@ -22,6 +22,7 @@ from cluster.storage.formats import read_document, read_table
 from cluster.storage.path import StoragePath
 from pipeline.activations.layout import planned_layout
 from pipeline.activations.source import open_store
+from pipeline.device import device
 from pipeline.dictionary.firings import by_feature, statistics
 from pipeline.dictionary.model import DictionaryConfig
 from pipeline.dictionary.stored import open_dictionary
@@ -76,6 +77,7 @@ class CatalogTask(Task):
     harvest: Committed
     train: Committed
     params: CatalogParams
+    gpus: float = 0.0
 
 
 class WeightsTask(Task):
@@ -83,6 +85,7 @@ class WeightsTask(Task):
 
     train: Committed
     params: CatalogParams
+    gpus: float = 0.0
 
 
 def params(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -> CatalogParams:
@@ -121,18 +124,22 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
         objects=3 * units + 8,
         memory=WORKER_MEMORY + 3 * weights + unit + 4 * examples + sources.model.parameters * 8,
         workers=manifest.compute.workers,
+        gpus=manifest.compute.gpus,
     )
 
 
 def run(inputs: Mapping[str, Committed], params: CatalogParams, out: Out) -> Outputs:
     """Collect every unit, merge, write the tables and the report."""
     harvested, train = inputs["harvest"], inputs["train"]
-    resources = Resources(threads=out.compute.threads)
-    weights = out.map(describe_weights, [WeightsTask(unit="weights", train=train, params=params)], resources)
+    gpus = out.compute.gpus
+    resources = Resources(threads=out.compute.threads, gpus=gpus)
+    weighing = WeightsTask(unit="weights", train=train, params=params, gpus=gpus)
+    weights = out.map(describe_weights, [weighing], resources)
     cut = open_store(harvested).layout.geometry
     units = spread(cut.units, cut.unit_rows, params.tokens)
     tasks = [
-        CatalogTask(unit=f"{index:06d}", index=index, harvest=harvested, train=train, params=params) for index in units
+        CatalogTask(unit=f"{index:06d}", index=index, harvest=harvested, train=train, params=params, gpus=gpus)
+        for index in units
     ]
     records = out.map(collect_unit, tasks, resources)
     collected = [records[unit].made for unit in sorted(records)]
@@ -153,7 +160,7 @@ def run(inputs: Mapping[str, Committed], params: CatalogParams, out: Out) -> Out
 def collect_unit(task: CatalogTask, path: StoragePath) -> Unit:
     """Statistics and best examples of one unit of the harvest."""
     settings = task.params
-    dictionary = open_dictionary(task.train).dictionary
+    dictionary = open_dictionary(task.train, device(task.gpus)).dictionary
     store = open_store(task.harvest)
     x_ND, tokens_N, positions_N = store.unit(settings.hook_point, task.index)
     first, _ = store.layout.geometry.span(task.index)
@@ -239,7 +246,7 @@ def _windows(
 
 def describe_weights(task: WeightsTask, path: StoragePath) -> Unit:
     """Norms, nearest neighbours and, in a language model, the output tokens a feature promotes."""
-    dictionary = open_dictionary(task.train).dictionary
+    dictionary = open_dictionary(task.train, device(task.gpus)).dictionary
     body = parquet_body(weights_table(dictionary, *_direct_effect(task.params, dictionary.W_dec)))
     create_or_adopt(path / "weights.parquet", body)
     return Unit(objects=(ObjectEntry.of("weights.parquet", body),))
@@ -251,7 +258,7 @@ def _direct_effect(settings: CatalogParams, W_dec_FD: torch.Tensor) -> tuple[lis
     head = loaded.model.get_output_embeddings() if loaded.is_causal_lm else None  # type: ignore[operator]
     if head is None or head.weight.shape[1] != W_dec_FD.shape[1]:
         return [[] for _ in W_dec_FD], [[] for _ in W_dec_FD]
-    return direct_effect(W_dec_FD, head.weight.float(), PROMOTED)
+    return direct_effect(W_dec_FD, head.weight.to(W_dec_FD), PROMOTED)
 
 
 def _best(tables: list[pa.Table], examples: int, features: int) -> pa.Table:

@@ -22,6 +22,7 @@ from cluster.storage.formats import read_tensors
 from cluster.storage.path import StoragePath
 from pipeline import metrics
 from pipeline.activations.source import open_store
+from pipeline.device import device
 from pipeline.dictionary import baselines
 from pipeline.dictionary.audit import audit
 from pipeline.dictionary.stored import open_dictionary
@@ -82,6 +83,7 @@ class SpanTask(Task):
     train: Committed
     baselines: ObjectEntry | None
     params: EvaluateParams
+    gpus: float = 0.0
 
 
 def params(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -> EvaluateParams:
@@ -150,6 +152,7 @@ def run(inputs: Mapping[str, Committed], params: EvaluateParams, out: Out) -> Ou
             train=train,
             baselines=fitted,
             params=params,
+            gpus=out.compute.gpus,
         )
         for index, (first, end) in enumerate(spans)
     ]
@@ -187,9 +190,9 @@ def fit_baselines(task: BaselineTask, path: StoragePath) -> Unit:
 def judge_span(task: SpanTask, path: StoragePath) -> Unit:
     """All sums of one span. Sums are kept as an object, because some of them are as wide as the dictionary."""
     settings = task.params
-    loaded = models.load(settings.model)
-    dictionary = open_dictionary(task.train).dictionary
-    fires_F = torch.zeros(dictionary.features, dtype=torch.int64)
+    loaded = models.load(settings.model, task.gpus)
+    dictionary = open_dictionary(task.train, device(task.gpus)).dictionary
+    fires_F = torch.zeros(dictionary.features, dtype=torch.int64, device=dictionary.b_dec.device)
     codes: dict[str, torch.Tensor] = {}
 
     def ours(x_ND: torch.Tensor) -> torch.Tensor:
@@ -208,12 +211,12 @@ def judge_span(task: SpanTask, path: StoragePath) -> Unit:
 
         contenders[PARENTS] = parents
     if task.baselines is not None:
-        fitted = read_tensors(path, task.baselines)
+        fitted = {name: value.to(fires_F.device) for name, value in read_tensors(path, task.baselines).items()}
         contenders |= {name: baselines.reconstructor(name, fitted, settings.k) for name in settings.baselines}
         mean_E = fitted["mean"]
         contenders["mean"] = lambda x_ND: mean_E.expand(len(x_ND), -1)
     contenders["zero"] = lambda x_ND: x_ND.new_zeros(len(x_ND), dictionary.W_dec.shape[1])
-    judge = _Judge(loaded.model, loaded.is_causal_lm, settings, contenders, codes, tree)
+    judge = _Judge(loaded, settings, contenders, codes, tree)
     sequences = read(task.tokens.path, task.pieces, task.first, task.end)
     # A sequence belongs to the span that holds its first row, so that no token is judged twice.
     own = [sequence for sequence in sequences if task.first <= sequence.first_row < task.end]
@@ -223,7 +226,7 @@ def judge_span(task: SpanTask, path: StoragePath) -> Unit:
         for batch in batches(judged, settings.batch_tokens):
             judge.batch(batch)
     tensors, numbers = judge.sums()
-    tensors["fires"] = fires_F
+    tensors["fires"] = fires_F.cpu()
     key = f"sums/{task.unit}.safetensors"
     body = safetensors.torch.save(tensors)
     create_or_adopt(path / key, body)
@@ -237,21 +240,22 @@ class _Judge:
 
     def __init__(
         self,
-        model: torch.nn.Module,
-        is_causal_lm: bool,
+        loaded: models.Loaded,
         settings: EvaluateParams,
         contenders: Mapping[str, Callable[[torch.Tensor], torch.Tensor]],
         codes: dict[str, torch.Tensor],
         tree: TreeDictionary | None,
     ) -> None:
         self._tree, self._audited = tree, 0
-        self._model, self._is_causal_lm, self._settings = model, is_causal_lm, settings
+        self._loaded, self._model, self._is_causal_lm = loaded, loaded.model, loaded.is_causal_lm
+        self._settings = settings
         self._contenders, self._codes = contenders, codes
         self._moments: dict[str, Moments] = {}
         self._numbers: dict[str, float] = {}
 
     def batch(self, batch: list[TokenSequence]) -> None:
-        inputs = padded(batch)
+        inputs = self._loaded.placed(padded(batch))
+        # Masks stay on the CPU: from there they choose among what lies on any device.
         length_B = torch.tensor([len(sequence) for sequence in batch])
         position_S = torch.arange(inputs["input_ids"].shape[1])
         real_BS = position_S < length_B[:, None]
@@ -260,7 +264,7 @@ class _Judge:
         # What comes last in the model is not known: all of it is run where there are two.
         stop_at = source if source == target else None
         seen = capture(self._model, list(dict.fromkeys((source, target))), inputs, stop_at=stop_at)
-        x_ND, y_ND = (seen[place][judged_BS].float() for place in (source, target))
+        x_ND, y_ND = (seen[place][judged_BS].float().to(self._loaded.device) for place in (source, target))
         if self._tree is not None and self._audited < AUDIT_ROWS:
             self._audit(self._tree, x_ND[: AUDIT_ROWS - self._audited])
         untouched = self._read_out(self._model(**inputs), inputs, real_BS)
@@ -272,7 +276,7 @@ class _Judge:
 
             def put(x_BSD: torch.Tensor, x_hat_ND: torch.Tensor = x_hat_ND) -> torch.Tensor:
                 changed_BSD = x_BSD.clone()
-                changed_BSD[judged_BS] = x_hat_ND.to(x_BSD.dtype)
+                changed_BSD[judged_BS] = x_hat_ND.to(x_BSD)
                 return changed_BSD
 
             with spliced(self._model, target, put):
@@ -294,8 +298,9 @@ class _Judge:
         """Log-probabilities of the judged predictions (N, V), or sentence embeddings (B, D)."""
         if self._is_causal_lm:
             predicts_BS = real_BS[:, :-1] & real_BS[:, 1:]
-            self._targets_N = inputs["input_ids"][:, 1:][predicts_BS]
+            self._targets_N = inputs["input_ids"][:, 1:][predicts_BS].to(output.logits.device)
             return log_softmax(output.logits[:, :-1][predicts_BS].float(), dim=-1)
+        real_BS = real_BS.to(output.last_hidden_state.device)
         hidden_BSD = output.last_hidden_state * real_BS[:, :, None]
         return torch.as_tensor(hidden_BSD.sum(1) / real_BS.sum(1, keepdim=True))
 
@@ -319,7 +324,7 @@ class _Judge:
         tensors, numbers = dict[str, torch.Tensor](), dict(self._numbers)
         for name, moments in self._moments.items():
             wide, single = moments.sums(name)
-            tensors |= wide
+            tensors |= {key: value.cpu() for key, value in wide.items()}
             numbers |= single
         return tensors, numbers
 

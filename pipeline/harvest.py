@@ -11,6 +11,7 @@ without stopping early, and must agree with what a reader gets back from the enc
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from cluster.storage.zarr_store import metadata
 from pipeline.activations.layout import StoreLayout, choose_layout
 from pipeline.activations.write import ROUNDING, read_back, write_unit
 from pipeline.sources import models
+from pipeline.sources.forward import Forward
 from pipeline.sources.hooks import capture
 from pipeline.sources.sequences import Piece, TokenSequence, batches, overlapping, padded, pieces, read
 from pipeline.stage import Committed, Estimate, Out, Params, Sources, Task
@@ -68,6 +70,7 @@ class UnitTask(Task):
     pieces: tuple[Piece, ...]
     tokens: StoragePath
     params: HarvestParams
+    gpus: float = 0.0
 
 
 def params(manifest: Manifest, _dictionary: Dictionary | None, sources: Sources) -> HarvestParams:
@@ -146,6 +149,7 @@ def run(inputs: Mapping[str, Committed], params: HarvestParams, out: Out) -> Out
             pieces=overlapping(every, *layout.geometry.span(index)),
             tokens=tokens.path,
             params=params,
+            gpus=out.compute.gpus,
         )
         for index in range(layout.geometry.units)
     ]
@@ -187,19 +191,19 @@ def harvest_unit(task: UnitTask, path: StoragePath) -> Unit:
         StageFailedError: the canary found a difference.
     """
     settings, layout = task.params, task.layout
-    loaded = models.load(settings.model)
+    loaded = models.load(settings.model, task.gpus)
     first, end = layout.geometry.span(task.index)
     sequences = read(task.tokens, task.pieces, first, end)
-    activations, tokens_N, positions_N = forward_rows(loaded.model, sequences, layout, settings, first, end)
+    activations, tokens_N, positions_N = forward_rows(loaded, sequences, layout, settings, first, end)
     unit = write_unit(path, layout, task.index, activations, tokens_N, positions_N)
     if task.index:
         return unit
-    canary = compare_plainly(loaded.model, sequences, layout, settings, unit, path)
+    canary = compare_plainly(loaded, sequences, layout, settings, unit, path)
     return unit.model_copy(update={"facts": {**unit.facts, "canary": canary}})
 
 
 def forward_rows(
-    model: torch.nn.Module,
+    loaded: models.Loaded,
     sequences: list[TokenSequence],
     layout: StoreLayout,
     settings: HarvestParams,
@@ -210,10 +214,10 @@ def forward_rows(
     count = end - first
     rows_ND = {hook_point: torch.empty((count, width)) for hook_point, width in layout.widths.items()}
     tokens_N, positions_N = np.empty(count, np.int32), np.empty(count, np.int32)
+    forward = Forward(loaded, list(layout.widths), stop_at=settings.last_hook_point)
     with torch.inference_mode():
-        for batch in batches(sequences, settings.batch_tokens):
-            seen = capture(model, list(layout.widths), padded(batch), stop_at=settings.last_hook_point)
-            for index, sequence in enumerate(batch):
+        for part, seen in chain.from_iterable(map(forward, batches(sequences, settings.batch_tokens))):
+            for index, sequence in enumerate(part):
                 # A sequence across the unit's border gives only the rows inside.
                 start = max(0, first - sequence.first_row)
                 stop = min(len(sequence), end - sequence.first_row)
@@ -226,7 +230,7 @@ def forward_rows(
 
 
 def compare_plainly(
-    model: torch.nn.Module,
+    loaded: models.Loaded,
     sequences: list[TokenSequence],
     layout: StoreLayout,
     settings: HarvestParams,
@@ -252,7 +256,8 @@ def compare_plainly(
         for sequence in chosen:
             rows = np.arange(sequence.first_row, min(sequence.first_row + len(sequence), end))
             with torch.inference_mode():
-                plain_ND = capture(model, [hook_point], padded([sequence]))[hook_point][0, : len(rows)].float()
+                inputs = loaded.placed(padded([sequence]))
+                plain_ND = capture(loaded.model, [hook_point], inputs)[hook_point][0, : len(rows)].float().cpu()
             stored_ND = read_back(layout, 0, hook_point, body, rows)
             scale_N1 = plain_ND.abs().amax(dim=1, keepdim=True).clamp_min(1e-6)
             difference = float(((stored_ND - plain_ND).abs() / scale_N1).max())

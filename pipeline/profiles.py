@@ -30,8 +30,10 @@ def encode_rows(
     dictionary: TopKDictionary, x_ND: torch.Tensor
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """The code of many rows. Shapes (N, K), (N, K)."""
-    parts = [dictionary.encode(x_BD.float()) for x_BD in torch.split(x_ND, ENCODE_ROWS)]
-    return torch.cat([z for z, _ in parts]).numpy(), torch.cat([indices for _, indices in parts]).numpy()
+    where = dictionary.b_dec.device
+    parts = [dictionary.encode(x_BD.to(where).float()) for x_BD in torch.split(x_ND, ENCODE_ROWS)]
+    z_NK, indices_NK = (torch.cat([part[at] for part in parts]) for at in (0, 1))
+    return z_NK.cpu().numpy(), indices_NK.cpu().numpy()
 
 
 def norm_counts(norms_N: torch.Tensor) -> dict[str, Any]:
@@ -47,11 +49,11 @@ def weights_table(dictionary: TopKDictionary, promoted: list[list[int]], suppres
     neighbour_F, cosine_F = nearest(unit_FD)
     return pa.Table.from_pydict(
         {
-            "decoder_norm": W_dec_FD.norm(dim=1).numpy(),
-            "encoder_norm": W_enc_FD.norm(dim=1).numpy(),
+            "decoder_norm": W_dec_FD.norm(dim=1).cpu().numpy(),
+            "encoder_norm": W_enc_FD.norm(dim=1).cpu().numpy(),
             "encoder_decoder_cosine": pa.array(_cosine(dictionary), pa.float32()),
-            "nearest_feature": neighbour_F.numpy(),
-            "nearest_cosine": cosine_F.numpy(),
+            "nearest_feature": neighbour_F.cpu().numpy(),
+            "nearest_cosine": cosine_F.cpu().numpy(),
             "top_tokens": promoted,
             "bottom_tokens": suppressed,
         }

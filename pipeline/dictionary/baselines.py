@@ -73,6 +73,7 @@ def reconstructor(name: str, fitted: dict[str, torch.Tensor], k: int) -> Callabl
     target_width = weights["W_dec"].shape[1] if "b_in" in weights else None
     random = TopKDictionary(weights["W_enc"].shape[1], len(weights["W_enc"]), k, target_width=target_width)
     random.load_state_dict(weights)
+    random.to(weights["W_dec"].device)
 
     def reconstruct(x_ND: torch.Tensor) -> torch.Tensor:
         return random.decode(*random.encode(x_ND))

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from cluster.storage.objects import read_recorded
 from cluster.storage.path import StoragePath
+from pipeline.device import HOST
 from pipeline.dictionary.activation import kind
 from pipeline.dictionary.model import DictionaryConfig, TopKDictionary
 from pipeline.dictionary.tree import TreeDictionary
@@ -71,15 +72,21 @@ def from_bytes(body: bytes, config_body: bytes) -> Saved:
     return Saved(dictionary.eval().requires_grad_(False), config)
 
 
-def open_dictionary(train: Committed) -> Saved:
+def open_dictionary(train: Committed, device: torch.device = HOST) -> Saved:
     """The dictionary, checked against the stage's record; kept for the next call in this process.
+
+    Args:
+        train: The stage.
+        device: Where its weights go.
 
     Raises:
         IntegrityError: it is absent or not what was committed.
     """
-    return _open(train.path, train.entry(DICTIONARY), train.entry(DICTIONARY_CONFIG))
+    return _open(train.path, train.entry(DICTIONARY), train.entry(DICTIONARY_CONFIG), device)
 
 
 @functools.lru_cache(maxsize=2)
-def _open(folder: StoragePath, weights: ObjectEntry, config: ObjectEntry) -> Saved:
-    return from_bytes(read_recorded(folder, weights), read_recorded(folder, config))
+def _open(folder: StoragePath, weights: ObjectEntry, config: ObjectEntry, device: torch.device) -> Saved:
+    saved = from_bytes(read_recorded(folder, weights), read_recorded(folder, config))
+    saved.dictionary.to(device)
+    return saved

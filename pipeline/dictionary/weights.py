@@ -22,7 +22,7 @@ def nearest(unit_FD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.tensor([-1]), torch.zeros(1)
     found = neighbours(unit_FD, unit_FD, 2)
     # A row is the first or the second of its own.
-    others_F2 = found.indices_QM != torch.arange(len(unit_FD)).unsqueeze(1)
+    others_F2 = found.indices_QM != torch.arange(len(unit_FD), device=unit_FD.device).unsqueeze(1)
     at_F1 = others_F2.to(torch.uint8).argmax(1, keepdim=True)
     return found.indices_QM.gather(1, at_F1).squeeze(1), found.cosines_QM.gather(1, at_F1).squeeze(1)
 

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
 
 from cluster.storage.redaction import first_line
+from pipeline.device import HOST, device
 from pipeline.sources.hooks import capture, find_module
 from pipeline.stage import ModelFacts
 from schemas.errors import ManifestError
@@ -46,11 +47,16 @@ logging.getLogger("transformers").setLevel(logging.ERROR)
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model with its weights."""
+    """A model with its weights. `device` is where its inputs go."""
 
     model: nn.Module
     is_causal_lm: bool
     max_context: int | None
+    device: torch.device = HOST
+
+    def placed(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Inputs where the model is."""
+        return {name: value.to(self.device, non_blocking=True) for name, value in inputs.items()}
 
 
 def inspect(section: Model, hook_points: Sequence[str]) -> ModelFacts:
@@ -92,16 +98,22 @@ def inspect(section: Model, hook_points: Sequence[str]) -> ModelFacts:
 
 
 @functools.lru_cache(maxsize=1)
-def load(place: Model) -> Loaded:
+def load(place: Model, gpus: float = 0.0) -> Loaded:
     """The model with its weights, kept for the next call in this process.
 
+    Args:
+        place: Which one.
+        gpus: What this worker was given. One, or a part of one, has all of the model; several have some layers each.
+
     Raises:
-        ManifestError: the weights are not there or do not fit the configuration.
+        ManifestError: the weights are not there, do not fit the configuration, or have no room.
     """
     folder, _ = _locate(place, weights=True)
     config = _config(folder, place)
     is_causal_lm = _is_causal_lm(config)
     factory = transformers.AutoModelForCausalLM if is_causal_lm else transformers.AutoModel
+    target = device(gpus)
+    spread = target.type == "cuda" and gpus > 1
     try:
         model, found = factory.from_pretrained(
             str(folder),
@@ -110,7 +122,13 @@ def load(place: Model) -> Loaded:
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=place.trust_remote_code,
+            **({"device_map": "auto"} if spread else {}),
         )
+    except ImportError as error:
+        raise ManifestError(
+            f"compute.gpus {gpus:g}: a model on several GPUs needs accelerate ({first_line(str(error), 160)})",
+            "pip install 'kilobasis[large]' on every machine, or set compute.gpus to 1",
+        ) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise ManifestError(
             f"the weights of {place.source} cannot be loaded: {error}", "check model.safetensors beside config.json"
@@ -126,7 +144,22 @@ def load(place: Model) -> Loaded:
     model.eval().requires_grad_(False)
     # Nothing is generated, and a cache of keys and values would cost memory and time in every pass.
     model.config.use_cache = False
-    return Loaded(model, is_causal_lm, getattr(config.get_text_config(), "max_position_embeddings", None))
+    if not spread:
+        _move(model, target, place)
+    return Loaded(model, is_causal_lm, getattr(config.get_text_config(), "max_position_embeddings", None), target)
+
+
+def _move(model: nn.Module, target: torch.device, place: Model) -> None:
+    try:
+        model.to(target)
+    except torch.OutOfMemoryError as error:
+        needed = sum(each.numel() * each.element_size() for each in model.parameters())
+        free, total = torch.cuda.mem_get_info(target)
+        raise ManifestError(
+            f"{place.source} has {needed / 2**30:.1f} GiB of weights, its GPU has {free / 2**30:.1f} of "
+            f"{total / 2**30:.1f} GiB free",
+            "set model.dtype to bfloat16, let fewer workers share a GPU, or give each several (compute.gpus: 2)",
+        ) from error
 
 
 @functools.lru_cache(maxsize=2)

@@ -16,6 +16,7 @@ from jobs.sources import survey
 from pipeline import harvest
 from pipeline.activations.layout import StoreLayout, hash_sum, restored, row_hashes
 from pipeline.activations.source import open_store
+from pipeline.sources.models import Loaded
 from pipeline.sources.sequences import pieces, read
 from pipeline.stage import Committed
 from schemas.errors import IntegrityError, ManifestError, NonFiniteError, StageFailedError
@@ -236,7 +237,8 @@ class FirstUnit:
         unit: Unit = record.made
         first, end = self.layout.geometry.span(0)
         sequences = read(tokens.path, pieces(tokens, "train"), first, end)
-        return harvest.compare_plainly(model, sequences, layout or self.layout, self.settings, unit, committed.path)
+        loaded = Loaded(model, is_causal_lm=True, max_context=None)
+        return harvest.compare_plainly(loaded, sequences, layout or self.layout, self.settings, unit, committed.path)
 
 
 @pytest.fixture(scope="module")
