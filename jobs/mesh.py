@@ -33,8 +33,8 @@ def resolved(manifest: Manifest, sources: Sources, devices: Callable[[Compute], 
     found = (devices or _found)(compute)
     if found.count == 0:
         raise ManifestError(
-            f"compute.sharding auto: no device has {compute.gpus:g} GPUs and {compute.rank_threads} CPUs for a rank",
-            "lower compute.gpus or compute.rank_threads",
+            f"compute.sharding auto: nothing has {compute.rank_gpus:g} GPUs and {compute.rank_threads} CPUs for a rank",
+            "set compute.gpus to 0 or lower compute.rank_threads",
         )
     memory = compute.memory or found.memory
     if memory is None:
@@ -79,5 +79,5 @@ def _found(compute: Compute) -> Devices:
     if compute.pool == "inline":
         return Devices(1, of_machine(0).memory)
     if compute.address is None:
-        return of_machine(compute.gpus)
-    return of_cluster(compute.address, compute.gpus, compute.rank_threads)
+        return of_machine(compute.rank_gpus)
+    return of_cluster(compute.address, compute.rank_gpus, compute.rank_threads)

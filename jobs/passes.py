@@ -68,4 +68,4 @@ def _room(compute: Compute) -> int | None:
         return compute.memory
     if compute.address is not None:
         return None
-    return of_machine(compute.gpus).memory if compute.gpus else machine_memory()
+    return of_machine(compute.rank_gpus).memory if compute.gpus else machine_memory()

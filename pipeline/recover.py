@@ -27,6 +27,7 @@ from cluster.storage.parsing import parsing
 from cluster.storage.path import StoragePath
 from pipeline import metrics
 from pipeline.activations.source import open_store
+from pipeline.device import device
 from pipeline.dictionary import baselines
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.stored import open_dictionary
@@ -97,6 +98,7 @@ class SpanTask(Task):
     matches: ObjectEntry | None
     baselines: ObjectEntry | None
     params: RecoverParams
+    gpus: float = 0.0
 
 
 class RecoveryTask(Task):
@@ -170,6 +172,7 @@ def run(inputs: Mapping[str, Committed], params: RecoverParams, out: Out) -> Out
             matches=matches,
             baselines=fitted,
             params=params,
+            gpus=out.compute.gpus,
         )
         for index, first in enumerate(range(0, params.tokens, UNIT_ROWS))
     ]
@@ -229,25 +232,26 @@ def _links(entry: ObjectEntry | None, truth: Truth, path: StoragePath) -> tuple[
 def judge_span(task: SpanTask, path: StoragePath) -> Unit:
     """All sums of one span. Sums are kept as an object, because some of them are as wide as the dictionary."""
     settings = task.params
-    truth, dictionary = open_truth(task.harvest, settings.hook_point), open_dictionary(task.train).dictionary
+    where = device(task.gpus)
+    truth, dictionary = open_truth(task.harvest, settings.hook_point), open_dictionary(task.train, where).dictionary
     contenders: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
     if task.baselines is not None:
-        fitted = read_tensors(path, task.baselines)
+        fitted = {name: value.to(where) for name, value in read_tensors(path, task.baselines).items()}
         contenders = {name: baselines.reconstructor(name, fitted, settings.k) for name in settings.baselines}
     source = open_rows(task.harvest, settings.hook_point)
-    oracle = _oracle(truth, source, settings.k)
+    oracle = _oracle(truth, source, settings.k, where)
     tally, counting = Tally(dictionary.features, len(truth)), _links(task.matches, truth, path)
     firings = None if counting is None else Firings.none(counting[2])
     moments: dict[str, Moments] = {}
     made = rows(source, Split.HELDOUT, task.first, task.end)
     with torch.inference_mode():
         for first in range(0, len(made.active), settings.batch_tokens):
-            x_ND = made.x_ND[first : first + settings.batch_tokens]
+            x_ND = made.x_ND[first : first + settings.batch_tokens].to(where)
             z_NK, indices_NK = dictionary.encode(x_ND)
             active = made.active.sliced(first, first + len(x_ND))
-            tally.add(z_NK, indices_NK, active)
+            tally.add(z_NK.cpu(), indices_NK.cpu(), active)
             if counting is not None and firings is not None:
-                firings.add(counting[2], z_NK, indices_NK, *counting[0].active(active))
+                firings.add(counting[2], z_NK.cpu(), indices_NK.cpu(), *counting[0].active(active))
             seen = {OURS: Moments.of(x_ND, dictionary.decode(z_NK, indices_NK), z_NK)}
             seen |= {name: Moments.of(x_ND, contender(x_ND)) for name, contender in contenders.items()}
             if oracle is not None:
@@ -258,14 +262,14 @@ def judge_span(task: SpanTask, path: StoragePath) -> Unit:
     tensors |= {} if firings is None else kept.counted(firings)
     for name, each in moments.items():
         wide, single = each.sums(name)
-        tensors |= wide
+        tensors |= {key: value.cpu() for key, value in wide.items()}
         numbers |= single
     key, body = f"sums/{task.unit}.safetensors", safetensors.torch.save(tensors)
     create_or_adopt(path / key, body)
     return Unit(objects=(ObjectEntry.of(key, body),), rows=len(made.active), facts={"sums": numbers})
 
 
-def _oracle(truth: Truth, source: Source, k: int) -> TopKDictionary | None:
+def _oracle(truth: Truth, source: Source, k: int, where: torch.device) -> TopKDictionary | None:
     """A dictionary of the represented true directions; None if there are none, or too many to look at."""
     known_RD = truth.directions_MD[truth.represented_M]
     if not 0 < len(known_RD) <= ORACLE_FEATURES:
@@ -274,7 +278,7 @@ def _oracle(truth: Truth, source: Source, k: int) -> TopKDictionary | None:
     bias_D = source.plain(nothing)[0].float()
     oracle = TopKDictionary(known_RD.shape[1], len(known_RD), min(k, len(known_RD)))
     oracle.load_state_dict({"W_enc": known_RD, "b_enc": torch.zeros(len(known_RD)), "W_dec": known_RD, "b_dec": bias_D})
-    return oracle
+    return oracle.to(where)
 
 
 def judge_features(task: RecoveryTask, path: StoragePath) -> Unit:

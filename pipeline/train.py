@@ -164,7 +164,7 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
         memory=once + held.peak + step,
         shared=once,
         workers=sharding.ranks,
-        gpus=manifest.compute.gpus,
+        gpus=manifest.compute.rank_gpus,
         lost_seconds=manifest.compute.checkpoint_seconds,
         note=f"F {settings.features} (F/d {settings.features / width:g}){_tree(settings)}, k {settings.k}, "
         f"{steps} steps{mesh}{how}",
@@ -209,7 +209,7 @@ def run_together(jobs: Sequence[Job]) -> Sequence[Outputs | KilobasisError]:
         for job in jobs
     ]
     out, compute = jobs[0].out, jobs[0].out.compute
-    resources = Resources(threads=compute.rank_threads, gpus=compute.gpus)
+    resources = Resources(threads=compute.rank_threads, gpus=compute.rank_gpus)
     others = [(job.out, task) for job, task in zip(jobs[1:], tasks[1:], strict=True)]
     made: Sequence[Outputs | KilobasisError] = out.gang(
         train_ranks, tasks[0], compute.sharding.ranks, resources, others

@@ -63,7 +63,12 @@ class Compute(Section):
     )
     workers: Processes = Field(default=2, description="Workers for tokenize, harvest, evaluate and catalog.")
     threads: Processes = Field(default=1, description="CPU threads of each worker.")
-    gpus: float = Field(default=0.0, ge=0.0, description="GPUs of each worker and training rank.")
+    gpus: float = Field(
+        default=0.0,
+        ge=0.0,
+        description="GPUs of each worker of harvest, evaluate and catalog: a part of one lets several share it, and "
+        "on several a model is spread. Where it is not 0 every training rank has a GPU.",
+    )
     sharding: Sharding = Sharding()
     zero: Zero = Zero()
     accumulate: Processes = Field(
@@ -103,6 +108,11 @@ class Compute(Section):
         default=False, description="Vouch that no two runs write below this root at once; for stores that overwrite."
     )
     deterministic: bool = Field(default=True, description="Use only kernels that give the same bits every time.")
+
+    @property
+    def rank_gpus(self) -> float:
+        """GPUs of a training rank: one for itself where workers have any, because ranks cannot share one."""
+        return 1.0 if self.gpus else 0.0
 
     @field_validator("address")
     @classmethod

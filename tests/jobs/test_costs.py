@@ -61,10 +61,13 @@ def test_gpus_are_those_of_all_workers_that_take_some(tiny_manifest: Path) -> No
     parsed = manifest.load(tiny_manifest, ["compute.workers=2", "compute.gpus=0.5"])
     sources = survey(parsed)
     made = plan.make(parsed, Workspace.of(parsed), sources)
-    found = costs.costs(made, {"harvest": 1.0, "tokenize": 1.0, "catalog": 1.0}, {})
+    found = costs.costs(made, {"harvest": 1.0, "tokenize": 1.0, "train": 1.0, "catalog": 1.0}, {})
     assert found["harvest"].gpu_hours == pytest.approx(found["harvest"].hours * 2 * 0.5)
-    # Neither text nor tables are a GPU's.
-    assert (found["tokenize"].gpu_hours, found["catalog/tiny"].gpu_hours) == (0, 0)
+    assert found["catalog/tiny"].gpu_hours == pytest.approx(found["catalog/tiny"].hours * 2 * 0.5)
+    # A rank has one for itself.
+    assert found["train/tiny"].gpu_hours == pytest.approx(found["train/tiny"].hours)
+    # Text is none's.
+    assert found["tokenize"].gpu_hours == 0
 
 
 def test_what_runs_in_one_pass_is_counted_once(tiny_manifest: Path) -> None:

@@ -62,7 +62,7 @@ def test_dense_adam_is_never_shared_by_features(tiny_tree: dict[str, Any], tmp_p
 
 def test_no_device_is_said(tiny_tree: dict[str, Any], tmp_path: Path) -> None:
     manifest = auto(tiny_tree, tmp_path)
-    with pytest.raises(ManifestError, match="no device has 0 GPUs and 1 CPUs"):
+    with pytest.raises(ManifestError, match="nothing has 0 GPUs and 1 CPUs"):
         resolved(manifest, survey(manifest), lambda compute: Devices(0, 0))
 
 

@@ -8,8 +8,9 @@ from torch import nn
 
 from pipeline.sources import models
 from pipeline.sources.forward import Forward
+from pipeline.sources.hooks import spliced
 from pipeline.sources.models import Loaded
-from pipeline.sources.sequences import TokenSequence, batches
+from pipeline.sources.sequences import TokenSequence, batches, padded
 from schemas.errors import StageFailedError
 from schemas.manifest import Model
 from tests.support.fixtures import HOOK_POINT, VOCABULARY
@@ -90,7 +91,27 @@ def test_size_that_had_room_is_remembered(loaded: Loaded, batch: list[TokenSeque
 
 def test_single_sequence_without_room_says_what_to_do(loaded: Loaded, batch: list[TokenSequence]) -> None:
     forward = Forward(Loaded(small(loaded, 10), True, None), [HOOK_POINT])
-    with pytest.raises(
-        StageFailedError, match=r"one sequence of 24 tokens has no room on cpu .*corpus\.context"
-    ):
+    with pytest.raises(StageFailedError, match=r"one sequence of 24 tokens has no room on cpu .*corpus\.context"):
         rows(forward, batch)
+
+
+def test_model_whose_layers_come_from_elsewhere_gives_the_same(
+    loaded: Loaded, batch: list[TokenSequence], tiny_model: Path, tmp_path: Path
+) -> None:
+    """As on several devices: accelerate brings each layer where it is run; here from disk."""
+    from accelerate import disk_offload
+    from transformers import AutoModelForCausalLM
+
+    whole = rows(Forward(loaded, [HOOK_POINT], HOOK_POINT), batch)
+    spread = disk_offload(AutoModelForCausalLM.from_pretrained(tiny_model).eval(), str(tmp_path / "weights"))
+    assert any(parameter.is_meta for parameter in spread.parameters())
+    found = rows(Forward(Loaded(spread, True, None), [HOOK_POINT], HOOK_POINT), batch)
+    for row, x_SD in whole.items():
+        torch.testing.assert_close(found[row], x_SD)
+    inputs = padded(batch)
+
+    def doubled(model: nn.Module) -> torch.Tensor:
+        with torch.inference_mode(), spliced(model, HOOK_POINT, lambda x_BSD: 2 * x_BSD):
+            return torch.as_tensor(model(**inputs).logits)
+
+    torch.testing.assert_close(doubled(spread), doubled(loaded.model))
