@@ -324,7 +324,7 @@ class _Judge:
         tensors, numbers = dict[str, torch.Tensor](), dict(self._numbers)
         for name, moments in self._moments.items():
             wide, single = moments.sums(name)
-            tensors |= {key: value.cpu() for key, value in wide.items()}
+            tensors |= wide
             numbers |= single
         return tensors, numbers
 

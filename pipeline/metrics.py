@@ -85,9 +85,9 @@ class Moments:
         return cls(**fields)
 
     def sums(self, name: str) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-        """What a worker writes of a contender: wide sums and single ones, by its name and theirs."""
+        """What a worker writes of a contender: wide sums, on the CPU, and single ones, by its name and theirs."""
         every = {f"{name}.{field}": getattr(self, field) for field in self.__dataclass_fields__}
-        wide = {key: value for key, value in every.items() if isinstance(value, torch.Tensor)}
+        wide = {key: value.cpu() for key, value in every.items() if isinstance(value, torch.Tensor)}
         return wide, {key: float(value) for key, value in every.items() if key not in wide}
 
     def __add__(self, other: Moments) -> Moments:

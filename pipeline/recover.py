@@ -249,9 +249,10 @@ def judge_span(task: SpanTask, path: StoragePath) -> Unit:
             x_ND = made.x_ND[first : first + settings.batch_tokens].to(where)
             z_NK, indices_NK = dictionary.encode(x_ND)
             active = made.active.sliced(first, first + len(x_ND))
-            tally.add(z_NK.cpu(), indices_NK.cpu(), active)
+            fired = z_NK.cpu(), indices_NK.cpu()
+            tally.add(*fired, active)
             if counting is not None and firings is not None:
-                firings.add(counting[2], z_NK.cpu(), indices_NK.cpu(), *counting[0].active(active))
+                firings.add(counting[2], *fired, *counting[0].active(active))
             seen = {OURS: Moments.of(x_ND, dictionary.decode(z_NK, indices_NK), z_NK)}
             seen |= {name: Moments.of(x_ND, contender(x_ND)) for name, contender in contenders.items()}
             if oracle is not None:
@@ -262,7 +263,7 @@ def judge_span(task: SpanTask, path: StoragePath) -> Unit:
     tensors |= {} if firings is None else kept.counted(firings)
     for name, each in moments.items():
         wide, single = each.sums(name)
-        tensors |= {key: value.cpu() for key, value in wide.items()}
+        tensors |= wide
         numbers |= single
     key, body = f"sums/{task.unit}.safetensors", safetensors.torch.save(tensors)
     create_or_adopt(path / key, body)

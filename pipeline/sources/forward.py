@@ -30,9 +30,7 @@ class Forward:
         # Tokens, with the padding, above which there was no room.
         self._most: int | None = None
 
-    def __call__(
-        self, batch: Sequence[TokenSequence]
-    ) -> Iterator[tuple[Sequence[TokenSequence], dict[str, torch.Tensor]]]:
+    def __call__(self, batch: Sequence[TokenSequence]) -> Iterator[Part]:
         """Parts of a batch in its order, and the (batch, position, width) tensor of each hook point, on the CPU.
 
         Raises:

@@ -56,7 +56,7 @@ class Loaded:
 
     def placed(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Inputs where the model is."""
-        return {name: value.to(self.device, non_blocking=True) for name, value in inputs.items()}
+        return {name: value.to(self.device) for name, value in inputs.items()}
 
 
 def inspect(section: Model, hook_points: Sequence[str]) -> ModelFacts:

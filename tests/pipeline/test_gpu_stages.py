@@ -1,5 +1,6 @@
 """Stages that run a model or a dictionary, on a GPU: the same as on the CPU, to rounding."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,6 @@ def on_gpus(manifest: Manifest, gpus: float) -> Manifest:
 
 
 def metrics(evaluate: Committed) -> dict[str, Any]:
-    import json
-
     found: dict[str, Any] = json.loads((evaluate.path / METRICS).local.read_bytes())
     return found
 
