@@ -90,3 +90,29 @@ def make_encoder(folder: Path, tokenizer_from: Path) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((tokenizer_from / name).read_bytes())
     return folder
+
+
+def test_model_on_several_gpus_without_accelerate_says_what_to_install(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(*_: object, **options: object) -> None:
+        assert options["device_map"] == "auto"
+        raise ImportError("using a device_map requires accelerate")
+
+    monkeypatch.setattr(models, "device", lambda gpus: torch.device("cuda", 0))
+    monkeypatch.setattr(models.transformers.AutoModelForCausalLM, "from_pretrained", absent)
+    with pytest.raises(ManifestError, match=r"compute\.gpus 3: .* needs accelerate .*kilobasis\[large\]"):
+        models.load(Model(source=str(tiny_model)), 3.0)
+
+
+def test_model_that_is_larger_than_its_gpu_says_what_would_do(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    model = models.load(Model(source=str(tiny_model))).model
+    monkeypatch.setattr(type(model), "to", full)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**30, 2**32))
+    with pytest.raises(ManifestError, match=r"its GPU has 1\.0 of 4\.0 GiB free -> .*compute\.gpus: 2"):
+        models.load(Model(source=str(tiny_model)), 0.25)
