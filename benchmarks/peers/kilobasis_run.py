@@ -33,9 +33,9 @@ class RandomRoutes(TreeDictionary):
     def route(self, centred_BD: Tensor, z_BP: Tensor, parents_BP: Tensor, ranks: Ranks) -> Tensor:
         """See `TreeDictionary.route`."""
         directions_FD = torch.randn(self.parents, self.width, generator=torch.Generator().manual_seed(task.seed))
-        unit_FD = torch.nn.functional.normalize(directions_FD, dim=1).to(course.device)
+        unit_FD = torch.nn.functional.normalize(directions_FD, dim=1).to(centred_BD.device)
         z_BP, routed_BP = topk.top_k(
-            centred_BD, unit_FD, torch.zeros(self.parents, device=course.device), self.tree.routed
+            centred_BD, unit_FD, torch.zeros(self.parents, device=centred_BD.device), self.tree.routed
         )
         return routed_BP.where(z_BP > 0, -1)
 
