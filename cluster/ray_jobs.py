@@ -18,6 +18,8 @@ from schemas.errors import BusyError, ManifestError
 
 # Of one question. Ray's own client would wait for ever.
 SECONDS = 30.0
+# That a job which is asked to stop is left to commit what it has begun. Ray's own are three.
+STOP_SECONDS = 30
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -93,7 +95,11 @@ class JobsApi:
                 self._client.submit_job(
                     entrypoint=entrypoint,
                     submission_id=job,
-                    runtime_env={"working_dir": str(folder)},
+                    # Read by Ray's own keeper of the job, which has the job's environment.
+                    runtime_env={
+                        "working_dir": str(folder),
+                        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
+                    },
                     metadata=dict(metadata),
                 )
             except RuntimeError as error:

@@ -110,16 +110,18 @@ def status(target: Target, set_: Overrides = None, json_: AsJson = False) -> Non
     if json_:
         print(json.dumps(dataclasses.asdict(found), indent=1))
         return
-    alive = {True: "running", False: "not running", None: "on another machine"}[found.alive]
-    since = "" if found.seconds_since_event is None else f", last event {found.seconds_since_event:.0f} s ago"
-    table = terminal.table(f"run {found.run}: {alive}{since}")
+    since = "" if found.seconds_since_sign is None else f", last heard of {terminal.span(found.seconds_since_sign)} ago"
+    table = terminal.table(f"run {found.run}: {states.fate(found.alive, found.ended)}{since}")
     for column in ("stage", "state", "done", "detail"):
         table.add_column(column)
     for stage in found.stages:
         done = f"{stage.done:,} / {stage.total:,}" if stage.total else ""
         named = [f"{name} {stage.scalars[name]:.4g}" for name in ("fvu", "l0", "dead") if name in stage.scalars]
         table.add_row(stage.stage, stage.state, done, ", ".join([*([stage.detail] if stage.detail else []), *named]))
-    terminal.console().print(table)
+    console = terminal.console()
+    console.print(table)
+    if found.ended is not None and found.ended.reason:
+        terminal.say(console, found.ended.reason)
 
 
 @app.command()
@@ -285,8 +287,7 @@ def _plan_json(made: Plan, cost: Mapping[str, Cost]) -> list[dict[str, Any]]:
 
 
 def _print_plan(made: Plan, parsed: Manifest) -> None:
-    from cluster.devices import machine_memory
-    from jobs.plan import size
+    from jobs.plan import memory_limit, size
 
     about = "" if made.sources.corpus.exact else "~"
     table = terminal.table(f"{parsed.name} -> {parsed.root}")
@@ -309,9 +310,10 @@ def _print_plan(made: Plan, parsed: Manifest) -> None:
         )
     console = terminal.console()
     console.print(table)
-    limit = parsed.compute.memory or machine_memory()
+    limit = memory_limit(parsed)
+    memory = "what the cluster's machines have" if limit is None else size(limit)
     stored = sum(planned.estimate.stored_bytes for planned in made.stages)
-    terminal.say(console, f"in all {about}{size(stored)} to store; memory to use: {size(limit)}")
+    terminal.say(console, f"in all {about}{size(stored)} to store; memory to use: {memory}")
 
 
 def _print_costs(made: Plan, cost: Mapping[str, Cost]) -> None:

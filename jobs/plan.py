@@ -63,6 +63,11 @@ class Plan:
     stages: tuple[Planned, ...]
     sources: Sources
 
+    @property
+    def open(self) -> list[Planned]:
+        """Those that are to be run."""
+        return [planned for planned in self.stages if planned.action is not Action.SKIP]
+
 
 def instances(manifest: Manifest) -> list[tuple[Stage, Dictionary | None]]:
     """Every stage to run: the shared ones once, the others for each dictionary in turn."""
@@ -217,9 +222,20 @@ def refuse(plan: Plan, manifest: Manifest, workspace: Workspace, started: bool =
         ManifestError: the memory or the disk is too small; with the numbers.
         StorageError: the disk has become too small since.
     """
-    todo = [planned for planned in plan.stages if planned.action is not Action.SKIP]
-    limit = manifest.compute.memory or machine_memory()
-    for planned in todo:
+    limit = memory_limit(manifest)
+    if limit is not None:
+        _refuse_memory(plan, manifest, limit)
+    free = free_bytes(workspace.root)
+    stored = sum(planned.estimate.stored_bytes for planned in plan.open)
+    if free is not None and stored > free:
+        what = f"the run stores {size(stored)} below {workspace.root}, free there are {size(free)}"
+        if started:
+            raise StorageError(what, "make room, then resume: everything committed is kept")
+        raise ManifestError(what, "lower harvest.tokens, choose another root, or make room")
+
+
+def _refuse_memory(plan: Plan, manifest: Manifest, limit: int) -> None:
+    for planned in plan.open:
         estimate, beside, wanted = planned.estimate, overhead(manifest), needed(planned.estimate, manifest)
         if wanted > limit:
             raise ManifestError(
@@ -233,13 +249,14 @@ def refuse(plan: Plan, manifest: Manifest, workspace: Workspace, started: bool =
                     lambda other, of: needed(other, of) <= limit,
                 ),
             )
-    free = free_bytes(workspace.root)
-    stored = sum(planned.estimate.stored_bytes for planned in todo)
-    if free is not None and stored > free:
-        what = f"the run stores {size(stored)} below {workspace.root}, free there are {size(free)}"
-        if started:
-            raise StorageError(what, "make room, then resume: everything committed is kept")
-        raise ManifestError(what, "lower harvest.tokens, choose another root, or make room")
+
+
+def memory_limit(manifest: Manifest) -> int | None:
+    """Bytes that the run may take on a machine; None where those of a cluster say so themselves, once it is joined."""
+    compute = manifest.compute
+    if compute.memory is None and (compute.address is None or compute.pool == "inline"):
+        return machine_memory()
+    return compute.memory
 
 
 def size(count: float) -> str:

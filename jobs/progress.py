@@ -27,9 +27,9 @@ from tensorboardX.summary import scalar
 from cluster.ray_metrics import Gauges
 from cluster.storage.create import create
 from cluster.storage.path import StoragePath
-from cluster.storage.redaction import redact
+from cluster.storage.redaction import first_line, redact
 from schemas import events
-from schemas.errors import StorageError, printable
+from schemas.errors import InterruptedRunError, KilobasisError, StorageError, printable
 from schemas.events import Event
 
 FLUSH_SECONDS = 5.0
@@ -199,6 +199,8 @@ class Lines:
             self._print(event.stage, trouble(event))
         elif isinstance(event, events.StageCommitted):
             self._print(event.stage, _closing(event))
+        elif isinstance(event, events.RunEnded):
+            self._print(event.stage, last_word(event))
 
     def at(self, when: float, event: Event) -> None:
         """Print of an event what is worth a line, as if it were that time, in seconds since 1970."""
@@ -300,6 +302,22 @@ def trouble(event: events.WorkerLost | events.UnitFailed | events.UnitQuarantine
     return event.text
 
 
+def last_word(event: events.RunEnded) -> str:
+    """How a run ended, in a line."""
+    return f"exit code {event.exit_code}: {event.reason}" if event.exit_code else "everything is committed"
+
+
+def ending(error: BaseException | None) -> events.RunEnded:
+    """The last word of a run that ends with an error, or without one."""
+    if error is None:
+        return events.RunEnded(events.RUN, 0, "")
+    if isinstance(error, KilobasisError):
+        return events.RunEnded(events.RUN, error.exit_code, redact(str(error)))
+    # What nobody has foreseen; the traceback is in the driver's log.
+    code = InterruptedRunError.exit_code if isinstance(error, KeyboardInterrupt) else 1
+    return events.RunEnded(events.RUN, code, redact(f"{type(error).__name__}: {first_line(str(error), 300)}"))
+
+
 def _closing(event: events.StageCommitted) -> str:
     return "committed earlier" if event.skipped else f"committed in {event.seconds:.1f} s, digest {event.digest[:12]}"
 
@@ -351,13 +369,20 @@ class Watchers:
         if isinstance(self._screen, Bars):
             self._screen.close()
         try:
-            if self._board:
-                self._board.close()
-        except (OSError, StorageError) as failure:
-            self._screen(events.Note("run", redact(f"TensorBoard's files could not be finished ({failure})")))
-        try:
+            # First, because who is told to stop may be left little time. Not for the screen: whoever started the run is
+            # told the same by the command itself.
+            self._log(ending(error))
             self._log.flush()
         except StorageError:
             # A full disk must not hide the error that it caused.
             if error is None:
                 raise
+        finally:
+            self._finish_board()
+
+    def _finish_board(self) -> None:
+        try:
+            if self._board:
+                self._board.close()
+        except (OSError, StorageError) as failure:
+            self._screen(events.Note(events.RUN, redact(f"TensorBoard's files could not be finished ({failure})")))

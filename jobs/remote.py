@@ -70,6 +70,8 @@ def list_(
 
     if address is None and target is None:
         raise ManifestError("neither a root nor --address was given", "name one of them")
+    if target is None and set_:
+        raise ManifestError("--set was given without a manifest", "name the manifest, or leave it out")
     if address is not None:
         root = None if target is None else redact(str(terminal.root_of(target, set_)))
         shown = terminal.table(f"jobs at {redact(address)}")
@@ -87,22 +89,25 @@ def list_(
 
 def _runs(root: StoragePath) -> object:
     from cluster.storage.objects import names
-    from jobs.status import alive
-    from jobs.workspace import events_of, reaching, require_root
+    from jobs.status import alive, fate, heard
+    from jobs.workspace import ending_of, events_of, reaching, require_root
     from schemas.events import StageCommitted
     from schemas.layouts import RUNS
 
     with reaching(f"root {root}", root):
         owner = require_root(root).name
     shown = terminal.table(f"runs of {owner} in {root}")
-    for column in ("run", "driver", "last heard of", "committed"):
+    for column in ("run", "state", "last heard of", "committed", "why it ended"):
         shown.add_column(column)
-    for run in names(root / RUNS):
-        told = list(events_of(root / RUNS / run))
-        last = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(max(when for when, _ in told))) if told else ""
+    runs = names(root / RUNS)
+    for run in runs:
+        told, ended = list(events_of(root / RUNS / run)), ending_of(root / RUNS / run)
+        # A stage's beats may be those of a run that took it over: only the newest run has none behind it.
+        last = heard(root, told) if run == runs[-1] else max((when for when, _ in told), default=None)
         made = [event.stage for _, event in told if isinstance(event, StageCommitted) and not event.skipped]
-        state = {True: "alive", False: "gone", None: "on another machine"}[alive(root / RUNS / run)]
-        shown.add_row(*map(terminal.text, (run, state, last, ", ".join(made))))
+        ago = "" if last is None else f"{terminal.span(max(0.0, time.time() - last))} ago"
+        state, why = fate(alive(root / RUNS / run), ended), ended.reason if ended else ""
+        shown.add_row(*map(terminal.text, (run, state, ago, ", ".join(made), why)))
     return shown
 
 
@@ -115,13 +120,18 @@ def logs(
     from cluster.ray_jobs import JobsApi
     from jobs.progress import Lines
     from jobs.screen import Tail
+    from jobs.status import alive, fate, heard
     from jobs.submit import JOB
     from jobs.workspace import reaching
+    from schemas.events import RunEnded
+    from schemas.layouts import RUNS
 
     console = terminal.console()
     if JOB.fullmatch(target):
         if address is None:
             raise ManifestError(f"{target} is a job, and no --address was given", "give it, or the root of the job")
+        if set_:
+            raise ManifestError(f"--set was given, but {target} is no manifest", "name the manifest, or leave it out")
         api = JobsApi(address)
         if api.job(target) is None:
             raise ManifestError(f"the cluster knows of no job {target}", "see `kilobasis list`, or give its root")
@@ -137,6 +147,10 @@ def logs(
     lines = Lines(console, every=0.0)
     for when, event in told:
         lines.at(when, event)
+    if not any(isinstance(event, RunEnded) for _, event in told):
+        last = heard(root, told)
+        since = "" if last is None else f", last heard of {terminal.span(max(0.0, time.time() - last))} ago"
+        terminal.say(console, f"run {tail.run}: {fate(alive(root / RUNS / tail.run), None)}{since}")
 
 
 def stop(

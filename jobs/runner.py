@@ -14,9 +14,11 @@ from typing import Any, NamedTuple, Self
 
 from cluster import interruption
 from cluster.pool import InlinePool, Pool
+from cluster.storage.attempts import shortage
 from cluster.storage.create import create
 from jobs import lease as leases
 from jobs import plan as planning
+from jobs import preflight
 from jobs.fingerprint import fingerprint, spec
 from jobs.mesh import resolved
 from jobs.out import StageOut
@@ -62,8 +64,13 @@ def run(manifest: Manifest, resume: bool = False, wait: bool = False) -> dict[st
         interruption.check()
         folder = workspace.new_run()
         create(folder / PROCESS, canonical_json(leases.this_process().model_dump()) + b"\n")
-        with Watchers(folder) as emit, ExitStack() as stack:
-            pool = _LazyPool(manifest.compute, stack)
+        # The run's last word is written before Ray is left, which takes seconds.
+        with ExitStack() as stack, Watchers(folder) as emit, shortage("stopped"):
+            joined = functools.partial(preflight.require, planned, manifest, workspace.root, emit)
+            pool = _LazyPool(manifest.compute, stack, joined)
+            if manifest.compute.address is not None and planned.open:
+                # Before any stage begins: what the machines say may refuse the run.
+                pool.open()
             return _run_stages(manifest, workspace, planned.sources, emit, pool, wait, stop)
 
 
@@ -255,10 +262,16 @@ def _tell(emit: Callable[[Event], None], stage: str, text: str) -> None:
 
 
 class _LazyPool:
-    """Starts the pool when the first stage really runs, so that a run with nothing to do starts no Ray."""
+    """Starts the pool when the first stage really runs, so that a run with nothing to do starts no Ray.
 
-    def __init__(self, compute: Compute, stack: ExitStack) -> None:
-        self._compute, self._stack = compute, stack
+    Args:
+        compute: What it runs on.
+        stack: Ends it.
+        joined: Called once a cluster was joined; raises where it cannot do the work.
+    """
+
+    def __init__(self, compute: Compute, stack: ExitStack, joined: Callable[[], None]) -> None:
+        self._compute, self._stack, self._joined = compute, stack, joined
         self._pool: Pool | None = None
 
     def open(self) -> Pool:
@@ -281,6 +294,8 @@ class _LazyPool:
         # Ray has put in handlers of its own, which abort the process.
         if _stopper is not None:
             _stopper.arm()
+        if compute.address is not None:
+            self._joined()
         return RayPool(compute.workers, compute.attempts, compute.unit_seconds, compute.rank_seconds)
 
 

@@ -24,7 +24,8 @@ from cluster.storage.objects import names, read_text_object
 from cluster.storage.path import StoragePath
 from jobs.plan import instances, size
 from jobs.progress import trouble
-from jobs.status import RECENT_RUNS, alive
+from jobs.status import RECENT_RUNS, alive, beats, fate
+from jobs.terminal import span
 from jobs.workspace import label, manifest_of, reaching, require_root
 from schemas.errors import IntegrityError, ManifestError, printable
 from schemas.events import (
@@ -32,6 +33,7 @@ from schemas.events import (
     Event,
     Note,
     Progress,
+    RunEnded,
     StageCommitted,
     StageStarted,
     UnitCommitted,
@@ -64,6 +66,7 @@ class StageView:
     """What one stage has told."""
 
     state: str = "waiting"
+    began: StageStarted | None = None
     done: int = 0
     total: int = 0
     seconds: float = 0.0
@@ -171,6 +174,7 @@ class View:
         self.stages: dict[str, StageView] = {}
         self.happened: deque[tuple[float, str, str]] = deque(maxlen=LINES)
         self.last: float | None = None
+        self.ended: RunEnded | None = None
         if not self.look():
             raise ManifestError(f"root {root} has no run", "start one with `kilobasis run`")
 
@@ -178,7 +182,7 @@ class View:
         """Read what is new; whether there is a run."""
         told = self._tail.look()
         if self._tail.run != self.run:
-            self.run, self.last = self._tail.run, None
+            self.run, self.last, self.ended = self._tail.run, None, None
             self.happened.clear()
             self.stages = {name: StageView() for name in self._expected()}
         for when, event in told:
@@ -187,7 +191,13 @@ class View:
 
     def alive(self) -> bool | None:
         """Whether the run's driver lives; None if that cannot be told from here."""
-        return alive(self._root / RUNS / self.run)
+        return False if self.ended else alive(self._root / RUNS / self.run)
+
+    def heard(self) -> float | None:
+        """When the run gave its last sign of life, in seconds since 1970."""
+        leads = [stage.began for stage in self.stages.values() if stage.state == "running" and stage.began]
+        signs = [] if self.ended else beats(self._root, leads)
+        return max([*signs, *([self.last] if self.last else [])], default=None)
 
     def _expected(self) -> list[str]:
         """The stages of the run's manifest; those that tell something come anyway."""
@@ -199,9 +209,16 @@ class View:
 
     def _take(self, when: float, event: Event) -> None:
         self.last = when if self.last is None else max(self.last, when)
+        if isinstance(event, RunEnded):
+            self.ended = event
+            return
+        if isinstance(event, Note):
+            # It may be about no stage at all.
+            self.happened.append((when, event.stage, event.text))
+            return
         stage = self.stages.setdefault(event.stage, StageView())
         if isinstance(event, StageStarted):
-            stage.state, stage.done, stage.total = "running", event.done, event.total
+            stage.state, stage.done, stage.total, stage.began = "running", event.done, event.total, event
         elif isinstance(event, UnitCommitted):
             stage.done += 1
             stage.peak_memory = max(stage.peak_memory, event.peak_memory)
@@ -221,7 +238,7 @@ class View:
         else:
             self._note(when, stage, event)
 
-    def _note(self, when: float, stage: StageView, event: WorkerLost | UnitFailed | UnitQuarantined | Note) -> None:
+    def _note(self, when: float, stage: StageView, event: WorkerLost | UnitFailed | UnitQuarantined) -> None:
         stage.lost += isinstance(event, WorkerLost)
         stage.failed += isinstance(event, UnitFailed)
         self.happened.append((when, event.stage, trouble(event)))
@@ -243,10 +260,12 @@ def picture(view: View, now: float) -> RenderableType:
         now: Seconds since 1970.
     """
     alive_ = view.alive()
-    state = {True: "running", False: "not running", None: "on another machine"}[alive_]
-    since = "" if view.last is None else f", last heard of {_span(max(0.0, now - view.last))} ago"
-    head = Text.assemble((printable(view.name), "bold"), f"  {printable(view.run)}  ", (state, _COLOURS[alive_]), since)
-    parts: list[RenderableType] = [head, _stages(view, alive_, now)]
+    good, heard = view.ended is not None and not view.ended.exit_code, view.heard()
+    since = "" if heard is None else f", last heard of {span(max(0.0, now - heard))} ago"
+    state = (fate(alive_, view.ended), _COLOURS[good or alive_])
+    head = Text.assemble((printable(view.name), "bold"), f"  {printable(view.run)}  ", state, since)
+    why = [Text(printable(view.ended.reason))] if view.ended is not None and view.ended.reason else []
+    parts: list[RenderableType] = [head, *why, _stages(view, alive_, now)]
     training = {name: stage for name, stage in view.stages.items() if stage.curve}
     if training:
         parts.append(_training(training))
@@ -269,11 +288,11 @@ def _stages(view: View, alive_: bool | None, now: float) -> Table:
         left, busy = (stage.left(now), stage.busy(now)) if running else (None, None)
         shown.add_row(
             Text(printable(name)),
-            state if state != "committed" or not stage.seconds else f"committed in {_span(stage.seconds)}",
+            state if state != "committed" or not stage.seconds else f"committed in {span(stage.seconds)}",
             ProgressBar(total=max(1, stage.total), completed=stage.done, width=20) if stage.total else "",
             f"{stage.done:,} / {stage.total:,}" if stage.total else "",
             "" if pace is None else f"{pace[0]:,.0f} {pace[1]}",
-            "" if left is None else _span(left),
+            "" if left is None else span(left),
             "" if busy is None else f"{busy:.1f}",
             size(stage.peak_memory) if stage.peak_memory else "",
             str(stage.lost or ""),
@@ -317,20 +336,6 @@ def curve(values: list[float]) -> str:
     low, high = min(means), max(means)
     scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(BARS[round((mean - low) * scale)] for mean in means)
-
-
-def _span(seconds: float) -> str:
-    """A time as people say it.
-
-    >>> _span(42.4), _span(125), _span(7384)
-    ('42 s', '2 min 5 s', '2 h 3 min')
-    """
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def watch(root: StoragePath, console: Console, interval: float, ended: Callable[[], bool] = lambda: False) -> None:

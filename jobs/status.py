@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from pydantic import ValidationError
@@ -15,11 +16,11 @@ from jobs import lease
 from jobs.log import TrainingLog
 from jobs.plan import instances
 from jobs.state import StageFolder
-from jobs.workspace import PROCESS, Workspace, events_of, label, manifest_of
+from jobs.workspace import PROCESS, Workspace, ending_of, events_of, label, manifest_of
 from pipeline.stage import Stage
 from schemas.compute import Compute
 from schemas.errors import IntegrityError, ManifestError
-from schemas.events import Event, Progress, StageCommitted, StageStarted
+from schemas.events import Event, Progress, RunEnded, StageCommitted, StageStarted
 from schemas.layouts import BEATS, COMMITTED, LOG, RUNS, SPEC, beat_key
 from schemas.manifest import Dictionary
 from schemas.records import LeaseRecord, Owner, StageRecord, parse_record
@@ -42,11 +43,15 @@ class StageStatus:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """A root's newest run, and its stages."""
+    """A root's newest run, and its stages. `ended` is its last word, None where it has none (yet).
+
+    `seconds_since_sign` counts from its last sign of life: an event, or a beat of a stage that it leads.
+    """
 
     run: str
     alive: bool | None
-    seconds_since_event: float | None
+    ended: RunEnded | None
+    seconds_since_sign: float | None
     stages: tuple[StageStatus, ...]
 
 
@@ -64,7 +69,8 @@ def read(workspace: Workspace) -> Status:
     if not runs:
         raise ManifestError(f"root {root} has no run", "start one with `kilobasis run`")
     newest = root / RUNS / runs[-1]
-    last = max((when for when, _ in events_of(newest)), default=None)
+    ended = ending_of(newest)
+    last = heard(root, events_of(newest))
     told = _told(workspace, runs)
     digests: dict[str, str] = {}
     stages = []
@@ -75,16 +81,59 @@ def read(workspace: Workspace) -> Status:
         if path is not None and stages[-1].state == "committed":
             digests[name] = _record(path).digest
     since = None if last is None else max(0.0, time.time() - last)
-    return Status(newest.name, alive(newest), since, tuple(stages))
+    return Status(newest.name, alive(newest), ended, since, tuple(stages))
 
 
 def alive(run: StoragePath) -> bool | None:
-    """Whether the run's driver lives; None if that cannot be told from here."""
+    """Whether the run is not over: its driver lives, and has not said its last word. None if nobody can tell here."""
     try:
         state = lease.state(Owner.model_validate(read_json(run / PROCESS)))
     except (FileNotFoundError, IntegrityError, ValidationError):
-        return None
-    return None if state == "unknown" else state != "dead"
+        state = "unknown"
+    if state == "dead" or ending_of(run) is not None:
+        return False
+    return None if state == "unknown" else True
+
+
+def fate(alive_: bool | None, ended: RunEnded | None) -> str:
+    """What is known of a run's end, in a few words."""
+    if ended is not None:
+        return f"ended with exit code {ended.exit_code}" if ended.exit_code else "finished"
+    return {True: "running", False: "not running, without a last word", None: "on another machine"}[alive_]
+
+
+def heard(root: StoragePath, told: Iterable[tuple[float, Event]]) -> float | None:
+    """When the newest run of a root gave its last sign of life, in seconds since 1970; None where it gave none.
+
+    Args:
+        root: Whose.
+        told: The run's events. A long unit tells nothing; the beats of the stage that it is of go on meanwhile.
+    """
+    signs, open_ = list[float](), dict[str, StageStarted]()
+    for when, event in told:
+        signs.append(when)
+        if isinstance(event, StageStarted):
+            open_[event.stage] = event
+        elif isinstance(event, StageCommitted):
+            open_.pop(event.stage, None)
+    return max([*signs, *beats(root, open_.values())], default=None)
+
+
+def beats(root: StoragePath, leads: Iterable[StageStarted]) -> list[float]:
+    """When the stages that a run leads were last shown to be led.
+
+    Args:
+        root: Whose.
+        leads: What the run told when it began them.
+    """
+    found = []
+    for event in leads:
+        stage, _, dictionary = event.stage.partition("/")
+        # Events are what anybody may have written: a name that climbs names nothing.
+        with suppress(ValueError):
+            base = root / "dictionaries" / dictionary / stage if dictionary else root / stage
+            found += [each.modified for each in listing(base / _named(event) / BEATS).values() if each.modified]
+    return found
 
 
 def _told(workspace: Workspace, runs: list[str]) -> dict[str, list[Event]]:

@@ -31,6 +31,22 @@ def count(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
+def span(seconds: float) -> str:
+    """A time as people say it.
+
+    >>> span(42.4), span(125), span(7384), span(200_000)
+    ('42 s', '2 min 5 s', '2 h 3 min', '2 d 7 h')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"
+
+
 def root_of(target: str, overrides: list[str] | None) -> StoragePath:
     """The root that a manifest names, or the root itself."""
     from cluster.storage.path import StoragePath

@@ -28,7 +28,7 @@ from jobs.manifest import canonical
 from jobs.state import StageFolder
 from pipeline.stage import Stage
 from schemas.errors import IntegrityError, KilobasisError, ManifestChangedError, ManifestError
-from schemas.events import Event, parse_lines
+from schemas.events import Event, RunEnded, parse_lines
 from schemas.layouts import RUNS, SPEC
 from schemas.manifest import Dictionary, Manifest
 from schemas.records import RootRecord, canonical_json, parse_record
@@ -246,6 +246,20 @@ def events_of(run: StoragePath) -> Iterator[tuple[float, Event]]:
             yield from parse_lines(read_text_object(run / "events" / segment))
         except (FileNotFoundError, IntegrityError):
             continue
+
+
+def ending_of(run: StoragePath) -> RunEnded | None:
+    """The last word of a run, which is in the last segment of its events; None where it has none.
+
+    Args:
+        run: The run's folder.
+    """
+    segments = names(run / "events")
+    try:
+        told = parse_lines(read_text_object(run / "events" / segments[-1])) if segments else []
+    except (FileNotFoundError, IntegrityError):
+        return None
+    return next((event for _, event in reversed(told) if isinstance(event, RunEnded)), None)
 
 
 def _began(run: str) -> datetime | None:

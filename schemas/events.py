@@ -10,6 +10,9 @@ from typing import Any, get_args
 
 from pydantic import TypeAdapter
 
+# In the place of a stage's label, of what is about the whole run.
+RUN = "run"
+
 
 @dataclass(frozen=True, slots=True)
 class StageStarted:
@@ -105,6 +108,18 @@ class Note:
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class RunEnded:
+    """The last word of a run, if it was left the time for one. `stage` is `RUN`.
+
+    `exit_code` is what the command ended with (see `schemas.errors`), `reason` a line; empty where all is committed.
+    """
+
+    stage: str
+    exit_code: int
+    reason: str
+
+
 Event = (
     StageStarted
     | UnitCommitted
@@ -115,6 +130,7 @@ Event = (
     | WorkerLost
     | StageCommitted
     | Note
+    | RunEnded
 )
 
 # The year 9999. Nothing that has a clock to show can show more.

@@ -20,6 +20,7 @@ BELOW = {
 OWNERS = {
     "ray": {
         "cluster/ray_cluster.py",
+        "cluster/ray_examination.py",
         "cluster/ray_gang.py",
         "cluster/ray_jobs.py",
         "cluster/ray_metrics.py",

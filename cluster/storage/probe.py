@@ -1,15 +1,22 @@
-"""Finds out at the door whether a store can be trusted: whether it creates only where nothing is, also in a race."""
+"""Finds out at the door whether a store can be trusted: whether it creates only where nothing is, also in a race.
+
+And whether other machines see the same store: one of them leaves a mark, the others look for it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import time
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 from cluster.storage.attempts import may_pass, patience
 from cluster.storage.create import create, put_if_absent, remove
 from cluster.storage.objects import names, read_bytes
 from cluster.storage.path import StoragePath
-from schemas.errors import ManifestError
+from schemas.errors import KilobasisError, ManifestError
 
 TRUSTED = "if-absent"
 WRITERS = 8
@@ -20,6 +27,79 @@ PREFIX = "probe-"
 ATOMIC = frozenset({"file", "memory", "s3", "gs", "az", "abfs", "abfss"})
 # A wrong URL or wrong credentials should be told soon.
 DOOR_SECONDS = 20.0
+# A shared disk may show a new file to another machine only after a moment.
+LOOKS, LOOK_SECONDS = 4, 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """An object below a root, with a content that nobody could guess."""
+
+    path: StoragePath
+    body: bytes
+
+
+@contextlib.contextmanager
+def marked(root: StoragePath) -> Iterator[Mark]:
+    """Leave a mark in a root for as long as the context is open.
+
+    Raises:
+        StorageError: it cannot be written or deleted.
+    """
+    mark = Mark(root / f"{PREFIX}{uuid.uuid4().hex[:12]}" / "mark", uuid.uuid4().hex.encode())
+    with patience(DOOR_SECONDS):
+        create(mark.path, mark.body)
+        try:
+            yield mark
+        finally:
+            _clear(mark.path.parent, [mark.path])
+
+
+def wrong_with(mark: Mark, may_overwrite: bool) -> str:
+    """Look for another machine's mark, and try beside it all that a run needs: read, list, create and delete.
+
+    Args:
+        mark: Whose.
+        may_overwrite: Do not mind a store that overwrites what it was asked to create only.
+
+    Returns:
+        What is wrong with the root as it is seen from here, in a few words; empty if nothing is.
+    """
+    own = mark.path.parent / uuid.uuid4().hex
+    try:
+        with patience(DOOR_SECONDS):
+            there = _read(mark.path)
+            if there is None:
+                return "is another place there: what this run has just written is absent"
+            create(own, own.name.encode())
+            try:
+                if not may_overwrite:
+                    _try(mark.path, own.name.encode())
+                    there = read_bytes(mark.path)
+                if there != mark.body:
+                    return "overwrites there what it is asked to create only"
+                return _seen(mark.path.parent, [mark.path, own])
+            finally:
+                remove(own)
+    except KilobasisError as error:
+        return f"cannot be used there: {error.what}"
+
+
+def _read(path: StoragePath) -> bytes | None:
+    for look in range(LOOKS):
+        time.sleep(LOOK_SECONDS if look else 0.0)
+        with contextlib.suppress(FileNotFoundError):
+            return read_bytes(path)
+    return None
+
+
+def _clear(folder: StoragePath, made: list[StoragePath]) -> None:
+    for path in made:
+        remove(path)
+    if folder.is_local:
+        # Somebody else may have something in it.
+        with contextlib.suppress(OSError):
+            folder.local.rmdir()
 
 
 def probe(root: StoragePath) -> str:
@@ -37,10 +117,7 @@ def probe(root: StoragePath) -> str:
         try:
             return _twice(folder, made) or _race(folder, made) or _seen(folder, made)
         finally:
-            for path in made:
-                remove(path)
-            if folder.is_local and folder.local.exists():
-                folder.local.rmdir()
+            _clear(folder, made)
 
 
 def _twice(folder: StoragePath, made: list[StoragePath]) -> str:
