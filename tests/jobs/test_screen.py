@@ -16,7 +16,7 @@ from schemas import events
 from schemas.errors import ManifestError
 from schemas.records import RootRecord
 from tests.support.command import invoke
-from tests.support.roots import dead_process, newest
+from tests.support.roots import dead_process, lose_last_word, newest
 
 NOW = 1_800_000_000.0
 
@@ -172,6 +172,7 @@ def test_run_that_found_another_one_at_work_is_not_looked_at(copied: SimpleNames
     for name in ("manifest.json", "process.json"):
         (refused / name).write_text((first / name).read_text())
     note = json.loads((refused / "process.json").read_text())
+    lose_last_word(first)
     (first / "process.json").write_text(json.dumps(note))
     (refused / "process.json").write_text(json.dumps(note | {"pid": dead_process()}))
     assert View(StoragePath.parse(str(copied.root))).run == first.name

@@ -17,7 +17,7 @@ from schemas.layouts import beat_key
 from schemas.records import Owner
 from tests.support.command import invoke
 from tests.support.fixtures import write_manifest
-from tests.support.roots import dead_process, events, lose_a_unit, newest
+from tests.support.roots import dead_process, events, lose_a_unit, lose_last_word, newest
 
 STAGES = ["tokenize", "harvest", "train/tiny", "evaluate/tiny", "catalog/tiny", "export/tiny"]
 
@@ -42,6 +42,7 @@ def test_status_of_a_killed_run_shows_where_it_stopped(copied: SimpleNamespace) 
     lose_a_unit(copied.root)
     noted = newest(copied.root) / "process.json"
     noted.write_text(json.dumps(json.loads(noted.read_text()) | {"pid": dead_process()}))
+    lose_last_word(newest(copied.root))
     found = status(copied.manifest)
     by_name = {stage["stage"]: stage for stage in found["stages"]}
     assert found["alive"] is False
@@ -50,14 +51,16 @@ def test_status_of_a_killed_run_shows_where_it_stopped(copied: SimpleNamespace) 
     assert "not running" in invoke("status", copied.manifest).out
 
 
-def test_status_of_a_living_run_on_this_machine_is_running(finished: SimpleNamespace) -> None:
+def test_status_of_a_living_run_on_this_machine_is_running(copied: SimpleNamespace) -> None:
     # The run's process is this one.
-    assert status(finished.manifest)["alive"] is True
+    lose_last_word(newest(copied.root))
+    assert status(copied.manifest)["alive"] is True
 
 
 def test_status_of_a_run_on_another_machine_does_not_guess(copied: SimpleNamespace) -> None:
     noted = newest(copied.root) / "process.json"
     noted.write_text(json.dumps({"host": "elsewhere.invalid", "pid": 1}))
+    lose_last_word(newest(copied.root))
     assert status(copied.manifest)["alive"] is None
     assert "on another machine" in invoke("status", copied.manifest).out
 

@@ -54,6 +54,8 @@ def test_manifest_is_submitted_once_and_followed_to_its_end(server: JobsServer, 
     (asked,) = server.submitted
     assert asked["submission_id"].startswith("kilobasis-tiny-")
     assert asked["submission_id"].endswith("-a1")
+    # Ray would kill a job that was told to stop after three seconds, in the middle of what it commits.
+    assert int(asked["runtime_env"]["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) >= 30
     command = shlex.split(asked["entrypoint"])
     assert command[:5] == ["python", "-m", "jobs", "run", "job/tiny.yaml"]
     assert f'root="{manifest.parent / "root"}"' in command
@@ -363,6 +365,11 @@ def test_list_and_logs_of_a_cluster(server: JobsServer, manifest: Path) -> None:
     assert "somebody-elses" not in listed.out
     assert name in invoke("list", manifest, "--address", server.url).out
     assert invoke("logs", name, "--address", server.url).out == "what the driver says\n"
+    for target, address in (("list", []), ("logs", [name])):
+        asked = len(server.asked)
+        result = invoke(target, *address, "--address", server.url, "--set", "root=elsewhere")
+        assert (result.code, is_one_line(result), len(server.asked)) == (2, True, asked)
+        assert "--set" in result.err
     gone = invoke("logs", "kilobasis-gone-a1", "--address", server.url)
     assert (gone.code, is_one_line(gone)) == (2, True)
 

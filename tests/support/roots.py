@@ -25,6 +25,14 @@ def lose_a_unit(root: Path) -> None:
     (folder / "units" / "000001.json").unlink()
 
 
+def lose_last_word(run: Path) -> None:
+    """As if a run had been killed, or went on."""
+    last = max((run / "events").glob("*.jsonl"))
+    *told, word = last.read_text().splitlines(keepends=True)
+    assert json.loads(word)["event"] == "RunEnded"
+    last.write_text("".join(told))
+
+
 def dead_process() -> int:
     """The id of a process that has ended."""
     process = subprocess.Popen([sys.executable, "-c", ""])
