@@ -8,15 +8,16 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from cluster.storage import probe
-from cluster.storage.objects import forget
+from cluster.storage.objects import forget, names
 from cluster.storage.path import StoragePath
-from cluster.storage.probe import ATOMIC, require_trusted
+from cluster.storage.probe import ATOMIC, Mark, marked, require_trusted, wrong_with
 from jobs.manifest import load
 from jobs.workspace import OWNER, SINGLE_WRITER, Workspace
-from schemas.errors import ManifestError
+from schemas.errors import ManifestError, StorageError
 from schemas.manifest import Manifest
 from schemas.records import RootRecord, parse_record
 from tests.support.fixtures import write_manifest
+from tests.support.stores import TRUSTED
 
 
 class LooksFirst(MemoryFileSystem):
@@ -100,3 +101,64 @@ class TestRecord:
         for wrong in ("it overwrites", "", "it races"):
             parsed = claimed(manifest, monkeypatch, wrong, bool(wrong))
         assert self.creates(parsed) == ["single-writer: it overwrites"]
+
+
+class TestMark:
+    """A root as another machine sees it; here the other machine is another place, or a store that has changed."""
+
+    def test_root_that_is_the_same_is_trusted_and_nothing_stays(self, tmp_path: Path) -> None:
+        root = StoragePath.parse(tmp_path / "root")
+        with marked(root) as mark:
+            assert wrong_with(mark, may_overwrite=False) == ""
+        assert list(root.local.iterdir()) == []
+
+    def test_root_that_is_another_place_is_told_and_not_touched(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(probe, "LOOK_SECONDS", 0.01)
+        (tmp_path / "other").mkdir()
+        with marked(StoragePath.parse(tmp_path / "root")) as mark:
+            there = Mark(StoragePath.parse(tmp_path / "other" / mark.path.parent.name / "mark"), mark.body)
+            assert wrong_with(there, may_overwrite=False).startswith("is another place there")
+        assert list((tmp_path / "other").iterdir()) == []
+
+    def test_mark_that_is_seen_late_is_seen(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        looks = iter([None, None])
+        inner = probe.read_bytes
+
+        def late(path: StoragePath) -> bytes:
+            if next(looks, "there") is None:
+                raise FileNotFoundError(path)
+            return inner(path)
+
+        monkeypatch.setattr(probe, "LOOK_SECONDS", 0.01)
+        monkeypatch.setattr(probe, "read_bytes", late)
+        with marked(StoragePath.parse(tmp_path / "root")) as mark:
+            assert wrong_with(mark, may_overwrite=False) == ""
+
+    @pytest.mark.parametrize("may_overwrite", [True, False])
+    def test_store_that_overwrites_another_machines_object_is_told_unless_it_may(
+        self, may_overwrite: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(probe, "put_if_absent", lambda path, body: path.local.write_bytes(body))
+        with marked(StoragePath.parse(tmp_path / "root")) as mark:
+            assert wrong_with(mark, may_overwrite) == (
+                "" if may_overwrite else "overwrites there what it is asked to create only"
+            )
+
+    @pytest.mark.parametrize("verb", ["read_bytes", "create", "names", "remove"])
+    def test_whatever_is_refused_there_is_told(
+        self, verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refused(*_: object) -> None:
+            raise StorageError(f"cannot {verb}: PermissionError", "check the credentials")
+
+        with marked(StoragePath.parse(tmp_path / "root")) as mark, monkeypatch.context() as there:
+            there.setattr(probe, verb, refused)
+            assert wrong_with(mark, may_overwrite=False) == f"cannot be used there: cannot {verb}: PermissionError"
+
+    @pytest.mark.parametrize("store", TRUSTED, indirect=True)
+    def test_every_store_takes_a_mark(self, store: StoragePath) -> None:
+        with marked(store) as mark:
+            assert wrong_with(mark, may_overwrite=False) == ""
+        assert names(store) == []
