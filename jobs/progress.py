@@ -6,6 +6,7 @@ import dataclasses
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -25,6 +26,8 @@ from tensorboardX.proto.event_pb2 import Event as Drawing
 from tensorboardX.summary import scalar
 
 from cluster.ray_metrics import Gauges
+from cluster.storage import attempts
+from cluster.storage.attempts import patience
 from cluster.storage.create import create
 from cluster.storage.path import StoragePath
 from cluster.storage.redaction import first_line, redact
@@ -34,6 +37,8 @@ from schemas.events import Event
 
 FLUSH_SECONDS = 5.0
 LINE_SECONDS = 5.0
+# For the last word of a run that ends with an error: the store may be what failed.
+LAST_WORD_SECONDS = 20.0
 
 
 class EventLog:
@@ -371,8 +376,9 @@ class Watchers:
         try:
             # First, because who is told to stop may be left little time. Not for the screen: whoever started the run is
             # told the same by the command itself.
-            self._log(ending(error))
-            self._log.flush()
+            with patience(min(LAST_WORD_SECONDS, attempts.PATIENCE_SECONDS)) if error is not None else nullcontext():
+                self._log(ending(error))
+                self._log.flush()
         except StorageError:
             # A full disk must not hide the error that it caused.
             if error is None:

@@ -199,7 +199,7 @@ def _driver(root: StoragePath) -> Owner | None:
     from cluster.storage.objects import names, read_json
     from jobs import lease
     from jobs.status import RECENT_RUNS
-    from jobs.workspace import PROCESS, reaching, require_root
+    from jobs.workspace import PROCESS, ending_of, reaching, require_root
     from schemas.layouts import RUNS
     from schemas.records import Owner
 
@@ -213,9 +213,11 @@ def _driver(root: StoragePath) -> Owner | None:
             except (FileNotFoundError, IntegrityError, ValidationError):
                 continue
             state = lease.state(owner)
-            if state in ("alive", "stopped"):
+            if state == "dead" or ending_of(root / RUNS / run) is not None:
+                continue
+            if state != "unknown":
                 return owner
-            elsewhere = elsewhere or (owner if state == "unknown" else None)
+            elsewhere = elsewhere or owner
     if elsewhere is not None:
         raise BusyError(
             f"nothing runs {root} here; process {elsewhere.pid} of {elsewhere.host}, another machine, led a run of it",

@@ -190,3 +190,12 @@ def test_view_takes_a_last_word_for_no_stage(copied: SimpleNamespace) -> None:
     view = View(StoragePath.parse(copied.root))
     assert events.RUN not in view.stages
     assert view.ended == events.RunEnded("run", 0, "")
+
+
+def test_stop_knows_a_run_that_is_over(copied: SimpleNamespace) -> None:
+    elsewhere(roots.newest(copied.root))
+    over = invoke("stop", copied.root)
+    assert (over.code, "nothing runs" in over.out) == (0, True)
+    roots.lose_last_word(roots.newest(copied.root))
+    unknown = invoke("stop", copied.root)
+    assert (unknown.code, "gone.invalid" in unknown.err) == (75, True)
