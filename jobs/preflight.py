@@ -14,7 +14,6 @@ from cluster.machine import Machine, Versions, versions
 from cluster.storage.path import StoragePath
 from cluster.storage.probe import marked
 from jobs.plan import Plan, size
-from jobs.workspace import reaching
 from schemas.errors import BusyError, ManifestError
 from schemas.events import RUN, Event, Note
 from schemas.manifest import Manifest
@@ -72,17 +71,18 @@ def require(plan: Plan, manifest: Manifest, root: StoragePath, emit: Callable[[E
     Args:
         plan: What is to be done.
         manifest: What it is for.
-        root: Where; writable from here.
+        root: Where; it is this run's already.
         emit: Is told what may go wrong.
 
     Raises:
         ManifestError: a machine cannot do its part; it is named.
         BusyError: no machine answers.
+        StorageError: the root can no longer be written to.
     """
     # Imports ray, whose session must have been opened before.
     from cluster.ray_examination import ANSWER_SECONDS, ask
 
-    with reaching(f"root {root}", root), marked(root) as mark:
+    with marked(root) as mark:
         answers = ask(mark, manifest.compute.single_writer, manifest.compute.gpus > 0)
     if all(answer.silent for answer in answers):
         raise BusyError(
@@ -195,9 +195,8 @@ def _memory(answer: Answer, machine: Machine, wanted: Sequence[Need]) -> Iterato
         room = machine.memory + int(smallest * need.gpus)
         if need.memory > room:
             what = f"has {size(room)} of memory, {need.who} needs {size(need.memory)}"
-            remedy = (
-                f"start its Ray with --num-cpus 0, or see what `plan --set compute.memory={room // 2**20}MiB` advises"
-            )
+            advised = f"`kilobasis plan --set compute.memory={room // 2**20}MiB`"
+            remedy = f"start its Ray with --num-cpus 0, or see what {advised} advises"
             yield Finding(answer.name, what, remedy, refused=True)
             return
     for need in sorted(on_gpu, key=lambda need: need.memory / need.gpus, reverse=True)[:1]:
