@@ -121,9 +121,12 @@ def judged(answers: Sequence[Answer], wanted: Sequence[Need], ours: Versions, ro
         root: Of the run.
     """
     concerned = [answer for answer in answers if any(need.places(answer) for need in wanted)]
-    for look in (_answered, lambda answer: _same(answer, ours), lambda answer: _sees(answer, root)):
-        for answer in concerned:
-            yield from look(answer)
+    for answer in concerned:
+        yield from _answered(answer)
+    for answer in concerned:
+        yield from _same(answer, ours)
+    for answer in concerned:
+        yield from _sees(answer, root)
     for answer in concerned:
         if answer.machine is not None:
             yield from _gpus(answer, answer.machine, wanted)
