@@ -190,31 +190,30 @@ def _gpus(answer: Answer, machine: Machine, wanted: Sequence[Need]) -> Iterator[
 
 
 def _memory(answer: Answer, machine: Machine, wanted: Sequence[Need]) -> Iterator[Finding]:
-    """The need that asks for most is enough to know."""
+    """Of several stages that have too little, the one that has least of what it wants."""
     here = [need for need in wanted if need.places(answer)]
-    on_gpu = [need for need in here if need.gpus]
     smallest = min((gpu.memory for gpu in machine.gpus), default=0)
-    for need in sorted(here, key=lambda need: need.memory, reverse=True):
+    hopeless = [need for need in here if need.memory > machine.memory + int(smallest * need.gpus)]
+    if hopeless:
+        need = max(hopeless, key=lambda need: need.memory)
         room = machine.memory + int(smallest * need.gpus)
-        if need.memory > room:
-            what = f"has {size(room)} of memory, {need.who} needs {size(need.memory)}"
-            advised = f"`kilobasis plan --set compute.memory={room // 2**20}MiB`"
-            remedy = f"start its Ray with --num-cpus 0, or see what {advised} advises"
-            yield Finding(answer.name, what, remedy, refused=True)
-            return
-    for need in sorted(on_gpu, key=lambda need: need.memory / need.gpus, reverse=True)[:1]:
-        if smallest and need.memory > smallest * need.gpus:
-            what = f"has {size(smallest)} on a GPU, {need.who} takes {size(need.memory)} by the plan's reckoning"
-            remedy = "more of compute.gpus for each, or more compute.sharding.features, if it does not fit"
-            yield Finding(answer.name, what, remedy, refused=False)
-    for need in sorted((need for need in here if not need.gpus), key=lambda need: -need.memory * need.places(answer))[
-        :1
-    ]:
-        together = need.memory * need.places(answer)
-        if together > machine.free_memory:
-            what = f"has {size(machine.free_memory)} of memory free, Ray may give it {need.places(answer)} x {need.who}"
-            remedy = f"raise compute.{'rank_threads' if need.gang else 'threads'} where they are too many for a machine"
-            yield Finding(answer.name, f"{what}, {size(together)} in all", remedy, refused=False)
+        what = f"has {size(room)} of memory, {need.who} needs {size(need.memory)}"
+        advised = f"`kilobasis plan --set compute.memory={room // 2**20}MiB`"
+        yield Finding(answer.name, what, f"start its Ray with --num-cpus 0, or see what {advised} advises", refused=True)
+        return
+    tight = [need for need in here if smallest and need.gpus and need.memory > smallest * need.gpus]
+    if tight:
+        need = max(tight, key=lambda need: need.memory / need.gpus)
+        what = f"has {size(smallest)} on a GPU, {need.who} takes {size(need.memory)} by the plan's reckoning"
+        remedy = "more of compute.gpus for each, or more compute.sharding.features, if it does not fit"
+        yield Finding(answer.name, what, remedy, refused=False)
+    crowded = [need for need in here if not need.gpus and need.memory * need.places(answer) > machine.free_memory]
+    if crowded:
+        need = max(crowded, key=lambda need: need.memory * need.places(answer))
+        count, together = need.places(answer), size(need.memory * need.places(answer))
+        what = f"has {size(machine.free_memory)} of memory free, Ray may give it {count} x {need.who}, {together} in all"
+        remedy = f"raise compute.{'rank_threads' if need.gang else 'threads'} where they are too many for a machine"
+        yield Finding(answer.name, what, remedy, refused=False)
 
 
 def _scratch(answer: Answer, machine: Machine) -> Iterator[Finding]:
