@@ -199,7 +199,8 @@ def _memory(answer: Answer, machine: Machine, wanted: Sequence[Need]) -> Iterato
         room = machine.memory + int(smallest * need.gpus)
         what = f"has {size(room)} of memory, {need.who} needs {size(need.memory)}"
         advised = f"`kilobasis plan --set compute.memory={room // 2**20}MiB`"
-        yield Finding(answer.name, what, f"start its Ray with --num-cpus 0, or see what {advised} advises", refused=True)
+        remedy = f"start its Ray with --num-cpus 0, or see what {advised} advises"
+        yield Finding(answer.name, what, remedy, refused=True)
         return
     tight = [need for need in here if smallest and need.gpus and need.memory > smallest * need.gpus]
     if tight:
@@ -210,8 +211,8 @@ def _memory(answer: Answer, machine: Machine, wanted: Sequence[Need]) -> Iterato
     crowded = [need for need in here if not need.gpus and need.memory * need.places(answer) > machine.free_memory]
     if crowded:
         need = max(crowded, key=lambda need: need.memory * need.places(answer))
-        count, together = need.places(answer), size(need.memory * need.places(answer))
-        what = f"has {size(machine.free_memory)} of memory free, Ray may give it {count} x {need.who}, {together} in all"
+        given, together = f"{need.places(answer)} x {need.who}", size(need.memory * need.places(answer))
+        what = f"has {size(machine.free_memory)} of memory free, Ray may give it {given}, {together} in all"
         remedy = f"raise compute.{'rank_threads' if need.gang else 'threads'} where they are too many for a machine"
         yield Finding(answer.name, what, remedy, refused=False)
 
