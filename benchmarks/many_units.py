@@ -9,6 +9,7 @@ hundred thousand files would take many minutes.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import psutil
 
 from cluster.pool import free_port
 from cluster.storage.create import create
@@ -27,7 +30,7 @@ from jobs.state import StageFolder
 from jobs.workspace import PROCESS, Workspace
 from schemas import steps
 from schemas.events import Event, StageCommitted, StageStarted, UnitCommitted, line
-from schemas.layouts import COMMITTED, unit_key
+from schemas.layouts import unit_key
 from schemas.records import Outputs, Unit, UnitRecord, canonical_json
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "jobs" / "manifests" / "quickstart.yaml"
@@ -74,11 +77,6 @@ def commit(root: Path, units: int) -> None:
     _folder(workspace, steps.HARVEST).commit(Outputs(), made, inputs, SECONDS, MEMORY)
 
 
-def uncommit(root: Path) -> None:
-    """Take back what `commit` did."""
-    (root / steps.HARVEST.name / FINGERPRINT[:16] / COMMITTED).unlink()
-
-
 def _folder(workspace: Workspace, step: steps.Step) -> StageFolder:
     return StageFolder(workspace.stage_root(step, None) / FINGERPRINT[:16], step.name, FINGERPRINT)
 
@@ -97,21 +95,22 @@ def _record(number: int) -> UnitRecord:
 
 
 @contextmanager
-def served(root: Path) -> Iterator[dict[str, str]]:
-    """A mock of S3 with a folder in its bucket; yields the environment in which clients find it."""
+def served(root: Path) -> Iterator[tuple[psutil.Process, dict[str, str]]]:
+    """A mock of S3 with a folder in its bucket; yields its process, and the environment in which clients find it."""
     port = free_port()
     server = subprocess.Popen([sys.executable, __file__, str(root), str(port)], stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
         if server.stdout.readline().strip() != LOADED:
             raise RuntimeError(f"moto did not start: exit code {server.wait(10)}")
-        yield {
+        environment = {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
             "AWS_ACCESS_KEY_ID": "kilobasis",
             "AWS_SECRET_ACCESS_KEY": "kilobasis",
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
         }
+        yield psutil.Process(server.pid), environment
     finally:
         server.kill()
         server.wait()
@@ -123,6 +122,8 @@ def serve(root: Path, port: int) -> None:
     from moto.s3.models import s3_backends
     from moto.server import ThreadedMotoServer
 
+    # It tells of every request.
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     bucket = s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
     bucket.create_bucket(BUCKET, "us-east-1")
     for path in root.rglob("*"):

@@ -10,7 +10,8 @@ the workers, which is paid once. Beside it CPU time of the driver for each unit,
 disturb less, and its resident size at the begin, in the middle and at the end.
 
 `status`: `kilobasis status` as a process of its own, of a root with 100,000 unit records whose harvest goes on, and of
-one whose harvest is committed; on this disk, and in a mock of S3 (moto).
+one whose harvest is committed; on this disk, and in a mock of S3 (moto). moto takes long for a list of very many, so
+its own CPU time is shown, and left out of what is judged.
 
 Exit code 1 where a mark is missed.
 """
@@ -57,7 +58,7 @@ class Case:
 
 
 # 64 x 157 units are the first whole rounds beyond 10,000.
-FULL = Case((1, 4, 16, 64), 64, 2.0, 157, 12, 100_000, 3, 2**16, 5)
+FULL = Case((1, 4, 16, 64), 64, 2.0, 157, 8, 100_000, 3, 2**16, 5)
 QUICK = Case((1, 2), 2, 0.2, 10, 5, 2_000, 1, 2**13, 2)
 
 
@@ -109,7 +110,7 @@ def look(target: str, environment: dict[str, str]) -> tuple[float, tuple[str, in
 def statuses(case: Case, console: Console) -> tuple[list[Fact], list[Mark]]:
     """How long it takes to say how far a root is."""
     table = Table(title=f"kilobasis status, {case.units:,} unit records")
-    for heading in ("where", "the harvest", "s (range)"):
+    for heading in ("where", "the harvest", "s (range)", "of these the server's CPU"):
         table.add_column(heading)
     found, made = list[Fact](), list[Mark]()
     with tempfile.TemporaryDirectory() as scratch:
@@ -118,22 +119,23 @@ def statuses(case: Case, console: Console) -> tuple[list[Fact], list[Mark]]:
         for state, done in (("running", case.units), ("committed", case.units + 1)):
             if state == "committed":
                 many_units.commit(root, case.units)
-            with many_units.served(root) as environment:
+            with many_units.served(root) as (server, environment):
                 for where, target, around in (
                     ("disk", str(root), {}),
                     ("moto", f"s3://{many_units.BUCKET}", environment),
                 ):
-                    seconds = []
+                    seconds, elsewhere = list[float](), list[float]()
                     for _ in range(case.looks):
+                        before = sum(server.cpu_times()[:2])
                         took, told = look(target, around)
                         if told != (state, done):
                             raise RuntimeError(f"status of {where} says {told}, expected {(state, done)}")
                         seconds.append(took)
-                    table.add_row(where, state, spread(seconds))
+                        elsewhere.append(sum(server.cpu_times()[:2]) - before)
+                    table.add_row(where, state, spread(seconds), spread(elsewhere) if where == "moto" else "")
                     found.append(fact(f"scaling/status/{where}/{state}", seconds, "s", asdict(case)))
-                    made.append(
-                        Mark(f"s for status, {where}, {state}", statistics.median(seconds), "at most", STATUS_SECONDS)
-                    )
+                    ours = statistics.median(max(0.0, a - b) for a, b in zip(seconds, elsewhere, strict=True))
+                    made.append(Mark(f"s for status, {where}, {state}", ours, "at most", STATUS_SECONDS))
     console.print(table)
     return found, made
 
