@@ -26,8 +26,9 @@ from schemas.compute import Compute
 from schemas.events import Event, UnitCommitted
 from schemas.records import ObjectEntry, Unit
 
-# Of a unit: its rows, for events that look like real ones.
+# Of a unit: its rows, and as many facts as a harvest of two hook points leaves, so that records are of a real size.
 ROWS = 2**16
+HOOK_POINTS, SLABS = ("layers.2", "layers.2.mlp"), 16
 MEET_SECONDS = 300.0
 
 
@@ -49,7 +50,9 @@ def sleep(task: Sleep, path: StoragePath) -> Unit:
     body, key = f"{task.unit} has slept\n".encode(), f"slept/{task.unit}.txt"
     create_or_adopt(path / key, body)
     time.sleep(max(0.0, task.seconds - (time.monotonic() - began)))
-    return Unit(objects=(ObjectEntry.of(key, body),), rows=ROWS, content_hash="0" * 16)
+    chunks = {name: [f"{number:016x}" for number in range(SLABS)] for name in HOOK_POINTS}
+    facts = {"hashes": dict.fromkeys(HOOK_POINTS, "0" * 16), "chunks": chunks}
+    return Unit(objects=(ObjectEntry.of(key, body),), rows=ROWS, content_hash="0" * 16, facts=facts)
 
 
 def meet(task: Meet, path: StoragePath) -> Unit:

@@ -173,7 +173,7 @@ class StageFolder:
         """What a committed stage should have and has not: records of units, and objects of its own."""
         record = committed.record
         lost = [] if SPEC in names(self.path) else [SPEC]
-        lost += [unit_key(name) for name in sorted(set(record.units) - set(self.units()))]
+        lost += [unit_key(name) for name in sorted(set(record.units) - set(self.units(len(record.units))))]
         lost += absent(self.path, record.outputs.objects)
         slots = len(names(self.path / LOG))
         lost += self._lost_tip(record, slots)
