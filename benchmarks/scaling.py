@@ -58,7 +58,7 @@ class Case:
 
 
 # 64 x 157 units are the first whole rounds beyond 10,000.
-FULL = Case((1, 4, 16, 64), 64, 2.0, 157, 8, 100_000, 3, 2**16, 5)
+FULL = Case((1, 4, 16, 64), 64, 2.0, 157, 8, 100_000, 2, 2**16, 4)
 QUICK = Case((1, 2), 2, 0.2, 10, 5, 2_000, 1, 2**13, 2)
 
 
