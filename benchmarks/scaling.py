@@ -120,7 +120,7 @@ def statuses(case: Case, console: Console) -> tuple[list[Fact], list[Mark]]:
             if state == "committed":
                 many_units.commit(root, case.units)
             with many_units.served(root) as (server, environment):
-                # moto takes about a minute for one look.
+                # One look at moto takes most of a minute.
                 for where, target, around, looks in (
                     ("disk", str(root), {}, case.looks),
                     ("moto", f"s3://{many_units.BUCKET}", environment, 1),
