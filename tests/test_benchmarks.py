@@ -63,10 +63,10 @@ def load(monkeypatch: pytest.MonkeyPatch):
         ("commits.py", [], {"commits/quickstart/ratio"}),
         (
             "scaling.py",
-            [],
+            ["--workers", "2"],
             {
                 "scaling/sleeping2/time",
-                "scaling/sleeping1/driver_rss",
+                "scaling/sleeping2/driver_rss",
                 "scaling/status/moto/running",
                 "scaling/status/disk/committed",
                 "scaling/harvest2/times",
