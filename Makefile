@@ -41,6 +41,7 @@ format: $(VENV)/ready
 bench: $(VENV)/ready $(PEERS)/ready ## side by side with the peers
 	$(BIN)/python benchmarks/harvest.py
 	$(BIN)/python benchmarks/commits.py
+	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/train.py
 

@@ -26,6 +26,7 @@ from schemas.compute import Compute
 from schemas.errors import IntegrityError, KilobasisError, ManifestError, printable
 from schemas.layouts import METRICS, REPORT
 from schemas.manifest import Manifest
+from schemas.quantities import size
 
 if TYPE_CHECKING:
     from jobs.costs import Cost
@@ -152,7 +153,6 @@ def verify(
 ) -> None:
     """Check everything that was committed against its records; name every object that is absent or damaged."""
     from jobs import repair as repairs
-    from jobs.plan import size
 
     root = terminal.root_of(target, set_)
     wrong = repairs.require_root(root)
@@ -214,7 +214,6 @@ def gc(
     Leaves alone what is damaged.
     """
     from jobs import repair as repairs
-    from jobs.plan import size
 
     root = terminal.root_of(target, set_)
     if wrong := repairs.require_root(root):
@@ -287,7 +286,7 @@ def _plan_json(made: Plan, cost: Mapping[str, Cost]) -> list[dict[str, Any]]:
 
 
 def _print_plan(made: Plan, parsed: Manifest) -> None:
-    from jobs.plan import memory_limit, size
+    from jobs.plan import memory_limit
 
     about = "" if made.sources.corpus.exact else "~"
     table = terminal.table(f"{parsed.name} -> {parsed.root}")

@@ -58,8 +58,8 @@ class StageOut:
     ) -> dict[str, UnitRecord]:
         """Run what is not committed; returns the records of all tasks."""
         wanted = {task.unit for task in tasks}
-        there = [name for name in self._folder.units() if name in wanted and name not in self.records]
-        found = {name: self._folder.unit(name) for name in there}
+        there = self._folder.units(len(tasks))
+        found = self._folder.read(name for name in there if name in wanted and name not in self.records)
         lost = self._folder.lacking(found.values())
         for name, keys in lost.items():
             self.emit(Note(self.stage, f"unit {name} is recorded, but {keys[0]} is absent: it is made again"))

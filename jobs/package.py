@@ -9,9 +9,9 @@ from pathlib import Path
 
 from cluster.storage import foreign
 from cluster.storage.path import StoragePath
-from jobs.plan import size
 from schemas.errors import ManifestError
 from schemas.manifest import Manifest
+from schemas.quantities import size
 
 PACKAGES = ("cluster", "jobs", "pipeline", "schemas")
 # Where the manifest and what lies beside it is.

@@ -17,8 +17,10 @@ from jobs.state import StageFolder
 from jobs.workspace import Workspace, label
 from pipeline.stage import Committed, Estimate, Params, Sources, Stage
 from pipeline.stages import STAGES, stages_of
+from schemas import steps
 from schemas.errors import ManifestError, StorageError
 from schemas.manifest import Dictionary, Manifest
+from schemas.quantities import size
 
 # Of those that run together, in a note.
 NAMED = 3
@@ -71,11 +73,8 @@ class Plan:
 
 def instances(manifest: Manifest) -> list[tuple[Stage, Dictionary | None]]:
     """Every stage to run: the shared ones once, the others for each dictionary in turn."""
-    stages = stages_of(manifest)
-    shared: list[tuple[Stage, Dictionary | None]] = [(stage, None) for stage in stages if not stage.per_dictionary]
-    return shared + [
-        (stage, dictionary) for dictionary in manifest.dictionaries for stage in stages if stage.per_dictionary
-    ]
+    stages = {stage.step: stage for stage in stages_of(manifest)}
+    return [(stages[step], dictionary) for step, dictionary in steps.instances(manifest)]
 
 
 def inputs_of(
@@ -257,16 +256,3 @@ def memory_limit(manifest: Manifest) -> int | None:
     if compute.memory is None and (compute.address is None or compute.pool == "inline"):
         return machine_memory()
     return compute.memory
-
-
-def size(count: float) -> str:
-    """Bytes for people.
-
-    >>> size(1536), size(3 * 2**30)
-    ('1.5 KiB', '3.0 GiB')
-    """
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if count < 1024 or unit == "TiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError

@@ -9,7 +9,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -21,9 +21,6 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event as Drawing
-from tensorboardX.summary import scalar
 
 from cluster.ray_metrics import Gauges
 from cluster.storage import attempts
@@ -34,6 +31,9 @@ from cluster.storage.redaction import first_line, redact
 from schemas import events
 from schemas.errors import InterruptedRunError, KilobasisError, StorageError, printable
 from schemas.events import Event
+
+if TYPE_CHECKING:
+    from tensorboardX.event_file_writer import EventsWriter
 
 FLUSH_SECONDS = 5.0
 LINE_SECONDS = 5.0
@@ -98,6 +98,11 @@ class TensorBoard:
                 writer.flush()
 
     def _draw(self, stage: str, name: str, value: float, step: int) -> None:
+        # It brings torch along, which those that read lines and not curves can do without.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event as Drawing
+        from tensorboardX.summary import scalar
+
         if stage not in self._writers:
             folder = self._folder / stage
             folder.mkdir(parents=True, exist_ok=True)

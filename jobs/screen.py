@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from pydantic import ValidationError
@@ -20,14 +19,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from cluster.storage.objects import names, read_text_object
+from cluster.storage.objects import abreast, names
 from cluster.storage.path import StoragePath
-from jobs.plan import instances, size
 from jobs.progress import trouble
 from jobs.status import RECENT_RUNS, alive, beats, fate
 from jobs.terminal import span
-from jobs.workspace import label, manifest_of, reaching, require_root
-from schemas.errors import IntegrityError, ManifestError, printable
+from jobs.workspace import label, manifest_of, reaching, require_root, segment_events
+from schemas.errors import ManifestError, printable
 from schemas.events import (
     CheckpointCommitted,
     Event,
@@ -40,15 +38,14 @@ from schemas.events import (
     UnitFailed,
     UnitQuarantined,
     WorkerLost,
-    parse_lines,
 )
 from schemas.layouts import RUNS
 from schemas.manifest import Manifest
+from schemas.quantities import size
+from schemas.steps import instances
 
 # A pace is that of so many seconds; so many numbers of a curve, and lines of what happened, are shown.
 RECENT_SECONDS, CURVE, LINES = 60.0, 40, 8
-# Segments that are read at one time: a day's are thousands, and in a bucket each takes its time.
-AT_ONCE = 16
 BARS = "▁▂▃▄▅▆▇█"
 SCALARS = {
     "fvu": ("FVU", "{:.4f}"),
@@ -137,8 +134,8 @@ class Tail:
         folder = self._root / RUNS / self.run / "events"
         fresh = [segment for segment in names(folder) if segment not in self._seen]
         self._seen.update(fresh)
-        with ThreadPoolExecutor(AT_ONCE) as readers:
-            return [each for told in readers.map(_told, [folder / segment for segment in fresh]) for each in told]
+        read = abreast(folder, segment_events, [folder / segment for segment in fresh])
+        return [each for told in read for each in told]
 
 
 def working(root: StoragePath, runs: Sequence[str]) -> str:
@@ -242,14 +239,6 @@ class View:
         stage.lost += isinstance(event, WorkerLost)
         stage.failed += isinstance(event, UnitFailed)
         self.happened.append((when, event.stage, trouble(event)))
-
-
-def _told(segment: StoragePath) -> list[tuple[float, Event]]:
-    """What a segment has; one that cannot be read says nothing."""
-    try:
-        return parse_lines(read_text_object(segment))
-    except (FileNotFoundError, IntegrityError):
-        return []
 
 
 def picture(view: View, now: float) -> RenderableType:

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 
 from cluster.storage.attempts import shortage
 from cluster.storage.create import create, create_or_adopt
-from cluster.storage.listing import absent, listing
-from cluster.storage.objects import names, read_checked
+from cluster.storage.listing import absent, listing, numbered
+from cluster.storage.objects import abreast, names, read_checked
 from cluster.storage.path import StoragePath
 from jobs.log import SlotLog
 from pipeline.stage import Committed, Task
@@ -67,9 +67,14 @@ class StageFolder:
             )
         return Committed(self.path, record)
 
-    def units(self) -> list[str]:
-        """Names of the committed units."""
-        return [name.removesuffix(".json") for name in names(self.path / UNITS) if name.endswith(".json")]
+    def units(self, total: int = 0) -> list[str]:
+        """Names of the committed units.
+
+        Args:
+            total: How many there may be. Of very many in a bucket, several parts of the list are asked for at once.
+        """
+        there = numbered(self.path / UNITS, total)
+        return [name.removesuffix(".json") for name in there if name.endswith(".json")]
 
     def unit(self, name: str) -> UnitRecord:
         """A committed unit's record.
@@ -87,6 +92,10 @@ class StageFolder:
                 f"{where} is the record of unit {record.unit!r} of fingerprint {record.fingerprint[:16]}", REPAIR
             )
         return record
+
+    def read(self, units: Iterable[str]) -> dict[str, UnitRecord]:
+        """See `unit`; of many, by name."""
+        return {record.unit: record for record in abreast(self.path, self.unit, units)}
 
     def lacking(self, records: Iterable[UnitRecord]) -> dict[str, list[str]]:
         """Units whose records name what is not there, with those keys.
@@ -164,13 +173,13 @@ class StageFolder:
         """What a committed stage should have and has not: records of units, and objects of its own."""
         record = committed.record
         lost = [] if SPEC in names(self.path) else [SPEC]
-        lost += [unit_key(name) for name in sorted(set(record.units) - set(self.units()))]
+        lost += [unit_key(name) for name in sorted(set(record.units) - set(self.units(len(record.units))))]
         lost += absent(self.path, record.outputs.objects)
         slots = len(names(self.path / LOG))
         lost += self._lost_tip(record, slots)
         if not lost and slots > record.slots:
             # Somebody led the stage after it was committed: a repair, perhaps, and a zombie after that.
-            every = self.lacking(self.unit(name) for name in record.units)
+            every = self.lacking(self.read(record.units).values())
             lost += [key for keys in every.values() for key in keys]
         return lost
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -14,16 +15,15 @@ from cluster.storage.objects import names, read_checked, read_json
 from cluster.storage.path import StoragePath
 from jobs import lease
 from jobs.log import TrainingLog
-from jobs.plan import instances
 from jobs.state import StageFolder
 from jobs.workspace import PROCESS, Workspace, ending_of, events_of, label, manifest_of
-from pipeline.stage import Stage
 from schemas.compute import Compute
 from schemas.errors import IntegrityError, ManifestError
 from schemas.events import Event, Progress, RunEnded, StageCommitted, StageStarted
 from schemas.layouts import BEATS, COMMITTED, LOG, RUNS, SPEC, beat_key
 from schemas.manifest import Dictionary
 from schemas.records import LeaseRecord, Owner, StageRecord, parse_record
+from schemas.steps import Step, instances
 
 # Runs whose events are looked through for the folder of a stage; older ones are passed over.
 RECENT_RUNS = 20
@@ -70,16 +70,22 @@ def read(workspace: Workspace) -> Status:
         raise ManifestError(f"root {root} has no run", "start one with `kilobasis run`")
     newest = root / RUNS / runs[-1]
     ended = ending_of(newest)
-    last = heard(root, events_of(newest))
-    told = _told(workspace, runs)
+    # A long run's are many.
+    events = functools.cache(lambda run: list(events_of(root / RUNS / run)))
+    last = heard(root, events(newest.name))
+    told = _told(workspace, runs, events)
     digests: dict[str, str] = {}
     stages = []
     for stage, dictionary in instances(workspace.manifest):
         name = label(stage, dictionary)
         path = _folder(workspace, stage, dictionary, told.get(name, []), digests)
-        stages.append(StageStatus(name, "waiting", 0, 0) if path is None else _stage(path, name, told.get(name, [])))
-        if path is not None and stages[-1].state == "committed":
-            digests[name] = _record(path).digest
+        if path is None:
+            stages.append(StageStatus(name, "waiting", 0, 0))
+            continue
+        found, record = _stage(path, name, told.get(name, []))
+        stages.append(found)
+        if record is not None:
+            digests[name] = record.digest
     since = None if last is None else max(0.0, time.time() - last)
     return Status(newest.name, alive(newest), ended, since, tuple(stages))
 
@@ -136,7 +142,9 @@ def beats(root: StoragePath, leads: Iterable[StageStarted]) -> list[float]:
     return found
 
 
-def _told(workspace: Workspace, runs: list[str]) -> dict[str, list[Event]]:
+def _told(
+    workspace: Workspace, runs: list[str], events: Callable[[str], list[tuple[float, Event]]]
+) -> dict[str, list[Event]]:
     """What the newest run that worked on a stage told of it, for each stage; only runs of this manifest count."""
     ours = workspace.manifest.identity()
     wanted = {label(stage, dictionary) for stage, dictionary in instances(workspace.manifest)}
@@ -145,9 +153,11 @@ def _told(workspace: Workspace, runs: list[str]) -> dict[str, list[Event]]:
         manifest = manifest_of(workspace.root / RUNS / run)
         if manifest is None or {key: manifest.get(key) for key in ours} != ours:
             continue
-        events = [event for _, event in events_of(workspace.root / RUNS / run)]
+        by_stage: dict[str, list[Event]] = {}
+        for _, event in events(run):
+            by_stage.setdefault(event.stage, []).append(event)
         for name in wanted - set(found):
-            of_stage = [event for event in events if event.stage == name]
+            of_stage = by_stage.get(name, [])
             if any(_named(event) for event in of_stage):
                 found[name] = of_stage
         if wanted == set(found):
@@ -162,7 +172,7 @@ def _named(event: Event) -> str:
 
 def _folder(
     workspace: Workspace,
-    stage: Stage,
+    stage: Step,
     dictionary: Dictionary | None,
     told: list[Event],
     digests: Mapping[str, str],
@@ -208,25 +218,28 @@ def _record(path: StoragePath) -> StageRecord:
     return read_checked(where, lambda body: parse_record(StageRecord, body, str(where)), listed=True)
 
 
-def _stage(path: StoragePath, name: str, told: list[Event]) -> StageStatus:
+def _stage(path: StoragePath, name: str, told: list[Event]) -> tuple[StageStatus, StageRecord | None]:
+    """How far a stage is, and its record if it is committed."""
     total = max((event.total for event in told if isinstance(event, StageStarted)), default=0)
     progress = [event for event in told if isinstance(event, Progress)]
     scalars = progress[-1].scalars if progress else {}
     try:
         if COMMITTED in names(path):
-            done = max(len(_record(path).units), total)
-            return StageStatus(name, "committed", done, done, "", scalars)
+            record = _record(path)
+            done = max(len(record.units), total)
+            return StageStatus(name, "committed", done, done, "", scalars), record
         log = TrainingLog(path)
         checkpoint = log.latest()
     except (IntegrityError, FileNotFoundError) as error:
-        return StageStatus(name, "damaged", 0, total, f"look with `kilobasis verify`: {error}", scalars)
-    units = len(StageFolder(path, name, "").units())
+        return StageStatus(name, "damaged", 0, total, f"look with `kilobasis verify`: {error}", scalars), None
+    units = len(StageFolder(path, name, "").units(total))
     state, detail = _led_by(path, log.lease)
     if not (progress or checkpoint):
-        return StageStatus(name, "waiting" if log.lease is None and not units else state, units, total, detail, scalars)
+        state = "waiting" if log.lease is None and not units else state
+        return StageStatus(name, state, units, total, detail, scalars), None
     done, total = (progress[-1].done, progress[-1].total) if progress else (0, 0)
     at = f"last checkpoint at step {checkpoint.step}" if checkpoint else "no checkpoint yet"
-    return StageStatus(name, state, done, total, f"{at}, {detail}" if detail else at, scalars)
+    return StageStatus(name, state, done, total, f"{at}, {detail}" if detail else at, scalars), None
 
 
 def _led_by(path: StoragePath, holder: LeaseRecord | None) -> tuple[str, str]:

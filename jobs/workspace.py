@@ -14,6 +14,7 @@ from cluster.storage import probe
 from cluster.storage.attempts import shortage
 from cluster.storage.create import create
 from cluster.storage.objects import (
+    abreast,
     names,
     read_checked,
     read_json,
@@ -32,6 +33,7 @@ from schemas.events import Event, RunEnded, parse_lines
 from schemas.layouts import RUNS, SPEC
 from schemas.manifest import Dictionary, Manifest
 from schemas.records import RootRecord, canonical_json, parse_record
+from schemas.steps import Step
 
 OWNER = "ROOT.json"
 # Beside it where a later run was allowed less, because what is created stays as it is.
@@ -161,7 +163,7 @@ class Workspace:
                 "undo the change, or use `kilobasis run`: changed stages get new folders, nothing is overwritten",
             )
 
-    def stage_root(self, stage: Stage, dictionary: Dictionary | None) -> StoragePath:
+    def stage_root(self, stage: Step | Stage, dictionary: Dictionary | None) -> StoragePath:
         """Where the folders of a stage are, one for each fingerprint."""
         if dictionary is None:
             return self.root / stage.name
@@ -241,11 +243,17 @@ def last_manifest(root: StoragePath) -> dict[str, Any] | None:
 
 def events_of(run: StoragePath) -> Iterator[tuple[float, Event]]:
     """What a run told, with the times; what of it cannot be read is left out."""
-    for segment in names(run / "events"):
-        try:
-            yield from parse_lines(read_text_object(run / "events" / segment))
-        except (FileNotFoundError, IntegrityError):
-            continue
+    folder = run / "events"
+    for told in abreast(folder, segment_events, [folder / name for name in names(folder)]):
+        yield from told
+
+
+def segment_events(segment: StoragePath) -> list[tuple[float, Event]]:
+    """What a segment of a run's events has; one that cannot be read says nothing."""
+    try:
+        return parse_lines(read_text_object(segment))
+    except (FileNotFoundError, IntegrityError):
+        return []
 
 
 def ending_of(run: StoragePath) -> RunEnded | None:
@@ -270,7 +278,7 @@ def _began(run: str) -> datetime | None:
         return None
 
 
-def label(stage: Stage, dictionary: Dictionary | None) -> str:
+def label(stage: Step | Stage, dictionary: Dictionary | None) -> str:
     """How a stage is called in messages: `train/resid`."""
     return stage.name if dictionary is None else f"{stage.name}/{dictionary.name}"
 

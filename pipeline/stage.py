@@ -7,7 +7,7 @@ locks, retries or Ray: run twice with the same inputs and params, it makes the s
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
@@ -19,6 +19,7 @@ from schemas.errors import KilobasisError
 from schemas.events import Event
 from schemas.manifest import Dictionary, Manifest, Model
 from schemas.records import CheckpointRecord, ObjectEntry, Outputs, StageRecord, Unit, UnitRecord
+from schemas.steps import Step
 
 
 class Params(BaseModel):
@@ -222,19 +223,32 @@ class Together:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One step of a manifest.
+    """A step of a manifest, and how it is run.
 
     `version` is raised by hand whenever the stage makes other bytes for the same params. `params` picks
     what identifies the stage, `estimate` says what it will take, and `check` refuses what cannot work,
     before anything is written. `together` is there where several dictionaries' instances can run as one.
     """
 
-    name: str
+    step: Step
     version: int
-    needs: tuple[str, ...]
     params: Callable[[Manifest, Dictionary | None, Sources], Params]
     run: Callable[[Mapping[str, Committed], Any, Out], Outputs]
     estimate: Callable[[Manifest, Dictionary | None, Sources], Estimate]
     check: Callable[[Manifest, Dictionary | None, Sources], None]
-    per_dictionary: bool = field(default=True)
     together: Together | None = None
+
+    @property
+    def name(self) -> str:
+        """The step's."""
+        return self.step.name
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of the stages that it is made from."""
+        return self.step.needs
+
+    @property
+    def per_dictionary(self) -> bool:
+        """Whether there is one for each dictionary."""
+        return self.step.per_dictionary

@@ -1,48 +1,35 @@
-"""Every stage, in the order in which a manifest runs them."""
+"""How each step of a manifest is run."""
 
 from __future__ import annotations
 
 from pipeline import catalog, evaluate, export, generate, harvest, identify, recover, tokenize, train
 from pipeline.stage import Stage, Together
+from schemas import steps
 from schemas.manifest import Manifest
 
 STAGES: tuple[Stage, ...] = (
-    Stage("tokenize", 1, (), tokenize.params, tokenize.run, tokenize.estimate, tokenize.check, per_dictionary=False),
+    Stage(steps.TOKENIZE, 1, tokenize.params, tokenize.run, tokenize.estimate, tokenize.check),
+    Stage(steps.HARVEST, 1, harvest.params, harvest.run, harvest.estimate, harvest.check),
     Stage(
-        "harvest", 1, ("tokenize",), harvest.params, harvest.run, harvest.estimate, harvest.check, per_dictionary=False
-    ),
-    Stage(
-        "train",
+        steps.TRAIN,
         6,
-        ("harvest",),
         train.params,
         train.run,
         train.estimate,
         train.check,
         together=Together(train.shared, train.run_together),
     ),
-    Stage(
-        "evaluate",
-        2,
-        ("tokenize", "harvest", "train"),
-        evaluate.params,
-        evaluate.run,
-        evaluate.estimate,
-        evaluate.check,
-    ),
-    Stage("catalog", 3, ("harvest", "train", "evaluate"), catalog.params, catalog.run, catalog.estimate, catalog.check),
-    Stage("export", 1, ("train", "catalog"), export.params, export.run, export.estimate, export.check),
+    Stage(steps.EVALUATE, 2, evaluate.params, evaluate.run, evaluate.estimate, evaluate.check),
+    Stage(steps.CATALOG, 3, catalog.params, catalog.run, catalog.estimate, catalog.check),
+    Stage(steps.EXPORT, 1, export.params, export.run, export.estimate, export.check),
 )
 
-# The same names, so that everything else finds stages, folders and labels where they always are.
 SYNTHETIC_STAGES: tuple[Stage, ...] = (
-    Stage("harvest", 1, (), generate.params, generate.run, generate.estimate, generate.check, per_dictionary=False),
-    *(stage for stage in STAGES if stage.name == "train"),
-    Stage("evaluate", 1, ("harvest", "train"), recover.params, recover.run, recover.estimate, recover.check),
-    Stage(
-        "catalog", 2, ("harvest", "train", "evaluate"), identify.params, identify.run, identify.estimate, identify.check
-    ),
-    *(stage for stage in STAGES if stage.name == "export"),
+    Stage(steps.GENERATE, 1, generate.params, generate.run, generate.estimate, generate.check),
+    *(stage for stage in STAGES if stage.step is steps.TRAIN),
+    Stage(steps.RECOVER, 1, recover.params, recover.run, recover.estimate, recover.check),
+    Stage(steps.IDENTIFY, 2, identify.params, identify.run, identify.estimate, identify.check),
+    *(stage for stage in STAGES if stage.step is steps.EXPORT),
 )
 
 

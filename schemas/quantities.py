@@ -52,6 +52,19 @@ def multiples(value: int, of: int) -> str:
     return f"{below} or {below + of}" if below else str(of)
 
 
+def size(count: float) -> str:
+    """Bytes for people.
+
+    >>> size(1536), size(3 * 2**30)
+    ('1.5 KiB', '3.0 GiB')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
 def _identifier(value: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value):
         raise ValueError(f"{value!r} is no name; expected letters, digits, '.', '_' or '-', at most 64 of them")

@@ -62,6 +62,17 @@ def load(monkeypatch: pytest.MonkeyPatch):
         ("harvest.py", [], {"harvest/quickstart/ratio", "harvest/last-layer/ratio"}),
         ("commits.py", [], {"commits/quickstart/ratio"}),
         (
+            "scaling.py",
+            ["--workers", "2"],
+            {
+                "scaling/sleeping2/time",
+                "scaling/sleeping2/driver_rss",
+                "scaling/status/moto/running",
+                "scaling/status/disk/committed",
+                "scaling/harvest2/times",
+            },
+        ),
+        (
             "engine.py",
             [],
             {

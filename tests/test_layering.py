@@ -1,6 +1,8 @@
 """The rules of who may import what. Imports run down: jobs -> pipeline -> cluster -> schemas."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,9 @@ OWNERS = {
         "pipeline/dictionary/kernels/triton_update.py",
     },
 }
+
+# These take seconds to import.
+HEAVY = {"torch", "transformers", "deepspeed", "ray", "numpy", "tensorboardX", "zarr"}
 
 # The pipeline gets from cluster only the shape of a pool and the storage, never who runs it.
 PIPELINE_FROM_CLUSTER = ("cluster.pool", "cluster.storage")
@@ -117,10 +122,15 @@ def test_pipeline_knows_no_runner(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [path for path in sources() if key(path).startswith("schemas/")], ids=key)
 def test_schemas_use_the_standard_library_and_little_else(path: Path) -> None:
-    import sys
-
     tops = {name.split(".")[0] for name in imported(path)}
     assert tops <= set(sys.stdlib_module_names) | SCHEMAS_LIBRARIES | {"schemas"}
+
+
+@pytest.mark.parametrize("module", ["cli", "status", "screen", "remote", "submit", "repair"])
+def test_who_only_looks_at_a_root_brings_no_library_that_does_the_work(module: str) -> None:
+    script = f"import sys, jobs.{module}; print(*sorted({HEAVY} & set(sys.modules)))"
+    told = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == ""
 
 
 @pytest.mark.parametrize("path", sources(), ids=key)

@@ -7,15 +7,19 @@ folder that cannot be read is an error here, and never an empty folder.
 from __future__ import annotations
 
 import os
+import string
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from cluster.storage.objects import SECOND_LOOKS, request, size
+from cluster.storage.objects import SECOND_LOOKS, abreast, names, request, size
 from cluster.storage.path import StoragePath
 from schemas.errors import StorageError
 from schemas.records import ObjectEntry
+
+# Names that buckets give in one answer.
+_PAGE = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,32 @@ def listing(path: StoragePath) -> dict[str, Listed]:
         if below.startswith(prefix) and info.get("type") != "directory":
             found[below.removeprefix(prefix)] = Listed(int(info["size"] or 0), _modified(info))
     return found
+
+
+def numbered(path: StoragePath, limit: int) -> list[str]:
+    """See `names`; of a folder in which most are numbers of six digits, in the order of their numbers.
+
+    A bucket tells a thousand names at a time, each thousand after the one before. Here each thousand is asked for by
+    what its numbers begin with, so that none waits for another. Other names begin with a small letter.
+
+    Args:
+        path: The folder.
+        limit: The numbers are below this.
+    """
+    if path.is_local or limit <= _PAGE:
+        return names(path)
+    begin = [f"{thousand:03d}" for thousand in range(-(-limit // _PAGE))] + list(string.ascii_lowercase)
+    found = abreast(path, lambda prefix: _beginning(path, prefix), begin)
+    return sorted({name for some in found for name in some})
+
+
+def _beginning(path: StoragePath, prefix: str) -> list[str]:
+    try:
+        listed = request(path, "list", "find", path.key, prefix=prefix)
+    except FileNotFoundError:
+        return []
+    below = [str(key).strip("/").removeprefix(path.key.strip("/") + "/") for key in listed]
+    return [name for name in below if name.startswith(prefix) and "/" not in name]
 
 
 def absent(folder: StoragePath, entries: Iterable[ObjectEntry]) -> list[str]:

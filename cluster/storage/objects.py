@@ -6,12 +6,15 @@ request to a remote store goes through `attempts`.
 
 from __future__ import annotations
 
+import contextvars
 import errno
 import functools
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar, cast
 
 import fsspec
@@ -23,12 +26,15 @@ from schemas.errors import IntegrityError, ManifestError, StorageError
 from schemas.records import REPAIR, ObjectEntry, sha256
 
 R = TypeVar("R")
+T = TypeVar("T")
 
 # A request may take so long, and its bytes so much longer at the slowest pace that is worth waiting for.
 REQUEST_SECONDS = 60.0
 SLOWEST_BYTES_PER_SECOND = 2**20
 # More than the record of a stage with a million units; nothing that is JSON here is larger.
 LARGEST_JSON = 256 * 2**20
+# Requests to a bucket at one time, where there are many to make: nearly all of their time is waiting.
+AT_ONCE = 16
 # A committed object that a store denies to have is asked for again: some do so for a moment.
 SECOND_LOOKS = 3
 
@@ -197,6 +203,25 @@ def read_checked(path: StoragePath, parse: Callable[[bytes], R], listed: bool = 
             if not listed:
                 raise
     return parse(read_text_object(path, largest))
+
+
+def abreast(place: StoragePath, ask: Callable[[T], R], of: Iterable[T]) -> Iterator[R]:
+    """What `ask` says of each, in their order; of what lies in a bucket several are asked for at one time.
+
+    Args:
+        place: Where everything lies that is asked for.
+        ask: Makes a request or a few. In a bucket it is called by threads, within the caller's `patience`.
+        of: What it is called with, one by one.
+    """
+    if place.is_local:
+        # There is nothing to wait for.
+        yield from map(ask, of)
+        return
+    rest, context = iter(of), contextvars.copy_context()
+    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="reader") as readers:
+        # Not all at once: who breaks off waits for what is under way, and what waits takes memory.
+        while some := list(itertools.islice(rest, 16 * AT_ONCE)):
+            yield from readers.map(lambda each: context.copy().run(ask, each), some)
 
 
 def read_json(path: StoragePath) -> Any:

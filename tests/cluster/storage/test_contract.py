@@ -10,7 +10,7 @@ import pytest
 from cluster.storage import create as creating
 from cluster.storage.create import create, create_or_adopt, put_if_absent, remove, replace
 from cluster.storage.foreign import signature
-from cluster.storage.listing import listing
+from cluster.storage.listing import listing, numbered
 from cluster.storage.objects import (
     exists,
     forget,
@@ -101,6 +101,16 @@ class TestStore:
         create(store / "x", BODY)
         assert read_range(store / "x", 10, 300) == BODY[10:300]
         assert read_range(store / "x", len(BODY) - 5, len(BODY)) == BODY[-5:]
+
+    def test_numbered_names_are_all_found_however_many_there_may_be(self, store: StoragePath) -> None:
+        there = ["000000.json", "000999.json", "001000.json", "002345.json", "weights.json"]
+        for name in there:
+            create(store / "units" / name, BODY)
+        create(store / "units" / "001" / "below.json", BODY)
+        for limit in (0, 1000, 3000):
+            found = numbered(store / "units", limit)
+            assert [name for name in found if name.endswith(".json")] == there
+        assert numbered(store / "nowhere", 3000) == []
 
     def test_names_and_listing_show_what_was_just_created(self, store: StoragePath) -> None:
         for number in range(3):

@@ -1,14 +1,17 @@
 import os
+import threading
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from cluster.storage.attempts import attempt, patience
 from cluster.storage.create import create
-from cluster.storage.objects import filesystem, free_bytes, names, require_writable
+from cluster.storage.objects import AT_ONCE, abreast, filesystem, free_bytes, names, require_writable
 from cluster.storage.path import StoragePath
-from schemas.errors import ManifestError
+from schemas.errors import ManifestError, StorageError
 from tests.support.contracts import StorageContract
 
 
@@ -118,6 +121,43 @@ def test_path_relative_to_a_stranger_is_refused(path: str, root: str) -> None:
 def test_path_local_of_a_url_is_refused() -> None:
     with pytest.raises(ValueError, match="not on this machine"):
         _ = StoragePath.parse("s3://bucket/a").local
+
+
+def test_abreast_in_a_bucket_asks_for_several_at_one_time_and_keeps_their_order() -> None:
+    together = threading.Barrier(AT_ONCE, timeout=10)
+
+    def ask(number: int) -> int:
+        together.wait()
+        return number * number
+
+    numbers = range(20 * AT_ONCE)
+    assert list(abreast(StoragePath.parse("memory://a"), ask, numbers)) == [number * number for number in numbers]
+
+
+def test_abreast_error_of_one_is_raised_and_ends_it() -> None:
+    asked = []
+
+    def ask(number: int) -> int:
+        asked.append(number)
+        return 1 // (number - 3)
+
+    with pytest.raises(ZeroDivisionError):
+        list(abreast(StoragePath.parse("memory://a"), ask, range(10**6)))
+    assert len(asked) < 10**3
+
+
+def test_abreast_threads_keep_the_patience_of_who_asks() -> None:
+    began = time.monotonic()
+    with patience(0.05), pytest.raises(StorageError):
+        list(abreast(StoragePath.parse("memory://a"), failing, ["x"]))
+    assert time.monotonic() - began < 10
+
+
+def failing(key: str) -> None:
+    def never() -> None:
+        raise ConnectionResetError(key)
+
+    attempt(StoragePath.parse("memory://a") / key, "read", never)
 
 
 def test_filesystem_unknown_scheme_says_what_to_install() -> None:
