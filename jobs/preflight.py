@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 from cluster.machine import Machine, Versions, versions
 from cluster.storage.path import StoragePath
 from cluster.storage.probe import marked
-from jobs.plan import Plan, size
+from jobs.plan import Plan
 from schemas.errors import BusyError, ManifestError
 from schemas.events import RUN, Event, Note
 from schemas.manifest import Manifest
+from schemas.quantities import size
 
 if TYPE_CHECKING:
     from cluster.ray_examination import Answer
