@@ -22,6 +22,7 @@ from rich.text import Text
 from cluster.storage.objects import abreast, names
 from cluster.storage.path import StoragePath
 from jobs.progress import trouble
+from jobs.scalars import StoreRates
 from jobs.status import RECENT_RUNS, alive, beats, fate
 from jobs.terminal import span
 from jobs.workspace import label, manifest_of, reaching, require_root, segment_events
@@ -31,9 +32,11 @@ from schemas.events import (
     Event,
     Note,
     Progress,
+    QueueChanged,
     RunEnded,
     StageCommitted,
     StageStarted,
+    StoreUsed,
     UnitCommitted,
     UnitFailed,
     UnitQuarantined,
@@ -54,6 +57,7 @@ SCALARS = {
     "learning_rate": ("rate", "{:.2g}"),
     "mfu": ("MFU", "{:.1%}"),
     "data_wait": ("data wait", "{:.1%}"),
+    "batches_ready": ("batches ready", "{:,.0f}"),
     "step_seconds": ("step", "{:.3f} s"),
 }
 
@@ -70,6 +74,8 @@ class StageView:
     peak_memory: int = 0
     lost: int = 0
     failed: int = 0
+    waiting: int = 0
+    store: StoreRates | None = None
     scalars: dict[str, float] = field(default_factory=dict)
     curve: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
     # When a unit was committed, its rows, and how long a worker had it.
@@ -216,10 +222,16 @@ class View:
         stage = self.stages.setdefault(event.stage, StageView())
         if isinstance(event, StageStarted):
             stage.state, stage.done, stage.total, stage.began = "running", event.done, event.total, event
+            stage.store = stage.store or StoreRates(when)
         elif isinstance(event, UnitCommitted):
             stage.done += 1
             stage.peak_memory = max(stage.peak_memory, event.peak_memory)
             stage.units.append((when, event.rows, event.seconds))
+        elif isinstance(event, QueueChanged):
+            stage.waiting = event.waiting
+        elif isinstance(event, StoreUsed):
+            stage.store = stage.store or StoreRates(when)
+            stage.store.take(when, event)
         elif isinstance(event, Progress):
             stage.done, stage.total, stage.scalars = event.done, event.total, event.scalars
             stage.peak_memory = max(stage.peak_memory, int(event.scalars.get("memory_bytes", 0)))
@@ -267,27 +279,40 @@ _COLOURS = {True: "green", False: "red", None: "yellow"}
 
 
 def _stages(view: View, alive_: bool | None, now: float) -> Table:
+    rows = [_row(name, stage, alive_, now) for name, stage in view.stages.items()]
+    # A column in which nobody has anything to say has no place.
+    present = [heading for heading in rows[0] if any(row[heading] for row in rows)] if rows else []
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("stage", "state", "", "done", "pace", "left", "busy", "memory", "lost", "failed"):
+    for heading in present:
         shown.add_column(heading, justify="left" if heading in ("stage", "state", "") else "right", no_wrap=True)
-    for name, stage in view.stages.items():
-        state = "stopped" if stage.state == "running" and alive_ is False else stage.state
-        running = state == "running"
-        pace = stage.pace(now) if running else None
-        left, busy = (stage.left(now), stage.busy(now)) if running else (None, None)
-        shown.add_row(
-            Text(printable(name)),
-            state if state != "committed" or not stage.seconds else f"committed in {span(stage.seconds)}",
-            ProgressBar(total=max(1, stage.total), completed=stage.done, width=20) if stage.total else "",
-            f"{stage.done:,} / {stage.total:,}" if stage.total else "",
-            "" if pace is None else f"{pace[0]:,.0f} {pace[1]}",
-            "" if left is None else span(left),
-            "" if busy is None else f"{busy:.1f}",
-            size(stage.peak_memory) if stage.peak_memory else "",
-            str(stage.lost or ""),
-            str(stage.failed or ""),
-        )
+    for row in rows:
+        shown.add_row(*(row[heading] for heading in present))
     return shown
+
+
+def _row(name: str, stage: StageView, alive_: bool | None, now: float) -> dict[str, RenderableType]:
+    """What a stage has to say, by column; empty where that is nothing."""
+    state = "stopped" if stage.state == "running" and alive_ is False else stage.state
+    running = state == "running"
+    pace = stage.pace(now) if running else None
+    left, busy = (stage.left(now), stage.busy(now)) if running else (None, None)
+    store = stage.store if running else None
+    return {
+        "stage": Text(printable(name)),
+        "state": state if state != "committed" or not stage.seconds else f"committed in {span(stage.seconds)}",
+        "": ProgressBar(total=max(1, stage.total), completed=stage.done, width=20) if stage.total else "",
+        "done": f"{stage.done:,} / {stage.total:,}" if stage.total else "",
+        "pace": "" if pace is None else f"{pace[0]:,.0f} {pace[1]}",
+        "left": "" if left is None else span(left),
+        "waiting": str(stage.waiting or "") if running else "",
+        "busy": "" if busy is None else f"{busy:.1f}",
+        "store in": f"{size(store.read)}/s" if store else "",
+        "out": f"{size(store.written)}/s" if store else "",
+        "memory": size(stage.peak_memory) if stage.peak_memory else "",
+        "lost": str(stage.lost or ""),
+        "failed": str(stage.failed or ""),
+        "repeated": str(stage.store.retries or "") if stage.store else "",
+    }
 
 
 def _training(training: dict[str, StageView]) -> Table:

@@ -263,10 +263,7 @@ def ending_of(run: StoragePath) -> RunEnded | None:
         run: The run's folder.
     """
     segments = names(run / "events")
-    try:
-        told = parse_lines(read_text_object(run / "events" / segments[-1])) if segments else []
-    except (FileNotFoundError, IntegrityError):
-        return None
+    told = segment_events(run / "events" / segments[-1]) if segments else []
     return next((event for _, event in reversed(told) if isinstance(event, RunEnded)), None)
 
 
