@@ -26,10 +26,14 @@ Phase = Literal["starting", "meeting", "data", "step", "saving"]
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What one worker needs. `threads` is also how many threads torch may use in it."""
+    """What one worker needs. `threads` is also how many threads torch may use in it.
+
+    `together` is how many neighbouring ranks of a gang exchange most, and should share a machine.
+    """
 
     threads: int = 1
     gpus: float = 0.0
+    together: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +41,8 @@ class Rank:
     """A gang member's place: `init_method` is where torch.distributed meets.
 
     `beat(step, phase)` says what the rank does from now on. It costs nothing, and is how a hanging rank is
-    told from a patient one: call it whenever the answer changes.
+    told from a patient one: call it whenever the answer changes. `leaving()` says that a machine of the gang is
+    being taken away: ranks that agree on it save, and raise `LeftError`.
     """
 
     rank: int
@@ -45,6 +50,7 @@ class Rank:
     init_method: str
     emit: Callable[[Event], None]
     beat: Callable[[int, Phase], None]
+    leaving: Callable[[], bool]
 
 
 class Pool(Protocol):
@@ -61,7 +67,8 @@ class Pool(Protocol):
     ) -> Iterator[tuple[int, Any]]:
         """Yield (index, fn(task)) in order of completion, each once. `name` is what people call a task.
 
-        A worker that is lost is replaced without end, ever more slowly, and its task run again. A task that
+        A worker that is lost is replaced without end, ever more slowly, and its task run again. One whose machine is
+        being taken away ends the task that it has, and gets no more. A task that
         raises is tried again a few times, one whose worker crashes five times in a row is not; then it is
         quarantined and the others go on. One that does not end in time has its worker killed, and counts as raised.
 
@@ -83,7 +90,8 @@ class Pool(Protocol):
         """Run `fn` on `world_size` workers at once, all or nothing.
 
         When a rank dies, falls silent, hangs or raises, all are killed and started again: without end where a node
-        was lost or a checkpoint (`CheckpointCommitted`) was committed in between.
+        was lost or a checkpoint (`CheckpointCommitted`) was committed in between. When a machine of it is being
+        taken away, all save and leave, and are started again on others.
 
         Returns:
             What rank 0 returned.
@@ -91,7 +99,7 @@ class Pool(Protocol):
         Raises:
             StageFailedError: the gang failed five times in a row without a new checkpoint, and no node was lost.
             KilobasisError: a rank raised it.
-            BusyError: the ranks did not start in time.
+            BusyError: there was no room for all ranks in time.
         """
 
     def close(self) -> None:
@@ -115,6 +123,11 @@ def limit_threads(threads: int) -> None:
 def _beat(_step: int, _phase: Phase) -> None:
     """Nobody watches a gang that is not apart; but here it may be stopped."""
     interruption.check()
+
+
+def _stays() -> bool:
+    """The machine that everything is on goes with the run."""
+    return False
 
 
 class InlinePool:
@@ -169,7 +182,7 @@ class InlinePool:
         if world_size != 1:
             raise ValueError(f"the inline pool has 1 rank, {world_size} were asked for")
         limit_threads(resources.threads)
-        return fn(Rank(0, 1, f"tcp://127.0.0.1:{free_port()}", emit, _beat))
+        return fn(Rank(0, 1, f"tcp://127.0.0.1:{free_port()}", emit, _beat, _stays))
 
     def close(self) -> None:
         """Nothing to give back."""

@@ -15,6 +15,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster import interruption
 from cluster.failures import Backoff, first_line
 from cluster.pool import Phase, Rank, Resources
+from cluster.ray_notices import Notices
+from cluster.ray_room import Room
 from cluster.ray_worker import (
     FETCH_SECONDS,
     POLL_SECONDS,
@@ -27,6 +29,7 @@ from cluster.ray_worker import (
     dismiss,
     fetch,
     hire,
+    leaving,
     let_finish,
     require_node,
     rest,
@@ -34,7 +37,7 @@ from cluster.ray_worker import (
     wait_for,
 )
 from cluster.watch import BEAT_SECONDS, STORE_SECONDS, Beat, Lost, Pace, Watch, doing
-from schemas.errors import KilobasisError, OutrunError, StageFailedError
+from schemas.errors import KilobasisError, LeftError, OutrunError, StageFailedError
 from schemas.events import CheckpointCommitted, Event, Note, WorkerLost
 
 # Failures in a row that may be the gang's own, without a new checkpoint in between, after which it is given up.
@@ -139,7 +142,7 @@ class _Post:
 def _run_rank(fn: Callable[[Rank], Any], rank: int, world_size: int, meeting: str, mailbox: ActorHandle[Any]) -> Any:
     """In a worker: one rank, from its first beat to its last."""
     with _Post(rank, mailbox) as post:
-        return fn(Rank(rank, world_size, meeting, post.emit, post.at))
+        return fn(Rank(rank, world_size, meeting, post.emit, post.at, leaving.is_set))
 
 
 def run(
@@ -151,6 +154,20 @@ def run(
     store_seconds: float = STORE_SECONDS,
 ) -> Any:
     """See `cluster.pool.Pool.gang`. `store_seconds` is the deadline of a rank that reads or saves."""
+    with Notices() as notices:
+        return _run(fn, world_size, resources, emit, stage, store_seconds, notices)
+
+
+def _run(
+    fn: Callable[[Rank], Any],
+    world_size: int,
+    resources: Resources,
+    emit: Callable[[Event], None],
+    stage: str,
+    store_seconds: float,
+    notices: Notices,
+) -> Any:
+    """One life of the gang after another."""
     backoff, pace = Backoff(), Pace()
     lost, committed = 0, False
     barren: list[frozenset[str]] = []
@@ -161,9 +178,13 @@ def run(
         emit(event)
 
     while True:
-        gang = _Gang(world_size, resources, heard, stage, pace, store_seconds)
+        notices.require_here()
+        gang = _Gang(world_size, resources, heard, stage, pace, store_seconds, notices)
         try:
             return gang.run(fn)
+        except LeftError as error:
+            # Nobody failed. The next life has the checkpoint that this one left.
+            emit(Note(stage, f"{error.what}; its gang starts again on other machines"))
         except _RankLostError as error:
             lost += 1
             if committed:
@@ -214,9 +235,11 @@ class _Gang:
         stage: str,
         pace: Pace,
         store_seconds: float,
+        notices: Notices,
     ) -> None:
         self._size, self._resources, self._emit, self._stage, self._pace = world_size, resources, emit, stage, pace
-        self._store_seconds = store_seconds
+        self._store_seconds, self._notices, self._leaves = store_seconds, notices, False
+        self._room = Room(world_size, resources, emit, stage, notices)
         self._places: dict[int, Place] = {}
         self._inbox = _Inbox()
         self._actors: list[ActorHandle[Any]] = []
@@ -234,19 +257,21 @@ class _Gang:
 
         Raises:
             _RankLostError: it has to be started again. All of it is dead.
-            KilobasisError: a rank raised it, or the ranks did not start in time.
+            LeftError: the same, because a machine of it is being taken away.
+            KilobasisError: a rank raised it, or there was no room for the ranks in time.
         """
         try:
-            self._actors = [hire(self._resources) for _ in range(self._size)]
+            self._actors = [hire(self._resources, seat) for seat in self._room.take()]
             self._gather()
             return self._watch(fn, self._meet())
-        except _RankLostError:
+        except (_RankLostError, LeftError):
             raise
         except BaseException:
             let_finish(self._actors)
             raise
         finally:
             dismiss([*self._actors, self._inbox.mailbox], list(self._places.values()))
+            self._room.leave()
 
     def _gather(self) -> None:
         """Wait until all workers are there."""
@@ -286,6 +311,7 @@ class _Gang:
             interruption.check()
             done, _ = ray.wait(list(running), num_returns=1, timeout=POLL_SECONDS)
             lost = self._look(watch)
+            self._heed()
             for reference in done:
                 rank, outcome = running.pop(reference), fetch(reference)
                 if not isinstance(outcome, Returned):
@@ -296,6 +322,19 @@ class _Gang:
             if lost is not None and lost.rank in running.values():
                 raise _RankLostError(f"rank {lost.rank}", f"{self._place(lost.rank)}{lost.reason}")
         return result
+
+    def _heed(self) -> None:
+        """Ask all ranks to save and to leave, once, when a machine of one of them is being taken away."""
+        gone = [rank for rank, place in sorted(self._places.items()) if place.node in self._notices.leaving]
+        if not gone or self._leaves:
+            return
+        self._leaves = True
+        for actor in self._actors:
+            actor.leave.remote()
+        place = self._places[gone[0]]
+        named = f"rank{'s' * (len(gone) > 1)} {', '.join(map(str, gone))}"
+        text = f"{self._notices.told(place.node, place.host)}, with {named} on it: the gang saves, and moves"
+        self._emit(Note(self._stage, text))
 
     def _look(self, watch: Watch) -> Lost | None:
         mail, beats = self._inbox.read()
@@ -319,6 +358,9 @@ class _Gang:
             self._look(watch)
         if verdict := _verdict(list(failed.values())):
             return verdict
+        for each in failed.values():
+            if isinstance(each, Raised) and isinstance(each.error, LeftError):
+                return each.error
         for number, each in failed.items():
             if isinstance(each, Gone):
                 reason = f"{self._place(number)}died {watch.where(number)}: {each.reason}"
@@ -332,9 +374,12 @@ class _Gang:
 
 
 def _verdict(outcomes: Sequence[Raised | Gone]) -> KilobasisError | None:
-    """What some rank knows for certain. That somebody else trains is no such thing: the newest checkpoint is his."""
+    """What some rank knows for certain, and another life would find again.
+
+    That somebody else trains is no such thing: the newest checkpoint is his. Nor is that a gang was asked to leave.
+    """
     for each in outcomes:
         error = each.error if isinstance(each, Raised) else None
-        if isinstance(error, KilobasisError) and not isinstance(error, OutrunError):
+        if isinstance(error, KilobasisError) and not isinstance(error, (OutrunError, LeftError)):
             return error
     return None

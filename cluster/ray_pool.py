@@ -18,6 +18,7 @@ from ray.actor import ActorHandle
 from cluster import interruption, ray_gang
 from cluster.failures import ATTEMPTS, UNIT_SECONDS, Backoff, Reminder, Tries
 from cluster.pool import Rank, Resources
+from cluster.ray_notices import Notices
 from cluster.ray_worker import (
     POLL_SECONDS,
     START_SECONDS,
@@ -97,29 +98,31 @@ class RayPool:
         tries = Tries(stage, len(tasks), self._attempts, emit)
         waiting = deque(range(len(tasks)))
         try:
-            crew = self._staff(stage, resources, emit)
-            while waiting or crew.flying:
-                crew.hire(min(self._workers, len(waiting) + len(crew.flying)))
-                while waiting and crew.idle:
-                    index = waiting.popleft()
-                    crew.send(fn, tasks[index], index, name(tasks[index]))
-                for flight, outcome in crew.land():
-                    if isinstance(outcome, Returned):
-                        tries.done()
-                        yield flight.index, outcome.value
-                    elif _again(tries, flight.unit, outcome):
-                        waiting.append(flight.index)
+            with Notices() as notices:
+                crew = self._staff(stage, resources, emit, notices)
+                while waiting or crew.flying:
+                    crew.heed()
+                    crew.hire(self._workers, len(waiting))
+                    while waiting and crew.idle:
+                        index = waiting.popleft()
+                        crew.send(fn, tasks[index], index, name(tasks[index]))
+                    for flight, outcome in crew.land():
+                        if isinstance(outcome, Returned):
+                            tries.done()
+                            yield flight.index, outcome.value
+                        elif _again(tries, flight.unit, outcome):
+                            waiting.append(flight.index)
             tries.settle()
         except BaseException:
             self.close()
             raise
 
-    def _staff(self, stage: str, resources: Resources, emit: Callable[[Event], None]) -> _Crew:
+    def _staff(self, stage: str, resources: Resources, emit: Callable[[Event], None], notices: Notices) -> _Crew:
         """Workers for a stage. Those of an earlier call in the same stage have loaded what they need, and stay."""
         if self._crew is None or not self._crew.serves(stage, resources):
             self.close()
-            self._crew = _Crew(stage, resources, emit, self._unit_seconds)
-        self._crew.begin(emit)
+            self._crew = _Crew(stage, resources, self._unit_seconds)
+        self._crew.begin(emit, notices)
         return self._crew
 
     def gang(
@@ -149,37 +152,61 @@ def _again(tries: Tries, unit: str, outcome: Raised | Gone) -> bool:
 
 
 class _Crew:
-    """The workers of one stage: those that start, those that wait for work and those that have some."""
+    """The workers of one stage: those that start, those that wait for work and those that have some.
 
-    def __init__(self, stage: str, resources: Resources, emit: Callable[[Event], None], unit_seconds: float) -> None:
-        self._stage, self._resources, self._emit, self._unit_seconds = stage, resources, emit, unit_seconds
+    Before anything else, `begin`.
+    """
+
+    def __init__(self, stage: str, resources: Resources, unit_seconds: float) -> None:
+        self._stage, self._resources, self._unit_seconds = stage, resources, unit_seconds
         self.idle: list[_Hand] = []
         self.flying: dict[Any, _Flight] = {}
         self._starting: dict[Any, ActorHandle[Any]] = {}
-        self._lobby = Lobby(resources, emit, stage)
         self._backoff, self._not_before = Backoff(), 0.0
         self._lost, self._reason = 0, ""
-        self.begin(emit)
+        self._heeded: set[str] = set()
 
     def serves(self, stage: str, resources: Resources) -> bool:
         """Whether these are the workers for this."""
         return (self._stage, self._resources) == (stage, resources)
 
-    def begin(self, emit: Callable[[Event], None]) -> None:
+    def begin(self, emit: Callable[[Event], None], notices: Notices) -> None:
         """A call of `map` begins; what it waits for counts from now."""
-        self._emit = emit
+        self._emit, self._notices = emit, notices
+        self._lobby = Lobby(self._resources, emit, self._stage)
         self._short_since = self._alone_since = self._progress = time.monotonic()
         self._reminder = Reminder(TELL_SECONDS, TELL_SECONDS)
 
-    def hire(self, wanted: int) -> None:
+    def heed(self) -> None:
+        """Dismiss who waits on a machine that is being taken away. Who has a unit there ends it first."""
+        leaving = self._notices.leaving
+        staying = [hand for hand in self.idle if hand.place.node not in leaving]
+        dismissed = [hand for hand in self.idle if hand.place.node in leaving]
+        busy = [flight.hand for flight in self.flying.values() if flight.hand.place.node in leaving]
+        hosts = {hand.place.node: hand.place.host for hand in [*dismissed, *busy]}
+        for node in hosts.keys() - self._heeded:
+            ends = sum(hand.place.node == node for hand in busy)
+            text = f"{self._notices.told(node, hosts[node])}: workers that end their unit and leave: {ends}"
+            self._emit(Note(self._stage, text))
+        self._heeded |= hosts.keys()
+        if dismissed:
+            dismiss([hand.actor for hand in dismissed], [hand.place for hand in dismissed])
+        self.idle = staying
+
+    def hire(self, most: int, waiting: int) -> None:
         """Ask for workers that are missing, though not right after one was lost.
+
+        Args:
+            most: Workers that there may be, beside those that leave.
+            waiting: Units that nobody has.
 
         Raises:
             BusyError: nobody has started for too long.
         """
-        now = time.monotonic()
+        now, leaving = time.monotonic(), self._notices.leaving
         working = len(self.idle) + len(self.flying)
-        missing = wanted - working
+        staying = sum(flight.hand.place.node not in leaving for flight in self.flying.values())
+        missing = min(most, waiting + staying) - len(self.idle) - staying
         while now >= self._not_before and missing > len(self._starting):
             actor = hire(self._resources)
             self._starting[actor.place.remote()] = actor

@@ -55,6 +55,9 @@ OBEY_SECONDS = 1.0
 # For a killed process to be gone.
 GONE_SECONDS = 10.0
 
+# Set in a worker whose gang is to leave its machines.
+leaving = threading.Event()
+
 _ORPHAN_CODE = 70
 _FROM_OUTSIDE = ("node has died", "process receives a SIGTERM")
 
@@ -88,6 +91,11 @@ class Worker:
     def alive(self) -> bool:
         """Answers whatever `run` does."""
         return True
+
+    @ray.method(concurrency_group="beside")  # type: ignore[untyped-decorator]
+    def leave(self) -> None:
+        """Put the work down behind the next commit: a machine of the gang is being taken away."""
+        leaving.set()
 
     @ray.method(concurrency_group="beside")  # type: ignore[untyped-decorator]
     def finish(self, seconds: float) -> None:
@@ -136,9 +144,21 @@ class Gone:
     crashed: bool
 
 
-def hire(resources: Resources) -> ActorHandle[Any]:
-    """Ask for a worker. It starts when there is room for it."""
-    options = {"num_cpus": resources.threads, "num_gpus": resources.gpus, "max_restarts": 0, "max_task_retries": 0}
+def hire(resources: Resources, where: Any = "DEFAULT") -> ActorHandle[Any]:
+    """Ask for a worker. It starts when there is room for it.
+
+    Args:
+        resources: What it needs.
+        where: Ray's scheduling strategy. By default Ray keeps who needs no GPU off machines that have some, as long as
+            others have room.
+    """
+    options = {
+        "num_cpus": resources.threads,
+        "num_gpus": resources.gpus,
+        "max_restarts": 0,
+        "max_task_retries": 0,
+        "scheduling_strategy": where,
+    }
     kind = ray.remote(concurrency_groups={"beside": 1})(Worker)
     actor: ActorHandle[Any] = kind.options(**options).remote(resources.threads)
     return actor

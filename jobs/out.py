@@ -116,6 +116,6 @@ class _Seat(NamedTuple):
 
 def _run_rank(fn: Callable[[Sequence[Member[T]], Gang], Any], seats: Sequence[_Seat], rank: Rank) -> tuple[Any, int]:
     members = [Member(seat.task, seat.path, TrainingLog(seat.path, seat.lease)) for seat in seats]
-    gang = Gang(rank.rank, rank.world_size, rank.init_method, rank.emit, rank.beat)
+    gang = Gang(rank.rank, rank.world_size, rank.init_method, rank.emit, rank.beat, rank.leaving)
     with shortage(f"rank {rank.rank} of {rank.world_size}"):
         return fn(members, gang), peak_memory()

@@ -198,7 +198,8 @@ class _StageRun:
             folder = place.folder
             self._emit(StageStarted(folder.label, 0, 1, str(folder.path)))
             out = StageOut(folder, self._pool.open(), self._manifest.compute, self._emit, lease.record.nonce)
-            jobs.append(Job(place.inputs, place.params, out))
+            inputs = {need: committed.without_units() for need, committed in place.inputs.items()}
+            jobs.append(Job(inputs, place.params, out))
         failures = []
         for (place, lease), job, made in zip(self._led, jobs, self._run(jobs), strict=True):
             if isinstance(made, KilobasisError):

@@ -7,7 +7,7 @@ locks, retries or Ray: run twice with the same inputs and params, it makes the s
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
@@ -54,6 +54,10 @@ class Committed:
             KeyError: the record does not name it.
         """
         return {entry.key: entry for entry in self.record.outputs.objects}[key]
+
+    def without_units(self) -> Committed:
+        """What a stage is given of it. Tasks carry it to workers, and must not grow with the number of its units."""
+        return replace(self, record=self.record.model_copy(update={"units": {}}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,13 +138,14 @@ class Checkpoints(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Gang:
-    """What one rank of a gang is told, and whom it tells. `beat` is that of `cluster.pool.Rank`."""
+    """What one rank of a gang is told, and whom it tells. `beat` and `leaving` are those of `cluster.pool.Rank`."""
 
     rank: int
     world_size: int
     init_method: str
     emit: Callable[[Event], None]
     beat: Callable[[int, Phase], None]
+    leaving: Callable[[], bool]
 
 
 T = TypeVar("T", bound=Task)

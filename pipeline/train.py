@@ -209,7 +209,7 @@ def run_together(jobs: Sequence[Job]) -> Sequence[Outputs | KilobasisError]:
         for job in jobs
     ]
     out, compute = jobs[0].out, jobs[0].out.compute
-    resources = Resources(threads=compute.rank_threads, gpus=compute.rank_gpus)
+    resources = Resources(compute.rank_threads, compute.rank_gpus, together=compute.sharding.features)
     others = [(job.out, task) for job, task in zip(jobs[1:], tasks[1:], strict=True)]
     made: Sequence[Outputs | KilobasisError] = out.gang(
         train_ranks, tasks[0], compute.sharding.ranks, resources, others

@@ -92,6 +92,12 @@ class BusyError(KilobasisError):
     exit_code: ClassVar[int] = 75
 
 
+class LeftError(KilobasisError):
+    """Work was put down behind a commit, because its machine is being taken away; it goes on elsewhere."""
+
+    exit_code: ClassVar[int] = 75
+
+
 class InterruptedRunError(KilobasisError):
     """The user or the machine asked the run to stop; `resume` continues it."""
 

@@ -208,6 +208,21 @@ class Saver:
         if last:
             self._go_on(wait=True)
 
+    def leave(self, progress: Progress, snapshot: Callable[[], dict[str, torch.Tensor]]) -> None:
+        """Training is put down here: wait for what is being written, and write this state if that was an older one.
+
+        Args:
+            progress: Where training is.
+            snapshot: See `turn`.
+
+        Raises:
+            KilobasisError: a checkpoint could not be written.
+        """
+        self._go_on(wait=True)
+        if self._progress is None or self._progress.step < progress.step:
+            self._begin(progress, snapshot)
+            self._go_on(wait=True)
+
     @property
     def _idle(self) -> bool:
         return self._writing is None and self._committing is None

@@ -8,11 +8,11 @@ what is saved takes raw activations.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 
@@ -30,7 +30,7 @@ from pipeline.dictionary.topk import has_triton
 from pipeline.dictionary.trainer import StepScalars, Trainer
 from pipeline.stage import Checkpoints, Gang
 from schemas import events
-from schemas.errors import NonFiniteError
+from schemas.errors import LeftError, NonFiniteError
 from schemas.records import CheckpointRecord
 from schemas.training import Train
 
@@ -108,6 +108,9 @@ def train(
 
     Returns:
         Which ones have failed, on every rank. Their last good checkpoints are kept, and the others were trained.
+
+    Raises:
+        LeftError: the gang was asked to leave. All that was trained is in checkpoints.
     """
     gang.beat(0, "meeting")
     with parallel.joined(gang.rank, gang.world_size, features, gang.init_method) as ranks:
@@ -170,7 +173,18 @@ def _train(
                     if each.is_over:
                         end(index)
                 step += 1
+                if going and ranks.first(float(gang.leaving())):
+                    _leave(going.values(), step)
     return failed
+
+
+def _leave(going: Iterable[Training], step: int) -> NoReturn:
+    """Save what was trained up to here. Who is further waits at a checkpoint of his own."""
+    for each in going:
+        if each.progress.step == step:
+            each.save()
+    first = next(iter(going))
+    raise LeftError(f"{first.wanted.stage}: saved at step {step}, to leave", "resume")
 
 
 class Training:
@@ -255,6 +269,15 @@ class Training:
         if self.is_over:
             gang.beat(self.progress.step, "saving")
         self._saver.turn(self.progress, lambda: trainer.snapshot(self._curves), last=self.is_over)
+
+    def save(self) -> None:
+        """Commit a checkpoint of where training is.
+
+        Raises:
+            KilobasisError: it could not be written.
+        """
+        self._gang.beat(self.progress.step, "saving")
+        self._saver.leave(self.progress, lambda: self._trainer.snapshot(self._curves))
 
     def finish(self) -> Trained | None:
         """Give everything back; what came of it, on rank 0."""

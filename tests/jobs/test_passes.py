@@ -224,7 +224,7 @@ def train(rank: int, mesh: Sharding, init_method: str, shapes: tuple[DictionaryC
         loop.Wanted(f"train/{shape.k}", shape, SETTINGS, TrainingLog(StoragePath.parse(folder / f"{shape.k}")))
         for shape in shapes
     ]
-    gang = Gang(rank, mesh.ranks, init_method, lambda event: None, lambda at, phase: None)
+    gang = Gang(rank, mesh.ranks, init_method, lambda event: None, lambda at, phase: None, lambda: False)
 
     def done(index: int, trained: loop.Trained) -> None:
         (folder / f"{shapes[index].k}.safetensors").write_bytes(to_bytes(trained.dictionary))

@@ -74,7 +74,7 @@ def train(
     balance.HOT, balance.COLD = 0.1, 0.9
     wanted = [loop.Wanted("train", shape, settings, log, dense, 0.1, 3 * BATCH if shape.tree else None)]
     notes: list[events.Event] = []
-    gang = Gang(rank, mesh.ranks, init_method, notes.append, lambda at, phase: None)
+    gang = Gang(rank, mesh.ranks, init_method, notes.append, lambda at, phase: None, lambda: False)
     made: list[loop.Trained] = []
     failed = loop.train(
         wanted,
