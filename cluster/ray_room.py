@@ -23,10 +23,12 @@ from cluster import interruption
 from cluster.failures import Reminder
 from cluster.pool import Resources
 from cluster.ray_notices import Notices
-from cluster.ray_worker import POLL_SECONDS, START_SECONDS, START_TELL_SECONDS, TELL_SECONDS
+from cluster.ray_worker import POLL_SECONDS, START_TELL_SECONDS, TELL_SECONDS
 from schemas.errors import BusyError
 from schemas.events import Event, Note
 
+# An autoscaler needs some minutes to bring a machine.
+ROOM_SECONDS = 600.0
 # Ray takes so long to find places for a small gang.
 GRANT_SECONDS = 0.05
 
@@ -162,13 +164,13 @@ class Room:
                 return self._seats()
             waited = time.monotonic() - since
             text = lack(self._size, self._resources, free)
-            if waited >= START_SECONDS:
+            if waited >= ROOM_SECONDS:
                 raise BusyError(
-                    f"{self._stage}: no room for its ranks within {START_SECONDS:.0f} s: {text}",
+                    f"{self._stage}: no room for its ranks within {ROOM_SECONDS:.0f} s: {text}",
                     "lower compute.sharding, rank_threads or gpus, or resume when it is free",
                 )
             if reminder.due(waited):
-                left = f"giving up in {START_SECONDS - waited:.0f} s"
+                left = f"giving up in {ROOM_SECONDS - waited:.0f} s"
                 self._emit(Note(self._stage, f"waiting for room since {waited:.0f} s: {text}; {left}"))
 
     def _ask(self, wanted: Plan) -> None:

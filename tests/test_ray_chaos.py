@@ -20,9 +20,9 @@ import yaml
 
 from cluster.storage.path import StoragePath
 from jobs import repair as repairs
-from schemas.events import UnitFailed, UnitQuarantined, WorkerLost, parse_lines
+from schemas.events import Note, UnitFailed, UnitQuarantined, WorkerLost, parse_lines
 from tests.cluster.test_node_loss import QUICK, Nodes
-from tests.support import runs
+from tests.support import clusters, runs
 from tests.support.fixtures import write_manifest
 from tests.support.long_runs import UNITS
 
@@ -39,7 +39,7 @@ TWO_RANKS = ("--set", "compute.sharding.data=2")
 
 @dataclass(frozen=True, order=True)
 class Strike:
-    """What is killed, and when: behind so many units of the harvest, or so many slots of the training's log."""
+    """What is killed, or told to go, and when: behind so many units of the harvest, or slots of the training's log."""
 
     stage: str
     behind: int
@@ -51,6 +51,7 @@ FIXED = {
     "harvest": [Strike("harvest", 3, "worker"), Strike("harvest", 8, "raylet")],
     "training": [Strike("train", 2, "worker"), Strike("train", 4, "raylet")],
     "driver": [Strike("harvest", 6, "driver"), Strike("train", 3, "driver")],
+    "notice": [Strike("harvest", 6, "notice"), Strike("train", 2, "notice")],
 }
 
 
@@ -117,6 +118,12 @@ def scenario(manifest: Path, name: str, draw: int = 0) -> None:
             nodes.kill()
             time.sleep(4.0)
             nodes.add()
+        elif strike.whom == "notice":
+            leaving = nodes.drain()
+            wait(lambda leaving=leaving: clusters.gone(leaving))
+            # A gang of two has no room now, so its training cannot be over unless it was before it left.
+            hit = hit and not over(root, strike.stage)
+            nodes.add()
         elif strike.whom == "driver":
             going.kill()
             going.wait(timeout=30)
@@ -166,6 +173,12 @@ def test_run_on_a_cluster_that_loses_what_it_has_loses_no_row(
     assert not [event for event in seen if isinstance(event, UnitFailed | UnitQuarantined)]
     lost = [event for event in seen if isinstance(event, WorkerLost)]
     assert name not in ("harvest", "training") or lost
+    if name == "notice":
+        # Nothing was lost: the harvest's worker ended its unit, and the gang saved before it moved.
+        assert not lost
+        left = [event.stage for event in seen if isinstance(event, Note) and "is being taken away" in event.text]
+        assert left == ["harvest", "train/tiny"]
+        assert [event for event in seen if isinstance(event, Note) and "starts again on other machines" in event.text]
 
 
 @pytest.mark.chaos

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -66,8 +67,9 @@ def pieces(tokens: Committed, split: str) -> list[Piece]:
 
 
 def overlapping(all_pieces: Sequence[Piece], first: int, end: int) -> tuple[Piece, ...]:
-    """The pieces with rows in [first, end)."""
-    return tuple(piece for piece in all_pieces if piece.first_row < end and piece.first_row + piece.rows > first)
+    """The pieces with rows in [first, end), of pieces in corpus order. There may be as many as there are units."""
+    start = bisect_right(all_pieces, first, key=lambda piece: piece.first_row + piece.rows)
+    return tuple(all_pieces[start : bisect_left(all_pieces, end, key=lambda piece: piece.first_row)])
 
 
 def read(path: StoragePath, wanted: Sequence[Piece], first: int, end: int) -> list[TokenSequence]:

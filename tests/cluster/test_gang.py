@@ -389,14 +389,29 @@ def test_gang_that_once_committed_a_checkpoint_is_given_up_all_the_same(
 def test_gang_for_which_there_is_no_room_says_so_and_ends(
     pool: Pool, diary: Diary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cluster import ray_gang, ray_worker
+    from cluster import ray_room
 
-    monkeypatch.setattr(ray_worker, "START_TELL_SECONDS", 1.0)
-    monkeypatch.setattr(ray_gang, "START_SECONDS", 3.0)
-    with pytest.raises(BusyError, match=r"s: [123] workers did not start within .* the cluster has 2 CPUs"):
+    monkeypatch.setattr(ray_room, "START_TELL_SECONDS", 1.0)
+    monkeypatch.setattr(ray_room, "ROOM_SECONDS", 3.0)
+    lack = "3 x {CPU: 1} are needed, the cluster has 2 CPUs free of 2: room for 2"
+    with pytest.raises(BusyError, match=f"s: no room for its ranks within 3 s: {lack}"):
         pool.gang(rank_joins, 3, Resources(), diary, "s")
     (note,) = of(events.Note, diary.seen)
-    assert "workers to start since 1 s; each needs 1 CPUs and 0 GPUs" in note.text
+    assert note.text.startswith(f"waiting for room since 1 s: {lack}; giving up in ")
+
+
+def test_gang_is_not_led_from_a_machine_that_is_taken_away(
+    pool: Pool, diary: Diary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    from cluster.ray_notices import Notices
+
+    here = ray.get_runtime_context().get_node_id()
+    monkeypatch.setattr(Notices, "leaving", frozenset({here}))
+    with pytest.raises(BusyError, match="the machine of this run is being taken away, so no gang can be led from here"):
+        pool.gang(rank_joins, 2, Resources(), diary, "s")
+    assert not diary.pids()
 
 
 def test_interruption_lets_a_rank_finish_its_object(pool: Pool, diary: Diary, tmp_path: Path) -> None:

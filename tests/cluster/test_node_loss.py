@@ -19,6 +19,7 @@ import pytest
 
 from cluster.pool import Rank, Resources
 from schemas import events
+from tests.support import clusters
 from tests.support.runs import ROOT
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ray]
@@ -90,6 +91,11 @@ class Nodes:
         """The raylet goes as if the machine had: without a word to anybody."""
         for started in self.node.all_processes["raylet"]:
             os.kill(started.process.pid, signal.SIGKILL)
+
+    def drain(self) -> str:
+        """Say that the node is being taken away; its id."""
+        clusters.drain(self.cluster.address, self.node.node_id)
+        return str(self.node.node_id)
 
     def replace_when(self, ready: Callable[[], bool]) -> None:
         """Kill the node once something is so, and bring another one a little later."""

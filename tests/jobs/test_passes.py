@@ -1,6 +1,7 @@
 """Dictionaries that are trained together: one read of the store, and the bits of each as if it were alone."""
 
 import copy
+import itertools
 import json
 import shutil
 import time
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from cluster import pool
 from cluster.pool import free_port
 from cluster.storage.path import StoragePath
 from jobs import lease as leases
@@ -23,7 +25,7 @@ from pipeline.dictionary.stored import to_bytes
 from pipeline.dictionary.trainer import Trainer
 from pipeline.stage import Gang
 from schemas.compute import Sharding
-from schemas.errors import BusyError, NonFiniteError
+from schemas.errors import BusyError, LeftError, NonFiniteError
 from schemas.records import Owner
 from tests.pipeline.dictionary.test_meshes import SETTINGS, SHAPE, Batches
 from tests.support.command import invoke
@@ -126,6 +128,29 @@ def test_those_that_are_further_wait_for_the_others(
     broken_off("false", wide=28)
     assert 0 < newest(tmp_path / "root", "long") < newest(tmp_path / "root", "wide") < 32
     monkeypatch.setattr(loop.Training, "step", inner)
+    assert run_inline(sweep) == alone
+
+
+def test_those_that_are_asked_to_leave_are_saved_where_they_are(
+    alone: dict[str, str], sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stays = pool._stays
+
+    def left(share: str, steps: int) -> dict[str, int]:
+        """The steps of the newest checkpoints behind so many more steps."""
+        asked = itertools.count(1)
+        monkeypatch.setattr(pool, "_stays", lambda: next(asked) >= steps)
+        with pytest.raises(LeftError, match="to leave"):
+            run_inline(sweep, "compute.checkpoint_seconds=1e9", f"compute.share_reads={share}")
+        return {
+            name: newest(tmp_path / "root", name) for name in SWEEP if (tmp_path / "root/dictionaries" / name).is_dir()
+        }
+
+    assert left("false", 9) == {"tiny": 9}
+    # Who is further does not move.
+    assert left("true", 4) == {"tiny": 9, "wide": 4, "long": 4}
+    assert left("true", 20) == {"tiny": 24, "wide": 24, "long": 24}
+    monkeypatch.setattr(pool, "_stays", stays)
     assert run_inline(sweep) == alone
 
 
