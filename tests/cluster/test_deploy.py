@@ -123,6 +123,23 @@ def test_pods_are_what_kubernetes_accepts(path: Path) -> None:
             assert ("tolerations" in pod) == has_gpu
 
 
+@pytest.mark.parametrize("path", KUBERAY, ids=names)
+def test_pods_that_have_to_go_give_notice_while_there_is_time(path: Path) -> None:
+    from ray.scripts.scripts import cli
+
+    known = {option for each in cli.commands["drain-node"].params for option in each.opts}
+    for spec in clusters(path):
+        for group in spec["workerGroupSpecs"]:
+            pod = group["template"]["spec"]
+            shell, flag, text = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+            notice, _, wait = text.partition("; ")
+            assert (shell, flag, notice.split()[:2]) == ("sh", "-c", ["ray", "drain-node"])
+            assert {word for word in notice.split() if word.startswith("--")} <= known
+            seconds = int(notice.split()[-1])
+            assert wait == f"sleep {seconds}"
+            assert seconds < pod["terminationGracePeriodSeconds"]
+
+
 def test_pods_with_a_field_too_many_are_refused() -> None:
     pod = {
         "apiVersion": "v1",
