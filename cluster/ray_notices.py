@@ -20,6 +20,7 @@ from ray.exceptions import RayError
 from schemas.errors import BusyError
 
 LOOK_SECONDS = 2.0
+END_SECONDS = 1.0
 
 
 class Notices:
@@ -35,10 +36,11 @@ class Notices:
         self._thread = threading.Thread(target=self._keep_asking, name="notices", daemon=True)
 
     def _keep_asking(self) -> None:
-        with suppress(RayError):
-            while not self._over.is_set():
+        while not self._over.is_set():
+            # Not joined yet, or not any more.
+            with suppress(RayError):
                 self._deadlines = state.get_draining_nodes()
-                self._over.wait(LOOK_SECONDS)
+            self._over.wait(LOOK_SECONDS)
 
     @property
     def leaving(self) -> frozenset[str]:
@@ -72,3 +74,5 @@ class Notices:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._over.set()
+        # Nobody may be asking when Ray is left. Where the head is away, the question ends with it.
+        self._thread.join(END_SECONDS)

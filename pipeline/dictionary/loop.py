@@ -183,8 +183,7 @@ def _leave(going: Iterable[Training], step: int) -> NoReturn:
     for each in going:
         if each.progress.step == step:
             each.save()
-    first = next(iter(going))
-    raise LeftError(f"{first.wanted.stage}: saved at step {step}, to leave", "resume")
+    raise LeftError(f"saved at step {step}, to leave", "resume")
 
 
 class Training:
