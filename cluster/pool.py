@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from cluster import interruption
+from cluster.backlog import Backlog
 from cluster.failures import ATTEMPTS, Tries
 from schemas.events import Event
 
@@ -139,10 +140,11 @@ class InlinePool:
         """See `Pool.map`."""
         limit_threads(resources.threads)
         tries = Tries(stage, len(tasks), self._attempts, emit)
-        waiting = deque(enumerate(tasks))
+        waiting, backlog = deque(enumerate(tasks)), Backlog(stage, emit)
         while waiting:
             interruption.check()
             index, task = waiting.popleft()
+            backlog.at(len(waiting), 1)
             try:
                 result = fn(task)
             except Exception as error:  # noqa: BLE001 - counted, told, and in the end raised
@@ -151,6 +153,7 @@ class InlinePool:
                 continue
             tries.done()
             yield index, result
+        backlog.at(0, 0)
         tries.settle()
 
     def gang(

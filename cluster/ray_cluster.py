@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cluster import interruption
+from cluster import interruption, ray_metrics
 from cluster.storage.redaction import first_line
 from schemas.errors import BusyError
 
@@ -136,6 +136,13 @@ def _start(cpus: int, folder: str) -> None:
     )
 
 
+def _end() -> None:
+    import ray
+
+    with ray_metrics.ending:
+        ray.shutdown()
+
+
 @contextmanager
 def ray_session(address: str | None, cpus: int) -> Iterator[None]:
     """Ray, for as long as the context is open.
@@ -150,16 +157,14 @@ def ray_session(address: str | None, cpus: int) -> Iterator[None]:
     _quiet()
     if address is not None:
         _require_answer(address)
-        import ray
 
         _join(address)
         try:
             yield
         finally:
-            ray.shutdown()
+            _end()
         return
     _lock()
-    import ray
 
     _require_lock()
     _sweep()
@@ -168,7 +173,7 @@ def ray_session(address: str | None, cpus: int) -> Iterator[None]:
         _start(cpus, folder)
         yield
     finally:
-        ray.shutdown()
+        _end()
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -33,9 +34,11 @@ from cluster.ray_worker import (
     started,
     wait_for,
 )
+from cluster.storage import traffic
+from cluster.storage.traffic import Traffic
 from cluster.watch import BEAT_SECONDS, STORE_SECONDS, Beat, Lost, Pace, Watch, doing
 from schemas.errors import KilobasisError, OutrunError, StageFailedError
-from schemas.events import CheckpointCommitted, Event, Note, WorkerLost
+from schemas.events import CheckpointCommitted, Event, Note, StoreUsed, WorkerLost
 
 # Failures in a row that may be the gang's own, without a new checkpoint in between, after which it is given up.
 FAILURES = 5
@@ -116,7 +119,7 @@ class _Post:
     def _beat(self) -> Any:
         step, phase = self._at
         line, waits = doing(self._works)
-        return self._mailbox.beat.remote(Beat(self._rank, step, phase, time.monotonic(), line, waits))
+        return self._mailbox.beat.remote(Beat(self._rank, step, phase, time.monotonic(), line, waits, traffic.total()))
 
     def _keep_beating(self) -> None:
         self._beat()
@@ -220,6 +223,8 @@ class _Gang:
         self._places: dict[int, Place] = {}
         self._inbox = _Inbox()
         self._actors: list[ActorHandle[Any]] = []
+        self._traffic: dict[int, Traffic] = {}
+        self._told = Traffic()
 
     @property
     def nodes(self) -> frozenset[str]:
@@ -301,10 +306,19 @@ class _Gang:
         mail, beats = self._inbox.read()
         for event in mail:
             self._emit(event)
+        self._count(beats)
         lost = watch.look(beats, time.monotonic())
         for text in watch.slow():
             self._emit(Note(self._stage, text))
         return lost
+
+    def _count(self, beats: Sequence[Beat]) -> None:
+        """Tell what ranks have moved, as their beats say it."""
+        self._traffic |= {beat.rank: beat.traffic for beat in beats}
+        moved = sum(self._traffic.values(), Traffic())
+        if moved != self._told:
+            self._emit(StoreUsed(self._stage, *dataclasses.astuple(moved - self._told)))
+            self._told = moved
 
     def _failed(self, rank: int, outcome: Raised | Gone, others: dict[Any, int], watch: Watch) -> Exception:
         """What to raise for a rank that failed: the others' failures are often only its echo, or it is theirs."""

@@ -16,6 +16,7 @@ import ray
 from ray.actor import ActorHandle
 
 from cluster import interruption, ray_gang
+from cluster.backlog import Backlog
 from cluster.failures import ATTEMPTS, UNIT_SECONDS, Backoff, Reminder, Tries
 from cluster.pool import Rank, Resources
 from cluster.ray_worker import (
@@ -95,7 +96,7 @@ class RayPool:
     ) -> Iterator[tuple[int, Any]]:
         """See `Pool.map`."""
         tries = Tries(stage, len(tasks), self._attempts, emit)
-        waiting = deque(range(len(tasks)))
+        waiting, backlog = deque(range(len(tasks))), Backlog(stage, emit)
         try:
             crew = self._staff(stage, resources, emit)
             while waiting or crew.flying:
@@ -103,12 +104,14 @@ class RayPool:
                 while waiting and crew.idle:
                     index = waiting.popleft()
                     crew.send(fn, tasks[index], index, name(tasks[index]))
+                backlog.at(len(waiting), len(crew.flying))
                 for flight, outcome in crew.land():
                     if isinstance(outcome, Returned):
                         tries.done()
                         yield flight.index, outcome.value
                     elif _again(tries, flight.unit, outcome):
                         waiting.append(flight.index)
+            backlog.at(0, 0)
             tries.settle()
         except BaseException:
             self.close()

@@ -13,10 +13,11 @@ import statistics
 import sys
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cluster.failures import Reminder
 from cluster.pool import Phase
+from cluster.storage.traffic import Traffic
 
 BEAT_SECONDS = 2.0
 SILENT_SECONDS = 20.0
@@ -48,7 +49,8 @@ _OURS, _TOGETHER = ("pipeline.", "jobs."), "torch.distributed"
 class Beat:
     """Where a rank is. `monotonic` is its own machine's clock, for the length of steps and nothing else.
 
-    `line` is the line of code that it is in, and `waits` says that it waits there for other ranks.
+    `line` is the line of code that it is in, and `waits` says that it waits there for other ranks. `traffic` is all
+    that its process has moved so far.
     """
 
     rank: int
@@ -57,6 +59,7 @@ class Beat:
     monotonic: float
     line: str = ""
     waits: bool = False
+    traffic: Traffic = field(default_factory=Traffic)
 
 
 @dataclass(frozen=True, slots=True)

@@ -373,7 +373,13 @@ def _print_results(parsed: Manifest, done: dict[str, Committed], as_json: bool) 
         terminal.say(console, f"report: {result['report']}")
 
 
-for name, command in (("submit", remote.submit), ("list", remote.list_), ("logs", remote.logs), ("stop", remote.stop)):
+for name, command in (
+    ("submit", remote.submit),
+    ("list", remote.list_),
+    ("logs", remote.logs),
+    ("mirror", remote.mirror),
+    ("stop", remote.stop),
+):
     app.command(name)(command)
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+from cluster.backlog import Occasion
 from cluster.pool import Pool, Rank, Resources
+from cluster.storage import traffic
 from cluster.storage.attempts import shortage
 from cluster.storage.create import create_or_adopt
 from cluster.storage.path import StoragePath
+from cluster.storage.traffic import Traffic
 from jobs.log import TrainingLog
 from jobs.state import StageFolder, peak_memory, run_unit
 from pipeline.stage import Gang, Member, Out, Task
 from schemas.compute import Compute
-from schemas.events import Event, Note, StageStarted, UnitCommitted
+from schemas.events import Event, Note, StageStarted, StoreUsed, UnitCommitted
 from schemas.records import ObjectEntry, Unit, UnitRecord
 
 T = TypeVar("T", bound=Task)
@@ -37,6 +41,7 @@ class StageOut:
         self._folder, self._pool, self._compute, self._emit, self._lease = folder, pool, compute, emit, lease
         self.records: dict[str, UnitRecord] = {}
         self.peak_memory = 0
+        self._moved, self._occasion = Traffic(), Occasion()
 
     @property
     def path(self) -> StoragePath:
@@ -67,12 +72,14 @@ class StageOut:
         open_tasks = [task for task in tasks if task.unit not in self.records]
         self.emit(StageStarted(self.stage, len(tasks) - len(open_tasks), len(tasks), str(self.path)))
         if open_tasks:
-            work = functools.partial(run_unit, fn, self._folder)
+            work = functools.partial(_make, fn, self._folder)
             finished = self._pool.map(work, open_tasks, resources, self.emit, self.stage, lambda task: task.unit)
-            for index, record in finished:
+            for index, (record, moved) in finished:
+                self._moved += moved
                 self.records[open_tasks[index].unit] = record
                 made = record.made
                 self.emit(UnitCommitted(self.stage, record.unit, made.rows, record.seconds, record.peak_memory))
+            self._tell(forced=True)
         return {task.unit: self.records[task.unit] for task in tasks}
 
     def gang(
@@ -94,6 +101,7 @@ class StageOut:
         result, peak = self._pool.gang(work, world_size, resources, self.emit, self.stage)
         for out in outs:
             out.peak_memory = peak
+        self._tell(forced=True)
         return result
 
     def write(self, key: str, body: bytes) -> ObjectEntry:
@@ -102,8 +110,25 @@ class StageOut:
         return ObjectEntry.of(key, body)
 
     def emit(self, event: Event) -> None:
-        """Pass an event on."""
-        self._emit(event)
+        """Pass an event on; what was moved meanwhile is added up, and told now and then."""
+        if isinstance(event, StoreUsed):
+            self._moved += Traffic(event.read_bytes, event.written_bytes, event.retries)
+        else:
+            self._emit(event)
+        self._tell()
+
+    def _tell(self, forced: bool = False) -> None:
+        """Say what workers and ranks have moved, and what this process has: records, or all of an inline pool."""
+        if not self._occasion.due(forced):
+            return
+        moved, self._moved = self._moved + traffic.fresh(), Traffic()
+        if moved != Traffic():
+            self._emit(StoreUsed(self.stage, *dataclasses.astuple(moved)))
+
+
+def _make(fn: Callable[[T, StoragePath], Unit], folder: StageFolder, task: T) -> tuple[UnitRecord, Traffic]:
+    """In a worker: make a unit and commit it; and what the process has moved since the unit before."""
+    return run_unit(fn, folder, task), traffic.fresh()
 
 
 class _Seat(NamedTuple):

@@ -28,6 +28,8 @@ from cluster.ray_metrics import Gauges
 from cluster.storage.create import create
 from cluster.storage.path import StoragePath
 from cluster.storage.redaction import redact
+from jobs.plan import size
+from jobs.scalars import Scalars, StoreRates
 from schemas import events
 from schemas.errors import StorageError, printable
 from schemas.events import Event
@@ -71,7 +73,7 @@ class TensorBoard:
         self._scratch = None if run.is_local else tempfile.TemporaryDirectory(prefix="kb-tb-")
         self._folder = Path(self._scratch.name) if self._scratch else self._target.local
         self._writers: dict[str, EventsWriter] = {}
-        self._units: dict[str, int] = {}
+        self._scalars = Scalars()
         self._flushed = time.monotonic()
 
     def __call__(self, event: Event) -> None:
@@ -80,19 +82,14 @@ class TensorBoard:
         Raises:
             OSError: the files cannot be written.
         """
-        if isinstance(event, events.Progress):
-            for name, value in event.scalars.items():
-                self._draw(event.stage, name, value, event.step)
-        elif isinstance(event, events.UnitCommitted):
-            count = self._units[event.stage] = self._units.get(event.stage, 0) + 1
-            self._draw(event.stage, "rows_per_second", event.rows / max(event.seconds, 1e-9), count)
-            self._draw(event.stage, "peak_memory_mib", event.peak_memory / 2**20, count)
+        for point in self._scalars(event):
+            self._draw(*point)
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self._flushed = time.monotonic()
             for writer in self._writers.values():
                 writer.flush()
 
-    def _draw(self, stage: str, name: str, value: float, step: int) -> None:
+    def _draw(self, stage: str, name: str, step: int, value: float) -> None:
         if stage not in self._writers:
             folder = self._folder / stage
             folder.mkdir(parents=True, exist_ok=True)
@@ -117,27 +114,29 @@ class TensorBoard:
 class Prometheus:
     """The latest numbers of every stage as gauges `kilobasis_...`, where the run has a Ray to serve them.
 
+    They are said until the run ends, also those of a stage that has: a dashboard shows what it knows now.
+
     Args:
         run: The run's name.
     """
 
     def __init__(self, run: str) -> None:
-        self._run, self._gauges = run, Gauges()
+        self._run, self._gauges, self._scalars = run, Gauges(), Scalars()
         self._counts: dict[tuple[str, str], int] = {}
 
     def __call__(self, event: Event) -> None:
         """Show an event."""
-        stage, shown = event.stage, dict[str, float]()
+        stage, shown = event.stage, {point.name: point.value for point in self._scalars(event)}
         if isinstance(event, events.Progress):
-            shown = {**event.scalars, "step": event.step, "done": event.done, "total": event.total}
+            shown |= {"step": event.step, "done": event.done, "total": event.total}
         elif isinstance(event, events.StageStarted):
             self._counts[stage, "units_done"] = event.done
             # Zeros as well: an alarm on what was never told would not go off.
             shown = {"units_done": event.done, "units_total": event.total, "workers_lost": 0, "units_failed": 0}
+            shown |= {"store_read_bytes": 0, "store_written_bytes": 0, "store_retries": 0}
             shown |= {name: self._counts[stage, name] for name in shown if (stage, name) in self._counts}
         elif isinstance(event, events.UnitCommitted):
-            shown = {"rows_per_second": event.rows / max(event.seconds, 1e-9), "unit_seconds": event.seconds}
-            shown |= {"units_done": self._more(stage, "units_done"), "peak_memory_bytes": event.peak_memory}
+            shown["units_done"] = self._more(stage, "units_done")
         elif isinstance(event, events.CheckpointCommitted):
             shown = {"checkpoint_step": event.step, "checkpoint_seconds": event.seconds}
         elif isinstance(event, events.WorkerLost):
@@ -152,6 +151,10 @@ class Prometheus:
     def _more(self, stage: str, name: str) -> int:
         count = self._counts[stage, name] = self._counts.get((stage, name), 0) + 1
         return count
+
+    def close(self) -> None:
+        """Say nothing any more."""
+        self._gauges.close()
 
 
 class Lines:
@@ -170,6 +173,7 @@ class Lines:
         self._fresh: dict[str, int] = {}
         self._began: dict[str, float] = {}
         self._told: dict[str, float] = {}
+        self._store: dict[str, StoreRates] = {}
 
     def __call__(self, event: Event) -> None:
         """Print what is worth a line."""
@@ -192,9 +196,14 @@ class Lines:
                 left = (total - done - 1) * elapsed / self._fresh[event.stage]
                 eta = f", {left:.0f} s left" if done + 1 < total else ""
                 pace = self._rows[event.stage] / elapsed
-                self._print(event.stage, f"{done + 1}/{total} units, {pace:,.0f} rows/s{eta}")
+                self._print(
+                    event.stage, f"{done + 1}/{total} units, {pace:,.0f} rows/s{self._stored(event.stage)}{eta}"
+                )
         elif isinstance(event, events.Progress) and (event.done >= event.total or self._due(event.stage)):
-            self._print(event.stage, _dense(event))
+            self._print(event.stage, _dense(event) + self._stored(event.stage) + _eta(event))
+        elif isinstance(event, events.StoreUsed):
+            began = self._began.get(event.stage, self._now())
+            self._store.setdefault(event.stage, StoreRates(began)).take(self._now(), event)
         elif isinstance(event, _TROUBLE):
             self._print(event.stage, trouble(event))
         elif isinstance(event, events.StageCommitted):
@@ -205,6 +214,13 @@ class Lines:
         self._clock = when
         self(event)
         self._clock = None
+
+    def _stored(self, stage: str) -> str:
+        rates = self._store.get(stage)
+        if rates is None:
+            return ""
+        repeated = f", {rates.retries} requests repeated" if rates.retries else ""
+        return f", store {size(rates.read)}/s in, {size(rates.written)}/s out{repeated}"
 
     def _now(self) -> float:
         return time.time() if self._clock is None else self._clock
@@ -276,13 +292,17 @@ def _dense(event: events.Progress, brief: bool = False) -> str:
     named = {
         "fvu": "FVU {:.4f}", "l0": "L0 {:.1f}", "dead": "dead {:.1%}", "learning_rate": "lr {:.2g}",
         "tokens_per_second": "{:,.0f} tokens/s", "mfu": "MFU {:.0%}", "data_wait": "data wait {:.1%}",
+        "batches_ready": "{:.0f} batches ready",
     }  # fmt: skip
     shown = [text.format(event.scalars[name]) for name, text in named.items() if name in event.scalars]
     if brief:
         return ", ".join(shown[:3] + shown[4:5])
+    return f"step {event.step}, {event.done:,}/{event.total:,} tokens, " + ", ".join(shown)
+
+
+def _eta(event: events.Progress) -> str:
     pace = event.scalars.get("tokens_per_second", 0.0)
-    eta = f", {(event.total - event.done) / pace:.0f} s left" if pace and event.done < event.total else ""
-    return f"step {event.step}, {event.done:,}/{event.total:,} tokens, " + ", ".join(shown) + eta
+    return f", {(event.total - event.done) / pace:.0f} s left" if pace and event.done < event.total else ""
 
 
 _TROUBLE = (events.WorkerLost, events.UnitFailed, events.UnitQuarantined, events.Note)
@@ -348,6 +368,7 @@ class Watchers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._prometheus.close()
         if isinstance(self._screen, Bars):
             self._screen.close()
         try:

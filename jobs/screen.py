@@ -20,25 +20,27 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from cluster.storage.objects import names, read_text_object
+from cluster.storage.objects import names
 from cluster.storage.path import StoragePath
 from jobs.plan import instances, size
 from jobs.progress import trouble
+from jobs.scalars import StoreRates
 from jobs.status import RECENT_RUNS, alive
-from jobs.workspace import label, manifest_of, reaching, require_root
-from schemas.errors import IntegrityError, ManifestError, printable
+from jobs.workspace import label, manifest_of, reaching, require_root, segment_of
+from schemas.errors import ManifestError, printable
 from schemas.events import (
     CheckpointCommitted,
     Event,
     Note,
     Progress,
+    QueueChanged,
     StageCommitted,
     StageStarted,
+    StoreUsed,
     UnitCommitted,
     UnitFailed,
     UnitQuarantined,
     WorkerLost,
-    parse_lines,
 )
 from schemas.layouts import RUNS
 from schemas.manifest import Manifest
@@ -47,6 +49,10 @@ from schemas.manifest import Manifest
 RECENT_SECONDS, CURVE, LINES = 60.0, 40, 8
 # Segments that are read at one time: a day's are thousands, and in a bucket each takes its time.
 AT_ONCE = 16
+HEADINGS = (
+    "stage", "state", "", "done", "pace", "left", "waiting", "busy", "store in", "out", "memory", "lost", "failed",
+    "repeated",
+)  # fmt: skip
 BARS = "▁▂▃▄▅▆▇█"
 SCALARS = {
     "fvu": ("FVU", "{:.4f}"),
@@ -55,6 +61,7 @@ SCALARS = {
     "learning_rate": ("rate", "{:.2g}"),
     "mfu": ("MFU", "{:.1%}"),
     "data_wait": ("data wait", "{:.1%}"),
+    "batches_ready": ("batches ready", "{:,.0f}"),
     "step_seconds": ("step", "{:.3f} s"),
 }
 
@@ -70,6 +77,8 @@ class StageView:
     peak_memory: int = 0
     lost: int = 0
     failed: int = 0
+    waiting: int = 0
+    store: StoreRates | None = None
     scalars: dict[str, float] = field(default_factory=dict)
     curve: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
     # When a unit was committed, its rows, and how long a worker had it.
@@ -135,7 +144,7 @@ class Tail:
         fresh = [segment for segment in names(folder) if segment not in self._seen]
         self._seen.update(fresh)
         with ThreadPoolExecutor(AT_ONCE) as readers:
-            return [each for told in readers.map(_told, [folder / segment for segment in fresh]) for each in told]
+            return [each for told in readers.map(segment_of, [folder / segment for segment in fresh]) for each in told]
 
 
 def working(root: StoragePath, runs: Sequence[str]) -> str:
@@ -202,10 +211,16 @@ class View:
         stage = self.stages.setdefault(event.stage, StageView())
         if isinstance(event, StageStarted):
             stage.state, stage.done, stage.total = "running", event.done, event.total
+            stage.store = stage.store or StoreRates(when)
         elif isinstance(event, UnitCommitted):
             stage.done += 1
             stage.peak_memory = max(stage.peak_memory, event.peak_memory)
             stage.units.append((when, event.rows, event.seconds))
+        elif isinstance(event, QueueChanged):
+            stage.waiting = event.waiting
+        elif isinstance(event, StoreUsed):
+            stage.store = stage.store or StoreRates(when)
+            stage.store.take(when, event)
         elif isinstance(event, Progress):
             stage.done, stage.total, stage.scalars = event.done, event.total, event.scalars
             stage.peak_memory = max(stage.peak_memory, int(event.scalars.get("memory_bytes", 0)))
@@ -225,14 +240,6 @@ class View:
         stage.lost += isinstance(event, WorkerLost)
         stage.failed += isinstance(event, UnitFailed)
         self.happened.append((when, event.stage, trouble(event)))
-
-
-def _told(segment: StoragePath) -> list[tuple[float, Event]]:
-    """What a segment has; one that cannot be read says nothing."""
-    try:
-        return parse_lines(read_text_object(segment))
-    except (FileNotFoundError, IntegrityError):
-        return []
 
 
 def picture(view: View, now: float) -> RenderableType:
@@ -260,7 +267,7 @@ _COLOURS = {True: "green", False: "red", None: "yellow"}
 
 def _stages(view: View, alive_: bool | None, now: float) -> Table:
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("stage", "state", "", "done", "pace", "left", "busy", "memory", "lost", "failed"):
+    for heading in HEADINGS:
         shown.add_column(heading, justify="left" if heading in ("stage", "state", "") else "right", no_wrap=True)
     for name, stage in view.stages.items():
         state = "stopped" if stage.state == "running" and alive_ is False else stage.state
@@ -274,10 +281,14 @@ def _stages(view: View, alive_: bool | None, now: float) -> Table:
             f"{stage.done:,} / {stage.total:,}" if stage.total else "",
             "" if pace is None else f"{pace[0]:,.0f} {pace[1]}",
             "" if left is None else _span(left),
+            str(stage.waiting or "") if running else "",
             "" if busy is None else f"{busy:.1f}",
+            f"{size(stage.store.read)}/s" if running and stage.store else "",
+            f"{size(stage.store.written)}/s" if running and stage.store else "",
             size(stage.peak_memory) if stage.peak_memory else "",
             str(stage.lost or ""),
             str(stage.failed or ""),
+            str(stage.store.retries or "") if stage.store else "",
         )
     return shown
 

@@ -242,10 +242,15 @@ def last_manifest(root: StoragePath) -> dict[str, Any] | None:
 def events_of(run: StoragePath) -> Iterator[tuple[float, Event]]:
     """What a run told, with the times; what of it cannot be read is left out."""
     for segment in names(run / "events"):
-        try:
-            yield from parse_lines(read_text_object(run / "events" / segment))
-        except (FileNotFoundError, IntegrityError):
-            continue
+        yield from segment_of(run / "events" / segment)
+
+
+def segment_of(path: StoragePath) -> list[tuple[float, Event]]:
+    """What one segment of a run's events has; one that cannot be read says nothing."""
+    try:
+        return parse_lines(read_text_object(path))
+    except (FileNotFoundError, IntegrityError):
+        return []
 
 
 def _began(run: str) -> datetime | None:

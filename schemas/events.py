@@ -44,6 +44,25 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class QueueChanged:
+    """Units that wait for a worker, and units that workers have."""
+
+    stage: str
+    waiting: int
+    running: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoreUsed:
+    """What the stage's processes have done since this was last told: bytes from and to the store, requests repeated."""
+
+    stage: str
+    read_bytes: int
+    written_bytes: int
+    retries: int
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointCommitted:
     """Training can resume from here."""
 
@@ -111,6 +130,8 @@ Event = (
     | UnitFailed
     | UnitQuarantined
     | Progress
+    | QueueChanged
+    | StoreUsed
     | CheckpointCommitted
     | WorkerLost
     | StageCommitted

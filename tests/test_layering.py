@@ -41,6 +41,8 @@ OWNERS = {
     "rich": {"jobs/progress.py", "jobs/screen.py", "jobs/terminal.py"},
     "tensorboardX": {"jobs/progress.py"},
     "scipy": {"pipeline/recovery/assignment.py"},
+    "wandb": {"jobs/tracking.py"},
+    "mlflow": {"jobs/tracking.py"},
     "jinja2": {"pipeline/report/page.py"},
     "triton": {
         "pipeline/dictionary/kernels/cuda.py",

@@ -20,6 +20,7 @@ from typing import TypeVar
 import tenacity
 
 from cluster import interruption
+from cluster.storage import traffic
 from cluster.storage.path import StoragePath
 from cluster.storage.redaction import first_line
 from schemas.errors import KilobasisError, StorageError
@@ -104,9 +105,11 @@ def attempt(path: StoragePath, verb: str, operation: Callable[[], T], renew: Cal
                 raise
             renewed = True
             renew()
+            traffic.retried()
             return operation()
 
     def note(state: tenacity.RetryCallState) -> None:
+        traffic.retried()
         if state.attempt_number >= 2:
             _LOG.warning(
                 "%s %s: %s; attempt %d, giving up %.0f s from now",
@@ -130,6 +133,7 @@ def attempt(path: StoragePath, verb: str, operation: Callable[[], T], renew: Cal
             if not may_pass(error):
                 raise
         time.sleep(random.uniform(0.0, FIRST_WAIT_SECONDS))
+        traffic.retried()
         return retrying(once)
     except (*ANSWERS, KilobasisError):
         raise

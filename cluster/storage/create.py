@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import interruption
+from cluster.storage import traffic
 from cluster.storage.attempts import attempt, disk, may_pass
 from cluster.storage.objects import SECOND_LOOKS, forget, kept, once, read_at_most, request
 from cluster.storage.path import StoragePath
@@ -135,6 +136,7 @@ def replace(path: StoragePath, body: bytes) -> None:
         temporary = path.local.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
         temporary.write_bytes(body)
         temporary.replace(path.local)
+        traffic.written(len(body))
 
 
 def remove(path: StoragePath) -> None:
@@ -154,6 +156,7 @@ def _create_local(target: Path, body: bytes) -> bool:
             stream.write(body)
             stream.flush()
             os.fsync(stream.fileno())
+        traffic.written(len(body))
         try:
             os.link(temporary, target)
         except FileExistsError:

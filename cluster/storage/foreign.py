@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO, cast
 
+from cluster.storage import traffic
 from cluster.storage.attempts import attempt
 from cluster.storage.objects import SECOND_LOOKS, filesystem, forget, once, request
 from cluster.storage.path import StoragePath
@@ -218,6 +219,7 @@ class _FromTheFront(_Ranges):
         while count and (part := self._stream.read(count)):
             parts.append(part)
             count -= len(part)
+            traffic.read(len(part))
             self._came += len(part)
         return b"".join(parts)
 

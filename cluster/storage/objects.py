@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 import fsspec
 from fsspec.asyn import sync
 
+from cluster.storage import traffic
 from cluster.storage.attempts import attempt
 from cluster.storage.path import StoragePath
 from schemas.errors import IntegrityError, ManifestError, StorageError
@@ -95,6 +96,15 @@ def request(path: StoragePath, verb: str, method: str, *args: Any, size: int = 0
 
 def once(path: StoragePath, method: str, *args: Any, size: int = 0, **options: Any) -> Any:
     """One request, with a deadline of its own, not tried again."""
+    answer = _asked(path, method, *args, size=size, **options)
+    if method == "cat_file":
+        traffic.read(len(answer))
+    elif method == "pipe_file":
+        traffic.written(len(args[1]))
+    return answer
+
+
+def _asked(path: StoragePath, method: str, *args: Any, size: int, **options: Any) -> Any:
     fs = filesystem(path)
     if not getattr(fs, "async_impl", False):
         return getattr(fs, method)(*args, **options)

@@ -177,9 +177,15 @@ class Stream:
     ) -> None:
         self._store, self._hook_points, self._seed, self._batch = store, hook_points, seed, batch
         self._filter, self._expected = passing, expected_hash % 2**64
+        self._ready = 0
         self._norm_limit: float | None = None
         if passing.max_norm is not None:
             self._norm_limit = passing.max_norm * float(np.median(store.slab(hook_points[0], 0).norm_N))
+
+    @property
+    def ready(self) -> int:
+        """Whole batches that are in memory, and need not be waited for."""
+        return self._ready
 
     def sample(self) -> torch.Tensor:
         """Slab 0, filtered, in float32: a stratified random sample of the corpus. Shape (N, D)."""
@@ -255,6 +261,8 @@ class Stream:
                 while len(x_ND) - cursor.row >= wanted:
                     taken = x_ND[cursor.row : cursor.row + wanted]
                     cursor = replace(cursor, row=cursor.row + wanted)
+                    read = len(ahead.result()[0]) if ahead.done() and ahead.exception() is None else 0
+                    self._ready = (len(x_ND) - cursor.row + read) // self._batch
                     yield (torch.cat([*carried, taken]) if carried else taken), cursor
                     carried, wanted = [], self._batch
                 if cursor.row < len(x_ND):

@@ -159,7 +159,7 @@ def _train(
                     if each.progress.step > step:
                         continue
                     try:
-                        each.step(x_BD, y_BD, cursor, waited)
+                        each.step(x_BD, y_BD, cursor, waited, stream.ready)
                     except NonFiniteError as error:
                         # The frames of its traceback know of the gang.
                         failed[index] = error.with_traceback(None)
@@ -227,7 +227,7 @@ class Training:
         """Whether all steps are done."""
         return self.progress.step >= self._steps
 
-    def step(self, x_BD: torch.Tensor, y_BD: torch.Tensor | None, cursor: Cursor, waited: float) -> None:
+    def step(self, x_BD: torch.Tensor, y_BD: torch.Tensor | None, cursor: Cursor, waited: float, ready: int) -> None:
         """Train on a batch, and save what there is when it is time.
 
         Args:
@@ -235,12 +235,13 @@ class Training:
             y_BD: The same of what a transcoder explains.
             cursor: Where the stream is behind it.
             waited: Seconds that it was waited for.
+            ready: Batches that could follow at once.
 
         Raises:
             NonFiniteError: see `Trainer.step`.
         """
         gang, trainer, settings, index = self._gang, self._trainer, self.wanted.settings, self.progress.step
-        self._pace.wait(waited)
+        self._pace.wait(waited, ready)
         gang.beat(index, "step")
         target_BD = None if y_BD is None else y_BD * self.progress.target_scale
         scalars = trainer.step(index, x_BD * self.progress.scale, target_BD)

@@ -61,12 +61,13 @@ class Pace:
         peak = peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._peak = None if peak is None else peak * ranks
         self._began = self._told = time.monotonic()
-        self._tokens, self._waited = tokens, 0.0
+        self._tokens, self._waited, self._ready = tokens, 0.0, 0
         self._step = -1
 
-    def wait(self, seconds: float) -> None:
-        """Training has waited for data."""
+    def wait(self, seconds: float, ready: int) -> None:
+        """Training has waited for a batch, and so many more are ready."""
         self._waited += seconds
+        self._ready = ready
 
     def scalars(self, step: int, tokens: int) -> dict[str, float]:
         """What there is to say behind a step.
@@ -77,14 +78,15 @@ class Pace:
 
         Returns:
             tokens_per_second, data_wait (a share) and tflops (10^12 useful operations per second, of all ranks) since
-            training began or went on; mfu where the device's peak is known; step_seconds since the last call;
-            memory_bytes of this rank: the peak of a GPU, else what the process has now.
+            training began or went on; batches_ready now; mfu where the device's peak is known; step_seconds since the
+            last call; memory_bytes of this rank: the peak of a GPU, else what the process has now.
         """
         now = time.monotonic()
         pace = (tokens - self._tokens) / max(now - self._began, 1e-9)
         made = {
             "tokens_per_second": pace,
             "data_wait": self._waited / max(now - self._began, 1e-9),
+            "batches_ready": float(self._ready),
             "tflops": pace * self._flops / 1e12,
             "memory_bytes": float(self._memory()),
         }

@@ -152,7 +152,21 @@ class PoolContract:
     """Every pool runs tasks, keeps their results apart, and knows what to do with those that raise."""
 
     def test_map_returns_every_result_with_its_index(self, pool: Pool) -> None:
-        assert run(pool, square, [1, 2, 3, 4, 5]) == ({0: 1, 1: 4, 2: 9, 3: 16, 4: 25}, [], None)
+        found, seen, error = run(pool, square, [1, 2, 3, 4, 5])
+        assert (found, error) == ({0: 1, 1: 4, 2: 9, 3: 16, 4: 25}, None)
+        assert set(map(type, seen)) == {events.QueueChanged}
+
+    def test_map_tells_how_much_waits_from_its_beginning_to_its_end(
+        self, pool: Pool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("cluster.backlog.SHORTEST", 0.0)
+        _, seen, _ = run(pool, square, [1, 2, 3, 4, 5])
+        depths = [event.waiting + event.running for event in of(events.QueueChanged, seen)]
+        # None are lost on the way, and it only ever falls.
+        assert depths[0] == 5
+        assert depths[-1] == 0
+        assert depths == sorted(depths, reverse=True)
+        assert len(depths) > 2
 
     def test_map_of_nothing_returns_nothing(self, pool: Pool) -> None:
         assert run(pool, square, []) == ({}, [], None)

@@ -32,6 +32,9 @@ class Shown:
     def __init__(self) -> None:
         self.values: dict[str, float] = {}
 
+    def close(self) -> None:
+        """As theirs."""
+
     def set(self, name: str, value: float, **tags: str) -> None:
         assert tags.keys() == {"run", "stage"}
         self.values[name] = value
@@ -48,10 +51,14 @@ def tell(watcher: progress.Prometheus) -> None:
     """Everything that a run may say of a stage."""
     config = DictionaryConfig(width=4, features=8, k=2, hook_point="h", model="m", model_digest="")
     pace = Pace(config, torch.device("cpu"), 1, 0)
+    pace.wait(0.1, ready=4)
     pace.scalars(1, 10)
     scalars = {each.name: 0.5 for each in dataclasses.fields(StepScalars)} | pace.scalars(2, 20)
     watcher(events.StageStarted("harvest", 2, 9, "harvest/abc"))
+    watcher(events.QueueChanged("harvest", 5, 2))
     watcher(events.UnitCommitted("harvest", "000002", 500, 2.0, 2**20))
+    watcher(events.StoreUsed("harvest", 2**20, 2**10, 3))
+    watcher(events.StoreUsed("harvest", 2**20, 2**10, 0))
     watcher(events.WorkerLost("harvest", "SIGKILL", 1))
     watcher(events.WorkerLost("harvest", "SIGKILL", 2))
     watcher(events.UnitFailed("harvest", "000003", "boom", 1, 3, ""))
@@ -67,6 +74,8 @@ def test_prometheus_counts_units_and_trouble(shown: Shown) -> None:
     assert (named["workers_lost"], named["units_failed"]) == (2, 1)
     assert (named["rows_per_second"], named["peak_memory_bytes"]) == (250, 2**20)
     assert (named["checkpoint_step"], named["stage_seconds"]) == (2, 9)
+    assert (named["units_waiting"], named["units_running"], named["batches_ready"]) == (5, 2, 4)
+    assert (named["store_read_bytes"], named["store_written_bytes"], named["store_retries"]) == (2**21, 2**11, 3)
 
 
 def test_numbers_are_there_before_anything_goes_wrong(shown: Shown) -> None:
@@ -95,6 +104,17 @@ def test_dashboard_asks_for_what_is_said(dashboard: dict[str, Any], shown: Shown
         for target in panel["targets"]:
             names = re.findall(r"ray_\w+(\{[^}]*\})?", target["expr"])
             assert set(names) == {'{run=~"$run", stage=~"$stage"}'}
+
+
+def test_dashboard_shows_what_an_operator_has_to_see(dashboard: dict[str, Any]) -> None:
+    asked = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
+    paces = ("rows_per_second", "tokens_per_second", "mfu", "store_read_bytes", "store_written_bytes", "dead")
+    queues, trouble = (
+        ("units_waiting", "units_running", "batches_ready"),
+        ("workers_lost", "units_failed", "store_retries"),
+    )
+    for name in (*paces, *queues, *trouble):
+        assert f"ray_kilobasis_{name}{{" in asked
 
 
 def test_dashboard_is_laid_out(dashboard: dict[str, Any]) -> None:

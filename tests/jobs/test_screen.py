@@ -180,7 +180,9 @@ def test_run_that_found_another_one_at_work_is_not_looked_at(copied: SimpleNames
 def test_look_reads_only_what_is_new(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
     told.tell((NOW - 9, events.StageStarted("harvest", 0, 9, "harvest/abc")))
     view, read = View(told.root), list[str]()
-    monkeypatch.setattr("jobs.screen.read_text_object", lambda path: read.append(path.name) or path.local.read_bytes())
+    monkeypatch.setattr(
+        "jobs.workspace.read_text_object", lambda path: read.append(path.name) or path.local.read_bytes()
+    )
     view.look()
     assert read == []
     told.tell((NOW - 8, events.UnitCommitted("harvest", "0", 10, 1.0, 0)))

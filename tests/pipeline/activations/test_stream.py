@@ -1,4 +1,6 @@
+import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
@@ -263,6 +265,21 @@ def test_filter_max_norm_leaves_out_exactly_the_outliers(tmp_path: Path) -> None
     streamed = [round(float(x_BD[0, 0]) * layout.rows) for x_BD, _ in batches]
     assert sorted(streamed[: len(kept)]) == kept.tolist()
     assert sorted(streamed[len(kept) :]) == kept.tolist()
+
+
+def test_stream_knows_how_many_batches_need_not_be_waited_for(written: dict[str, Written]) -> None:
+    # Slabs of 24 rows, and so of three batches.
+    stream, ready = written["full-units"].stream(8), []
+    with closing(stream.batches(Cursor())) as batches:
+        for _ in range(4):
+            next(batches)
+            # The slab that comes next is read meanwhile.
+            time.sleep(0.5)
+            ready.append(stream.ready)
+    assert ready[1:3] == [4, 3]
+    # The first may know of its own slab only, and the last begins the second.
+    assert ready[0] in (2, 5)
+    assert ready[3] in (2, 5)
 
 
 def test_filter_that_leaves_no_row_is_refused(written: dict[str, Written]) -> None:
