@@ -49,10 +49,10 @@ class Gauges:
         while not self._over.wait(AGAIN_SECONDS):
             with self._lock:
                 values = dict(self._values)
-            # Importing ray before its session would take its settings away.
-            ray = sys.modules.get("ray")
+            # Importing ray before its session would take its settings away; and it may be half imported.
+            is_initialized = getattr(sys.modules.get("ray"), "is_initialized", lambda: False)
             with ending:
-                if ray is not None and ray.is_initialized():
+                if is_initialized():
                     for (name, tags), value in values.items():
                         self._say(name, dict(tags), value)
 

@@ -49,10 +49,6 @@ from schemas.manifest import Manifest
 RECENT_SECONDS, CURVE, LINES = 60.0, 40, 8
 # Segments that are read at one time: a day's are thousands, and in a bucket each takes its time.
 AT_ONCE = 16
-HEADINGS = (
-    "stage", "state", "", "done", "pace", "left", "waiting", "busy", "store in", "out", "memory", "lost", "failed",
-    "repeated",
-)  # fmt: skip
 BARS = "▁▂▃▄▅▆▇█"
 SCALARS = {
     "fvu": ("FVU", "{:.4f}"),
@@ -266,31 +262,40 @@ _COLOURS = {True: "green", False: "red", None: "yellow"}
 
 
 def _stages(view: View, alive_: bool | None, now: float) -> Table:
+    rows = [_row(name, stage, alive_, now) for name, stage in view.stages.items()]
+    # A column in which nobody has anything to say has no place.
+    present = [heading for heading in rows[0] if any(row[heading] for row in rows)] if rows else []
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in HEADINGS:
+    for heading in present:
         shown.add_column(heading, justify="left" if heading in ("stage", "state", "") else "right", no_wrap=True)
-    for name, stage in view.stages.items():
-        state = "stopped" if stage.state == "running" and alive_ is False else stage.state
-        running = state == "running"
-        pace = stage.pace(now) if running else None
-        left, busy = (stage.left(now), stage.busy(now)) if running else (None, None)
-        shown.add_row(
-            Text(printable(name)),
-            state if state != "committed" or not stage.seconds else f"committed in {_span(stage.seconds)}",
-            ProgressBar(total=max(1, stage.total), completed=stage.done, width=20) if stage.total else "",
-            f"{stage.done:,} / {stage.total:,}" if stage.total else "",
-            "" if pace is None else f"{pace[0]:,.0f} {pace[1]}",
-            "" if left is None else _span(left),
-            str(stage.waiting or "") if running else "",
-            "" if busy is None else f"{busy:.1f}",
-            f"{size(stage.store.read)}/s" if running and stage.store else "",
-            f"{size(stage.store.written)}/s" if running and stage.store else "",
-            size(stage.peak_memory) if stage.peak_memory else "",
-            str(stage.lost or ""),
-            str(stage.failed or ""),
-            str(stage.store.retries or "") if stage.store else "",
-        )
+    for row in rows:
+        shown.add_row(*(row[heading] for heading in present))
     return shown
+
+
+def _row(name: str, stage: StageView, alive_: bool | None, now: float) -> dict[str, RenderableType]:
+    """What a stage has to say, by column; empty where that is nothing."""
+    state = "stopped" if stage.state == "running" and alive_ is False else stage.state
+    running = state == "running"
+    pace = stage.pace(now) if running else None
+    left, busy = (stage.left(now), stage.busy(now)) if running else (None, None)
+    store = stage.store if running else None
+    return {
+        "stage": Text(printable(name)),
+        "state": state if state != "committed" or not stage.seconds else f"committed in {_span(stage.seconds)}",
+        "": ProgressBar(total=max(1, stage.total), completed=stage.done, width=20) if stage.total else "",
+        "done": f"{stage.done:,} / {stage.total:,}" if stage.total else "",
+        "pace": "" if pace is None else f"{pace[0]:,.0f} {pace[1]}",
+        "left": "" if left is None else _span(left),
+        "waiting": str(stage.waiting or "") if running else "",
+        "busy": "" if busy is None else f"{busy:.1f}",
+        "store in": f"{size(store.read)}/s" if store else "",
+        "out": f"{size(store.written)}/s" if store else "",
+        "memory": size(stage.peak_memory) if stage.peak_memory else "",
+        "lost": str(stage.lost or ""),
+        "failed": str(stage.failed or ""),
+        "repeated": str(stage.store.retries or "") if stage.store else "",
+    }
 
 
 def _training(training: dict[str, StageView]) -> Table:

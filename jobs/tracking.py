@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 from cluster.storage.redaction import first_line
 from jobs.scalars import Point
-from schemas.errors import BusyError, ManifestError
+from schemas.errors import BusyError, KilobasisError, ManifestError
 
 # What MLflow takes in one request.
 _AT_ONCE = 1000
@@ -88,7 +88,7 @@ class WandB:
 
     def close(self) -> None:
         """See `Tracker`."""
-        self._run.finish(quiet=True)
+        self._run.finish()
 
 
 def _offline_steps(folder: Path, run: str) -> int:
@@ -198,6 +198,8 @@ def reaching(kind: str) -> Iterator[None]:
     """
     try:
         yield
+    except KilobasisError:
+        raise
     except Exception as error:
         remedy = {
             "wandb": "log in with `wandb login`, or set WANDB_MODE=offline; then mirror again",

@@ -49,6 +49,17 @@ def rank_joins(rank: Rank) -> float:
     return rank_sum(rank)
 
 
+def rank_moves(folder: Path, rank: Rank) -> None:
+    """Rank 0 moves 1000 bytes each way, rank 1 twice as many."""
+    from cluster.storage.create import replace
+    from cluster.storage.objects import read_bytes
+    from cluster.storage.path import StoragePath
+
+    path = StoragePath.parse(folder / f"of-{rank.rank}")
+    replace(path, bytes(1000 * (rank.rank + 1)))
+    read_bytes(path)
+
+
 def rank_gets(number: signal.Signals, folder: Path, rank: Rank) -> float:
     """In the gang's first life rank 1 gets a signal while rank 0 waits for it in a collective."""
     first = life(folder, rank) == 0
@@ -171,6 +182,12 @@ def pool(two_cpus: None) -> Iterator[Pool]:
     pool = RayPool(workers=2)
     yield pool
     pool.close()
+
+
+def test_what_all_ranks_have_moved_is_told(pool: Pool, diary: Diary, tmp_path: Path) -> None:
+    pool.gang(partial(rank_moves, tmp_path), 2, Resources(), diary, "s")
+    told = of(events.StoreUsed, diary.seen)
+    assert sum(event.read_bytes for event in told) == sum(event.written_bytes for event in told) == 3000
 
 
 def test_gang_of_two_meets_and_all_its_events_arrive(pool: Pool, diary: Diary) -> None:

@@ -340,6 +340,18 @@ def test_run_leaves_events_of_every_stage_as_json_lines(finished: SimpleNamespac
     assert {"fvu", "l0", "dead", "learning_rate"} <= last["scalars"].keys()
 
 
+def test_run_tells_what_it_moved_to_and_from_the_store(finished: SimpleNamespace) -> None:
+    told = [event for event in events(newest(finished.root)) if event["event"] == "StoreUsed"]
+    for stage, folder in (("tokenize", "tokenize"), ("harvest", "harvest")):
+        kept = sum(path.stat().st_size for path in (finished.root / folder).rglob("*") if path.is_file())
+        written = sum(event["written_bytes"] for event in told if event["stage"] == stage)
+        # Beside its objects a stage has leases and heartbeats, and the run a log.
+        assert 0.9 * kept < written < 1.2 * kept + 20_000
+    harvested = sum(path.stat().st_size for path in (finished.root / "harvest").rglob("c/**/*") if path.is_file())
+    assert sum(event["read_bytes"] for event in told if event["stage"] == "train/tiny") > harvested / 2
+    assert not any(event["retries"] for event in told)
+
+
 def test_run_leaves_tensorboard_scalars_of_training(finished: SimpleNamespace) -> None:
     board = newest(finished.root) / "tensorboard"
     logged = {path.parent.relative_to(board).as_posix(): path.read_bytes() for path in board.rglob("events.out.*")}

@@ -115,6 +115,22 @@ def test_training_shows_its_scalars_and_its_own_pace(told: Told) -> None:
     assert list(view.stages["train/a"].curve) == [0.5, 0.25, pytest.approx(0.5 / 3)]
 
 
+def test_stage_shows_what_waits_and_what_its_store_gives_and_takes(told: Told) -> None:
+    told.tell(
+        (NOW - 20, events.StageStarted("harvest", 0, 9, "harvest/abc")),
+        (NOW - 20, events.QueueChanged("harvest", 7, 2)),
+        (NOW - 10, events.StoreUsed("harvest", 10 * 2**20, 20 * 2**20, 3)),
+    )
+    view = View(told.root)
+    head, row = [line.split() for line in seen(view).splitlines() if line.strip().startswith(("stage", "harvest"))]
+    assert head == ["stage", "state", "done", "waiting", "store", "in", "out", "repeated"]
+    assert row[-6:] == ["7", "1.0", "MiB/s", "2.0", "MiB/s", "3"]
+    # Nothing waits or flows where nothing runs.
+    told.tell((NOW, events.StageCommitted("harvest", 20.0, "d" * 64, "harvest/abc")))
+    view.look()
+    assert "MiB/s" not in seen(view)
+
+
 def test_trouble_is_counted_and_told(told: Told) -> None:
     told.tell(
         (NOW - 9, events.StageStarted("harvest", 0, 9, "harvest/abc")),
