@@ -37,9 +37,9 @@ body { margin: 0; background: #111217; color: #ccccdc; font: 13px DejaVu Sans, s
 main { position: relative; width: WIDTHpx; }
 section { position: absolute; box-sizing: border-box; padding: 6px 10px; background: #181b1f; border: 1px solid #2c2f36; }
 h2 { margin: 0 0 2px; font-size: 13px; font-weight: 600; }
-.legend { position: absolute; left: 10px; right: 10px; bottom: 5px; font-size: 11px; white-space: nowrap; overflow: hidden; }
-.legend i { display: inline-block; width: 14px; height: 3px; margin: 0 4px 3px 0; }
-.legend span { margin-right: 12px; }
+.legend { position: absolute; left: 10px; right: 10px; bottom: 4px; font-size: 10px; line-height: 13px; }
+.legend i { display: inline-block; width: 10px; height: 3px; margin: 0 3px 3px 0; }
+.legend span { margin-right: 8px; white-space: nowrap; display: inline-block; }
 .bar { display: flex; align-items: center; margin: 6px 0; }
 .bar b { flex: 0 0 150px; font-weight: normal; } .bar em { flex: 0 0 56px; text-align: right; font-style: normal; }
 .bar div { flex: 1; height: 14px; background: #2c2f36; } .bar div div { background: #73bf69; }
@@ -87,9 +87,9 @@ function stats(section, panel) {
 function lines(section, panel, format) {
   const rows = panel.series.flatMap((each, at) => each.points.map(([when, value]) => ({when: new Date(when * 1000), value, at})));
   section.append(Plot.plot({
-    width: panel.at.w * CELL - 28, height: panel.at.h * ROW_HEIGHT - 62, marginLeft: 62, marginBottom: 22, marginTop: 10,
+    width: panel.at.w * CELL - 28, height: panel.at.h * ROW_HEIGHT - 68, marginLeft: 62, marginBottom: 22, marginTop: 10,
     style: {background: "none", color: "#9fa3ad", fontSize: "11px"},
-    x: {type: "utc", label: null, ticks: 5, domain: SPAN.map(when => new Date(when * 1000))},
+    x: {type: "utc", label: null, ticks: 5, tickFormat: "%H:%M:%S", domain: SPAN.map(when => new Date(when * 1000))},
     y: {label: null, grid: true, ticks: 4, tickFormat: format, zero: true, nice: true},
     marks: [Plot.line(rows, {x: "when", y: "value", z: "at", stroke: row => colors[row.at % colors.length], strokeWidth: 1.5}),
             Plot.dot(panel.series.flatMap((each, at) => each.points.length < 4 ? rows.filter(row => row.at === at) : []),

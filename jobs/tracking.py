@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 import struct
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -153,8 +154,10 @@ class MLflow:
         names = found[0].data.metrics if found else {}
         self._there = {name: self._history(name) for name in names}
 
-    def _history(self, name: str) -> set[tuple[int, int]]:
-        return {(metric.step, metric.timestamp) for metric in self._client.get_metric_history(self._id, name)}
+    def _history(self, name: str) -> Counter[tuple[int, int, float]]:
+        """What is there of a metric. Each is met once more as the log is read again from its beginning."""
+        history = self._client.get_metric_history(self._id, name)
+        return Counter((metric.step, metric.timestamp, metric.value) for metric in history)
 
     def write(self, told: Sequence[Told]) -> int:
         """See `Tracker`."""
@@ -162,11 +165,12 @@ class MLflow:
 
         fresh = []
         for each in told:
-            place = each.point.step, round(each.when * 1000)
-            there = self._there.setdefault(each.name, set())
-            if place not in there:
-                there.add(place)
-                fresh.append(Metric(each.name, each.point.value, place[1], place[0]))
+            step, value, when = each.point.step, each.point.value, round(each.when * 1000)
+            there = self._there.get(each.name, Counter())
+            if there[step, when, value]:
+                there[step, when, value] -= 1
+            else:
+                fresh.append(Metric(each.name, value, when, step))
         for start in range(0, len(fresh), _AT_ONCE):
             self._client.log_batch(self._id, metrics=fresh[start : start + _AT_ONCE])
         return len(fresh)
