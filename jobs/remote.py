@@ -181,32 +181,6 @@ def mirror(
         mirrors.mirror(made, say, interval if follow else None)
 
 
-class To(StrEnum):
-    """Trackers."""
-
-    WANDB = "wandb"
-    MLFLOW = "mlflow"
-
-
-def mirror(
-    target: Target,
-    to: Annotated[To, typer.Option("--to", help="Whose runs they become.")],
-    set_: Overrides = None,
-    project: Annotated[str | None, typer.Option("--project", help="W&B's project, or MLflow's experiment.")] = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Go on as more is told, until it is stopped.")] = False,
-    interval: Annotated[float, typer.Option("--interval", metavar="S", min=0.1, help="Seconds between looks.")] = 10.0,
-) -> None:
-    """Bring the scalars of a root's runs to W&B or MLflow; again and again brings only what is new."""
-    from jobs import mirror as mirrors
-
-    say = functools.partial(terminal.say, terminal.console())
-    made = mirrors.Mirror(terminal.root_of(target, set_), to.value, project)
-    # Whoever stops it in one way or the other, what was read is sent.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with contextlib.suppress(KeyboardInterrupt):
-        mirrors.mirror(made, say, interval if follow else None)
-
-
 def stop(
     target: Target,
     address: MaybeAddress = None,
