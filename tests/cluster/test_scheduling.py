@@ -45,6 +45,15 @@ def unit(folder: Path, value: int) -> tuple[int, str]:
     return value, node_id()
 
 
+def unit_that_waits(folder: Path, value: int) -> int:
+    """The first dozen ends at once, the others when they may. Leaves a file when it begins and one when it ends."""
+    (folder / f"began-{value}-{os.getpid()}").write_text(node_id())
+    if value >= 12:
+        eventually((folder / "go").exists, 200.0)
+    (folder / f"ended-{value}-{os.getpid()}").write_text(node_id())
+    return value
+
+
 def rank_until_asked(folder: Path, rank: Rank) -> str:
     """Steps until somebody wants it to leave, in its first life; the second one finds what the first has saved."""
     saved = folder / "saved"
@@ -60,7 +69,7 @@ def rank_until_asked(folder: Path, rank: Rank) -> str:
     raise LeftError("s: saved, to leave", "resume")
 
 
-def eventually(fact: Callable[[], bool], seconds: float = 60.0) -> None:
+def eventually(fact: Callable[[], bool], seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not fact():
         assert time.monotonic() < deadline
@@ -187,25 +196,38 @@ def test_machine_that_joins_gets_units_and_one_that_is_taken_away_ends_those_it_
     """There is work for more workers than there is room for until a machine joins."""
     from cluster.ray_pool import RayPool
 
+    def at(node: str, what: str) -> int:
+        return sum(path.read_text() == node for path in tmp_path.glob(f"{what}-*"))
+
+    def told() -> list[str]:
+        return [note.text for note in of(events.Note, seen) if "is being taken away" in note.text]
+
     eventually(lambda: free(machines))
     seen: list[events.Event] = []
     eager = RayPool(workers=7)
+    tasks = list(range(40))
     with ThreadPoolExecutor(1) as beside:
-        tasks = list(range(140))
-        mapped = beside.submit(lambda: list(eager.map(partial(unit, tmp_path), tasks, Resources(), seen.append, "s")))
-        eventually(lambda: len(list(tmp_path.iterdir())) > 12)
-        joined = machines.add().node_id
-        eventually(lambda: any(path.read_text() == joined for path in tmp_path.iterdir()))
-        clusters.drain(machines.cluster.address, joined)
+        work = partial(unit_that_waits, tmp_path)
+        mapped = beside.submit(lambda: list(eager.map(work, tasks, Resources(), seen.append, "s")))
+        try:
+            eventually(lambda: len(list(tmp_path.glob("ended-*"))) >= 12)
+            joined = machines.add().node_id
+            eventually(lambda: at(joined, "began") == 1)
+            clusters.drain(machines.cluster.address, joined)
+            eventually(lambda: bool(told()))
+        finally:
+            (tmp_path / "go").touch()
         eventually(lambda: clusters.gone(joined))
-        made = mapped.result()
+        made = mapped.result(timeout=120)
     eager.close()
     assert sorted(index for index, _ in made) == tasks
-    # Each was done once: nothing that the machine had begun was lost.
-    assert Counter(int(path.name.partition("-")[0]) for path in tmp_path.iterdir()) == Counter(tasks)
+    # It ended the unit that it had and got no other one, and nobody did that again.
+    assert at(joined, "began") == at(joined, "ended") == 1
+    assert len(list(tmp_path.glob("began-*"))) == len(tasks)
     assert not of(events.WorkerLost, seen)
-    (told,) = [note.text for note in of(events.Note, seen) if "is being taken away" in note.text]
-    assert told.startswith("127.0.0.1 is being taken away within ")
+    (notice,) = told()
+    assert notice.startswith("127.0.0.1 is being taken away within ")
+    assert notice.endswith(" s: workers that end their unit and leave: 1")
 
 
 def test_gang_on_a_machine_that_is_taken_away_saves_and_goes_on_elsewhere(
