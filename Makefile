@@ -78,7 +78,7 @@ servers: $(AZURITE)/ready $(SWIFT)/ready
 	    echo 'Ceph is not installed: tests against it will be skipped (Debian: apt-get install radosgw ceph-mon ceph-osd)'; \
 	  fi; }
 
-# Set from outside, it decides alone: 1 asks for all of them.
+# Set from outside, it decides alone: 1 asks for all of them, but for machines in namespaces, which have to be named.
 REQUIRE_SERVERS = KILOBASIS_REQUIRE_SERVERS="$${KILOBASIS_REQUIRE_SERVERS-moto gcs swift$(AZURITE_READY)$(CEPH_READY)}"
 AZURITE_READY = $(shell test -e $(AZURITE)/ready && echo ' azurite')
 CEPH_READY = $(shell $(HAS_CEPH) && echo ' ceph')

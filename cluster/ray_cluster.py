@@ -94,7 +94,7 @@ def _join(address: str) -> None:
         if time.monotonic() > deadline and thread.is_alive():
             raise _no_answer(address, f"it took the connection, and let nobody join for {JOIN_SECONDS:.0f} s")
     if failed:
-        if isinstance(failed[0], (ConnectionError, RuntimeError, ValueError)):
+        if isinstance(failed[0], Exception):
             raise _no_answer(address, first_line(str(failed[0]), 200)) from failed[0]
         raise failed[0]
 
@@ -124,16 +124,23 @@ def _require_lock() -> None:
 def _start(cpus: int, folder: str) -> None:
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=cpus,
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _node_ip_address="127.0.0.1",
-        _temp_dir=folder,
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=folder,
+        )
+    except Exception as error:
+        # Ray says by a bare Exception that its own processes took too long.
+        raise BusyError(
+            f"a local Ray could not be started ({first_line(str(error), 200)})",
+            "see what else takes this machine's memory and CPUs, then run it again",
+        ) from error
 
 
 def _end() -> None:
@@ -152,7 +159,7 @@ def ray_session(address: str | None, cpus: int) -> Iterator[None]:
         cpus: CPU slots that a local one offers.
 
     Raises:
-        BusyError: the cluster does not answer.
+        BusyError: the cluster does not answer, or none can be started here.
     """
     _quiet()
     if address is not None:

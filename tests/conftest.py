@@ -16,6 +16,7 @@ LONGEST = (
     "tests/test_ray_chaos.py",
     "tests/jobs/test_crashes.py",
     "tests/test_end_to_end.py",
+    "tests/test_machines.py",
     "tests/test_benchmarks.py",
     "tests/pipeline/dictionary/test_meshes.py",
     "tests/jobs/test_interruptions.py",

@@ -286,7 +286,7 @@ def _start(rank: int, world_size: int, init_method: str) -> None:
     # Otherwise its first initialize compiles a C++ op that only inference uses: minutes, and a lock file
     # that hangs every later run if the process is killed meanwhile.
     deepspeed.ops.__compatible_ops__ = {}
-    _stay_on_loopback(host)
+    _talk_where_they_meet(host, int(port))
     dist.init_process_group(
         BACKENDS[device(rank).type],
         store=_meet(rank, world_size, host, int(port)),
@@ -305,12 +305,20 @@ def _meet(rank: int, world_size: int, host: str, port: int) -> TCPStore:
     return TCPStore(host, port, world_size, is_master=True, timeout=COLLECTIVE_TIMEOUT, master_listen_fd=door.detach())
 
 
-def _stay_on_loopback(host: str) -> None:
-    """Ranks that meet on loopback talk there too, whatever address the machine's name stands for."""
+def _talk_where_they_meet(host: str, port: int) -> None:
+    """Ranks talk on the network on which they meet. Left to themselves, libraries take the one of the machine's name.
+
+    That is loopback on many machines, whatever else they have, and no other machine gets there.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        # Sends nothing: it only asks by which of its addresses this machine would get there.
+        probe.connect((host, port))
+        own = probe.getsockname()[0]
     for name, addresses in psutil.net_if_addrs().items():
-        if host.startswith("127.") and any(each.address == "127.0.0.1" for each in addresses):
+        if any(each.address.partition("%")[0] == own for each in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
 
 
 def _stop() -> None:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from cluster.ray_cluster import ray_session
+from schemas.errors import BusyError
 from tests.support.runs import ROOT
 
 CLIENT = """
@@ -79,3 +81,18 @@ def test_cluster_that_takes_the_call_and_says_nothing_has_a_deadline(mute: str) 
         "check the address and that the cluster runs, or leave compute.address out for a local Ray"
     )
     assert time.monotonic() - began < 30
+
+
+def test_local_ray_that_does_not_come_up_is_told_of_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def slow(**_arguments: object) -> None:
+        raise Exception("The current node timed out during startup. This\ncould happen because")
+
+    monkeypatch.setattr(ray, "init", slow)
+    with pytest.raises(BusyError) as raised, ray_session(None, 1):
+        pass
+    assert str(raised.value) == (
+        "a local Ray could not be started (The current node timed out during startup. This) -> "
+        "see what else takes this machine's memory and CPUs, then run it again"
+    )

@@ -17,13 +17,18 @@ PACKAGES = "radosgw ceph-mon ceph-osd ceph-common"
 
 
 class CephServer(S3Server):
-    """Ceph RGW over `memstore` (quick, gone with the OSD) or `bluestore` (on disk, survives a kill of the OSD)."""
+    """Ceph RGW over `memstore` (quick, gone with the OSD) or `bluestore` (on disk, survives a kill of the OSD).
+
+    Args:
+        store: One of them.
+        host: Where clients find it; it answers on loopback too.
+    """
 
     name = "ceph"
     real = True
 
-    def __init__(self, store: Literal["memstore", "bluestore"] = "memstore") -> None:
-        self._store = store
+    def __init__(self, store: Literal["memstore", "bluestore"] = "memstore", host: str = "127.0.0.1") -> None:
+        self._store, self.host = store, host
         super().__init__()
 
     @classmethod
@@ -73,6 +78,7 @@ class CephServer(S3Server):
         self.processes.kill("rgw")
 
     def _configuration(self, folder: Path, cluster: str, monitor: str) -> str:
+        doors = " ".join(f"endpoint={host}:{self.port}" for host in sorted({"127.0.0.1", self.host}))
         sections: dict[str, dict[str, str | int | float]] = {
             "global": {
                 "fsid": cluster,
@@ -124,7 +130,7 @@ class CephServer(S3Server):
             },
             "client.rgw": {
                 # Without nodelay, small answers wait 40 ms.
-                "rgw frontends": f"beast endpoint=127.0.0.1:{self.port} tcp_nodelay=1",
+                "rgw frontends": f"beast {doors} tcp_nodelay=1",
                 "rgw thread pool size": 32,
                 "rgw enable usage log": "false",
                 "rgw enable ops log": "false",

@@ -1,7 +1,8 @@
 """The servers, started by the first test that asks for one and ended with the tests.
 
 Where a server is not installed the test is skipped with a line that says what to install. It fails in place of that
-where KILOBASIS_REQUIRE_SERVERS names the server, or is 1.
+where KILOBASIS_REQUIRE_SERVERS names the server, or is 1. Machines in namespaces are no server, and not every root may
+make them: they are asked for by the name `namespaces` alone.
 """
 
 import os

@@ -40,12 +40,14 @@ class S3Server(Server):
     scheme = "s3"
     key = "kilobasis"
     secret = "kilobasis-test"
+    # Where clients find it.
+    host = "127.0.0.1"
 
     @property
     def environment(self) -> Mapping[str, str]:
         """The AWS variables; without the last one a client may look for an instance's metadata service."""
         return {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
+            "AWS_ENDPOINT_URL": f"http://{self.host}:{self.port}",
             "AWS_ACCESS_KEY_ID": self.key,
             "AWS_SECRET_ACCESS_KEY": self.secret,
             "AWS_DEFAULT_REGION": REGION,
