@@ -117,6 +117,8 @@ def rank_dies(lives: int, folder: Path, rank: Rank) -> int:
 def rank_finds_another_trainer(lives: int, folder: Path, rank: Rank) -> int:
     """In each of its first lives, rank 1 hears of it late, and only of rank 0's end."""
     number = life(folder, rank)
+    # Or one might be gone before the other has begun, whose first life would be the gang's second.
+    join(rank)
     if number < lives and rank.rank == 0:
         raise OutrunError("another trainer under the same lease", "resume")
     if number < lives:

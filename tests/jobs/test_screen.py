@@ -11,6 +11,7 @@ from rich.console import Console
 
 from cluster.storage.create import create
 from cluster.storage.path import StoragePath
+from jobs import workspace
 from jobs.screen import View, curve, picture, watch
 from schemas import events
 from schemas.errors import ManifestError
@@ -198,7 +199,7 @@ def test_look_reads_only_what_is_new(told: Told, monkeypatch: pytest.MonkeyPatch
     told.tell((NOW - 9, events.StageStarted("harvest", 0, 9, "harvest/abc")))
     view, read = View(told.root), list[str]()
     monkeypatch.setattr(
-        "jobs.workspace.read_text_object", lambda path: read.append(path.name) or path.local.read_bytes()
+        "jobs.screen.segment_events", lambda path: read.append(path.name) or workspace.segment_events(path)
     )
     view.look()
     assert read == []

@@ -10,6 +10,7 @@ from ray import cloudpickle
 
 from cluster.pool import InlinePool, Rank, Resources
 from cluster.storage.path import StoragePath
+from cluster.storage.traffic import Traffic
 from jobs import manifest as manifests
 from jobs import runner
 from jobs.out import StageOut
@@ -110,7 +111,7 @@ def harvest_tasks(manifest: Path, units: int, folder: Path, monkeypatch: pytest.
             sizes.extend(len(cloudpickle.dumps((fn, task))) for task in tasks)
             if len(tasks) > 1:
                 raise SizedError
-            yield 0, UnitRecord(fingerprint="f", unit="000000", made=canary, seconds=0, peak_memory=0)
+            yield 0, (UnitRecord(fingerprint="f", unit="000000", made=canary, seconds=0, peak_memory=0), Traffic())
 
     path = StoragePath.parse(folder)
     out = StageOut(StageFolder(path / "harvest", "harvest", "f"), Pool(), parsed.compute, lambda event: None)

@@ -38,6 +38,8 @@ SETTINGS = Train(
 class Batches:
     """A stream of the same few batches over and over."""
 
+    ready = 0
+
     def sample(self) -> torch.Tensor:
         return activations()[0]
 
