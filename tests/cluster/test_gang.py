@@ -241,7 +241,7 @@ def test_gang_whose_rank_hangs_in_its_first_step_names_the_right_one_and_the_dea
     from cluster import watch
 
     monkeypatch.setattr(watch, "NAME_SECONDS", 5.0)
-    monkeypatch.setattr(watch, "WARM_UP_SECONDS", 8.0)
+    monkeypatch.setattr(watch, "WARM_UP_SECONDS", 16.0)
     assert pool.gang(partial(rank_waits_while_another_hangs, tmp_path), 2, Resources(), diary, "s") == "done"
     (lost,) = of(events.WorkerLost, diary.seen)
     assert lost.doing == "rank 1"
@@ -251,7 +251,7 @@ def test_gang_whose_rank_hangs_in_its_first_step_names_the_right_one_and_the_dea
     named = [event.text for event in of(events.Note, diary.seen) if "has been in the step at step 0" in event.text]
     assert named
     assert all(text.startswith("rank 1 ") for text in named)
-    assert all(text.endswith("its gang is started again when no rank moves for 8 s") for text in named)
+    assert all(text.endswith("its gang is started again when no rank moves for 16 s") for text in named)
     assert diary.left == [[]]
 
 
