@@ -244,7 +244,7 @@ def report(target: Target, set_: Overrides = None, json_: AsJson = False) -> Non
     for planned in made.stages:
         if planned.folder is not None and (committed := planned.folder.committed()) is not None:
             done[label(planned.stage, planned.dictionary)] = committed
-    missing = [f"catalog/{each.name}" for each in parsed.dictionaries if f"catalog/{each.name}" not in done]
+    missing = [f"catalog/{each.name}" for each in parsed.wanted if f"catalog/{each.name}" not in done]
     if missing:
         raise ManifestError(
             f"{', '.join(missing)} is not committed, so there is no report yet", "run `kilobasis run` first"
@@ -337,7 +337,7 @@ def _print_results(parsed: Manifest, done: dict[str, Committed], as_json: bool) 
     from cluster.storage.formats import read_document
 
     results: dict[str, dict[str, Any]] = {}
-    for dictionary in parsed.dictionaries:
+    for dictionary in parsed.wanted:
         evaluated, catalog = done[f"evaluate/{dictionary.name}"], done[f"catalog/{dictionary.name}"]
         judged = read_document(evaluated.path, evaluated.entry(METRICS))
         results[dictionary.name] = {"report": str(catalog.path / REPORT), "metrics": judged}

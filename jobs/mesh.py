@@ -72,7 +72,7 @@ def _mesh(manifest: Manifest, sources: Sources, parts: int, count: int) -> Shard
 
 def _bytes_per_rank(manifest: Manifest, sources: Sources) -> int:
     (train,) = [stage for stage in STAGES if stage.name == "train"]
-    return max(train.estimate(manifest, dictionary, sources).memory for dictionary in manifest.dictionaries)
+    return max(train.estimate(manifest, dictionary, sources).memory for dictionary in manifest.wanted)
 
 
 def _found(compute: Compute) -> Devices:

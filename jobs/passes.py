@@ -36,7 +36,7 @@ def companions(
     room = _room(manifest.compute)
     key = stage.together.key(stage.params(manifest, dictionary, sources))
     taken, estimate = list[Dictionary](), stage.estimate(manifest, dictionary, sources)
-    for other in manifest.dictionaries[manifest.dictionaries.index(dictionary) + 1 :]:
+    for other in manifest.wanted[manifest.wanted.index(dictionary) + 1 :]:
         if stage.together.key(stage.params(manifest, other, sources)) != key or not is_open(other):
             continue
         both = joint(estimate, stage.estimate(manifest, other, sources))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import signal
 import time
 from enum import StrEnum
@@ -40,6 +41,9 @@ def submit(
     private_network: Annotated[
         bool, typer.Option("--private-network", help="Vouch that nobody else is on the way to the cluster.")
     ] = False,
+    each: Annotated[
+        bool, typer.Option("--each", help="A job for each dictionary, side by side in one root; none is followed.")
+    ] = False,
 ) -> None:
     """Run a manifest on a Ray cluster; attach to it where it runs there already."""
     terminal.quiet()
@@ -50,8 +54,14 @@ def submit(
     parsed = manifests.load(manifest, set_ or [])
     say = functools.partial(terminal.say, terminal.console())
     api = JobsApi(address)
-    submitted = jobs.submit(api, manifest, parsed, set_ or [], say, private_network)
-    if follow:
+    if each:
+        # What they share the first one to come makes, and the others wait for.
+        for dictionary in parsed.wanted:
+            own = [*(set_ or []), f"compute.only={json.dumps([dictionary.name])}"]
+            submitted = jobs.submit(api, manifest, manifests.load(manifest, own), own, say, private_network, wait=True)
+    else:
+        submitted = jobs.submit(api, manifest, parsed, set_ or [], say, private_network)
+    if follow and not each:
         try:
             jobs.follow(api, submitted, Lines(terminal.console()).at, say, pending)
         except KeyboardInterrupt:

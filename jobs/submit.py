@@ -63,7 +63,13 @@ class Submitted:
 
 
 def submit(
-    api: JobsApi, path: Path, parsed: Manifest, overrides: Sequence[str], say: Say, private_network: bool = False
+    api: JobsApi,
+    path: Path,
+    parsed: Manifest,
+    overrides: Sequence[str],
+    say: Say,
+    private_network: bool = False,
+    wait: bool = False,
 ) -> Submitted:
     """Ask for a job, or find it.
 
@@ -74,6 +80,7 @@ def submit(
         overrides: `a.b=value` each.
         say: Gets a line for what is worth knowing.
         private_network: Whether nobody else is on the way to the cluster, whatever it looks like.
+        wait: Whether the job waits where another run leads a stage.
 
     Raises:
         ManifestError: it cannot work there.
@@ -91,14 +98,16 @@ def submit(
         own = [each for each in overrides if each.partition("=")[0] not in fields]
         given = [*own, *(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in fields.items())]
         arguments = [part for override in given for part in ("--set", override)]
-        entrypoint = shlex.join(["python", "-m", "jobs", "run", package.manifest, *arguments])
+        patient = ["--on-busy", "wait"] if wait else []
+        entrypoint = shlex.join(["python", "-m", "jobs", "run", package.manifest, *patient, *arguments])
         if redact(entrypoint) != entrypoint:
             raise ManifestError(
                 "the command of the job would hold a secret, which everybody at the dashboard could read",
                 "put it into the environment of the cluster's machines",
             )
         identity = hashlib.sha256(repr((package.digest, entrypoint)).encode()).hexdigest()[:12]
-        name = f"{PREFIX}-{re.sub(r'[^A-Za-z0-9-]+', '-', parsed.name)[:40]}-{identity}"
+        title = re.sub(r"[^A-Za-z0-9-]+", "-", "-".join((parsed.name, *parsed.compute.only)))
+        name = f"{PREFIX}-{title[:40]}-{identity}"
         metadata = {"kilobasis_name": parsed.name, "kilobasis_root": redact(str(root)), "kilobasis": _version()}
         for attempt in range(1, MOST_ATTEMPTS):
             job, earlier = f"{name}-a{attempt}", tuple(workspace.runs())

@@ -76,6 +76,8 @@ def manifest_of(target: str, overrides: list[str] | None) -> Manifest:
         found = last_manifest(root)
     if found is None:
         raise ManifestError(f"root {root} has no run to resume", "start one with `kilobasis run`")
+    # A root is asked about all of it, whatever its newest run left to others.
+    found = found | {"compute": {key: value for key, value in found.get("compute", {}).items() if key != "only"}}
     return manifests.recorded(found, str(root), overrides or [], f"the manifest of the last run in {root}")
 
 

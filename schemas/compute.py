@@ -95,6 +95,11 @@ class Compute(Section):
         description="Time that training may stand still while a rank reads or saves. Then all ranks are started again "
         "from the last checkpoint.",
     )
+    only: tuple[str, ...] = Field(
+        default=(),
+        description="Dictionaries that this run makes, so that several runs of one root can have some each; all if "
+        "left out.",
+    )
     share_reads: bool = Field(
         default=True,
         description="Train dictionaries that see the same activations in the same order in one pass of the store, as "

@@ -218,6 +218,12 @@ class Manifest(Section):
         return expanded(value)
 
     @property
+    def wanted(self) -> tuple[Dictionary, ...]:
+        """The dictionaries that this run makes."""
+        only = self.compute.only
+        return tuple(each for each in self.dictionaries if not only or each.name in only)
+
+    @property
     def hook_points(self) -> tuple[str, ...]:
         """The hook points that are harvested."""
         if self.synthetic is None or self.harvest.hook_points:
@@ -268,6 +274,9 @@ class Manifest(Section):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two dictionaries are named {name!r}")
+        for name in self.compute.only:
+            if name not in names:
+                raise ValueError(f"compute.only names {name!r}, which is no dictionary; there are {names}")
         for index, dictionary in enumerate(self.dictionaries):
             where = f"dictionaries.{index}"
             places = {"hook_point": dictionary.hook_point}

@@ -43,9 +43,7 @@ def steps_of(manifest: Manifest) -> tuple[Step, ...]:
 
 
 def instances(manifest: Manifest) -> list[tuple[Step, Dictionary | None]]:
-    """Every step to take: the shared ones once, the others for each dictionary in turn."""
+    """Every step that a run takes: the shared ones once, the others for each dictionary in turn."""
     steps = steps_of(manifest)
     shared: list[tuple[Step, Dictionary | None]] = [(step, None) for step in steps if not step.per_dictionary]
-    return shared + [
-        (step, dictionary) for dictionary in manifest.dictionaries for step in steps if step.per_dictionary
-    ]
+    return shared + [(step, dictionary) for dictionary in manifest.wanted for step in steps if step.per_dictionary]
