@@ -181,6 +181,7 @@ def simulated() -> Iterator[None]:
         mock.patch.object(leases, "is_held", return_value=False),
         mock.patch.object(leases.Lease, "_keep"),
         mock.patch.object(inventory, "ThreadPoolExecutor", Here),
+        mock.patch("cluster.storage.objects.ThreadPoolExecutor", Here),
         mock.patch.object(leases, "this_process", _this_runner),
         mock.patch.object(attempts.time, "sleep"),
         mock.patch.object(attempts.tenacity, "stop_after_delay", return_value=give_up),
