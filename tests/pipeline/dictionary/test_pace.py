@@ -17,11 +17,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_scalars_are_those_of_the_clock(clock: list[float]) -> None:
     made = pace.Pace(SHAPE, torch.device("cpu"), 2, 1000)
-    made.wait(1.0)
+    made.wait(1.0, 3)
     clock[0] += 4
     first = made.scalars(10, 1400)
     assert first["tokens_per_second"] == 100.0
     assert first["data_wait"] == 0.25
+    assert first["batches_ready"] == 3.0
     assert first["tflops"] == 100.0 * (2 * 64 * 16 + 8 * 4 * 16) / 1e12
     assert 50 * 2**20 < first["memory_bytes"] < 2**36
     assert first.keys().isdisjoint({"step_seconds", "mfu"})
