@@ -91,10 +91,17 @@ class _Inbox:
         self.mailbox: ActorHandle[Any] = ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
         self._asked: Any = None
 
-    def read(self) -> tuple[list[Event], list[Beat]]:
+    def last(self) -> tuple[list[Event], list[Beat]]:
+        """What has come up to now, from ranks that have ended."""
+        # A question that is still open may have been put before they had said their last.
+        mail, beats = self.read(FLUSH_SECONDS) if self._asked else ([], [])
+        rest, later = self.read(FLUSH_SECONDS)
+        return [*mail, *rest], [*beats, *later]
+
+    def read(self, patience: float = MAIL_SECONDS) -> tuple[list[Event], list[Beat]]:
         """What has come since. A slow answer is waited for again at the next call, so that nothing is lost."""
         self._asked = self._asked or self.mailbox.drain.remote()
-        if not ray.wait([self._asked], timeout=MAIL_SECONDS)[0]:
+        if not ray.wait([self._asked], timeout=patience)[0]:
             return [], []
         asked, self._asked = self._asked, None
         answer = fetch(asked)
@@ -138,6 +145,8 @@ class _Post:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._over.set()
+        # A beat that was begun before must not come behind the last one, and tell of less.
+        self._thread.join(FLUSH_SECONDS)
         # Whatever was sent before has arrived when this has.
         ray.wait([self._beat()], timeout=FLUSH_SECONDS)
 
@@ -326,6 +335,7 @@ class _Gang:
                     result = outcome.value
             if lost is not None and lost.rank in running.values():
                 raise _RankLostError(f"rank {lost.rank}", f"{self._place(lost.rank)}{lost.reason}")
+        self._hear(*self._inbox.last())
         return result
 
     def _heed(self) -> None:
@@ -343,16 +353,16 @@ class _Gang:
 
     def _look(self, watch: Watch) -> Lost | None:
         mail, beats = self._inbox.read()
-        for event in mail:
-            self._emit(event)
-        self._count(beats)
+        self._hear(mail, beats)
         lost = watch.look(beats, time.monotonic())
         for text in watch.slow():
             self._emit(Note(self._stage, text))
         return lost
 
-    def _count(self, beats: Sequence[Beat]) -> None:
-        """Tell what ranks have moved, as their beats say it."""
+    def _hear(self, mail: Sequence[Event], beats: Sequence[Beat]) -> None:
+        """Pass events on, and tell what ranks have moved, as their beats say it."""
+        for event in mail:
+            self._emit(event)
         self._traffic |= {beat.rank: beat.traffic for beat in beats}
         moved = sum(self._traffic.values(), Traffic())
         if moved != self._told:
@@ -368,8 +378,8 @@ class _Gang:
                 other = fetch(reference)
                 if not isinstance(other, Returned):
                     failed[others[reference]] = other
-            # What they had to say in the end.
-            self._look(watch)
+        # What they had to say in the end.
+        self._hear(*self._inbox.last())
         if verdict := _verdict(list(failed.values())):
             return verdict
         for each in failed.values():

@@ -130,6 +130,7 @@ COMPUTE = {
     "attempts": "7",
     "unit_seconds": "60",
     "rank_seconds": "60",
+    "only": "[tiny]",
     "share_reads": "false",
     "checkpoint_seconds": "9",
     "lease_seconds": "30",
