@@ -35,6 +35,8 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 # Numbers of gradients that are put together to be sent.
 BUCKET = 2**20
+# Variables of the environment that a gang of this process has set for itself.
+_set_here: list[str] = []
 
 
 @contextlib.contextmanager
@@ -286,7 +288,7 @@ def _start(rank: int, world_size: int, init_method: str) -> None:
     # Otherwise its first initialize compiles a C++ op that only inference uses: minutes, and a lock file
     # that hangs every later run if the process is killed meanwhile.
     deepspeed.ops.__compatible_ops__ = {}
-    _talk_where_they_meet(host, int(port))
+    _talk_on(_interface(host, int(port)))
     dist.init_process_group(
         BACKENDS[device(rank).type],
         store=_meet(rank, world_size, host, int(port)),
@@ -305,10 +307,11 @@ def _meet(rank: int, world_size: int, host: str, port: int) -> TCPStore:
     return TCPStore(host, port, world_size, is_master=True, timeout=COLLECTIVE_TIMEOUT, master_listen_fd=door.detach())
 
 
-def _talk_where_they_meet(host: str, port: int) -> None:
-    """Ranks talk on the network on which they meet. Left to themselves, libraries take the one of the machine's name.
+def _interface(host: str, port: int) -> str | None:
+    """Through which network of this machine the others meet.
 
-    That is loopback on many machines, whatever else they have, and no other machine gets there.
+    Left to themselves, libraries take the one of the machine's name. That is loopback on many machines, whatever else
+    they have, and no other machine gets there.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -317,8 +320,18 @@ def _talk_where_they_meet(host: str, port: int) -> None:
         own = probe.getsockname()[0]
     for name, addresses in psutil.net_if_addrs().items():
         if any(each.address.partition("%")[0] == own for each in addresses):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
+            return name
+    return None
+
+
+def _talk_on(interface: str | None) -> None:
+    """Have ranks talk there, unless somebody has said where; behind the gang it is forgotten again."""
+    if interface is None:
+        return
+    for variable, value in (("GLOO_SOCKET_IFNAME", interface), ("NCCL_SOCKET_IFNAME", f"={interface}")):
+        if variable not in os.environ:
+            os.environ[variable] = value
+            _set_here.append(variable)
 
 
 def _stop() -> None:
@@ -328,6 +341,8 @@ def _stop() -> None:
 
     if dist.is_initialized():
         dist.destroy_process_group()
+    while _set_here:
+        os.environ.pop(_set_here.pop(), None)
     deepspeed.comm.comm.cdb = None
     for name, value in list(vars(groups).items()):
         if name.startswith("_") and name.isupper():

@@ -1,6 +1,7 @@
 """Gangs of real processes that talk over gloo."""
 
 import json
+import os
 import socket
 from pathlib import Path
 
@@ -86,15 +87,17 @@ def listen(rank: int, init_method: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["loopback", "network"])
-def test_ranks_listen_where_they_meet_and_nowhere_else(
-    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # What somebody wished is kept to; here a gang of this very process, in another test.
-    for library in ("GLOO", "NCCL"):
-        monkeypatch.delenv(f"{library}_SOCKET_IFNAME", raising=False)
+def test_ranks_listen_where_they_meet_and_nowhere_else(where: str, tmp_path: Path) -> None:
     host = "127.0.0.1" if where == "loopback" else own_address()
     spawn(listen, (f"tcp://{host}:{free_port()}", tmp_path), 2)
     assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [[host]] * 2
+
+
+def test_gang_wishes_for_a_network_only_while_it_lasts() -> None:
+    before = dict(os.environ)
+    with joined(0, 1, 1, f"tcp://127.0.0.1:{free_port()}"):
+        assert {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"} <= os.environ.keys()
+    assert {name for name in os.environ.keys() - before.keys() if "IFNAME" in name} == set()
 
 
 def own_address() -> str:
