@@ -42,6 +42,7 @@ CONTENDERS: tuple[tuple[Contender, int], ...] = (
     (tree(64), 64),
     (tree(256), 256),
     (tree(1024), 1024),
+    (tree(1024, "", BASE // 2), 1024),
     (tree(1024, "-bfloat16"), 1024),
     (tree(1024, "-bfloat16", BASE // 2), 1024),
     (tree(4096, "-bfloat16"), 4096),

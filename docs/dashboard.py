@@ -26,10 +26,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from picture import take
+
 ROOT = Path(__file__).parents[1]
 DASHBOARD = ROOT / "cluster" / "deploy" / "grafana" / "kilobasis.json"
 PICTURE = ROOT / "docs" / "grafana.png"
-VENDOR = ROOT / "pipeline" / "report" / "vendor"
 WIDTH, ROW = 1600, 32
 
 PAGE = """<!doctype html><meta charset="utf-8"><style>
@@ -134,7 +135,7 @@ def main() -> None:
         # What was said last is scraped within two seconds.
         time.sleep(2.0)
         (run,) = [path.name for path in (root / "runs").iterdir()]
-        draw(work, answers(prometheus, run, began, time.time()), (began, time.time()))
+        draw(answers(prometheus, run, began, time.time()), (began, time.time()))
     print(PICTURE.relative_to(ROOT))
 
 
@@ -230,19 +231,12 @@ def answers(port: int, run: str, began: float, ended: float) -> list[dict[str, A
     return panels
 
 
-def draw(work: Path, panels: list[dict[str, Any]], span: tuple[float, float]) -> None:
+def draw(panels: list[dict[str, Any]], span: tuple[float, float]) -> None:
     """Take a picture of the panels."""
     height = max(panel["at"]["y"] + panel["at"]["h"] for panel in panels) * ROW
     page = PAGE.replace("PANELS", json.dumps(panels)).replace("SPAN", json.dumps(span))
     page = page.replace("WIDTH", str(WIDTH)).replace("ROW_HEIGHT", str(ROW))
-    for name, library in (("D3", "d3-*.min.js"), ("PLOT", "plot-*.min.js")):
-        (path,) = VENDOR.glob(library)
-        page = page.replace(f"<script>{name}<", f"<script>{path.read_text()}<")
-    file = work / "dashboard.html"
-    file.write_text(page)
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=20000"]
-    flags += [f"--user-data-dir={work / 'profile'}", f"--window-size={WIDTH},{height}", f"--screenshot={PICTURE}"]
-    subprocess.run(["chromium", *flags, file.as_uri()], check=True, capture_output=True, timeout=120)
+    take(page, PICTURE, WIDTH, height)
 
 
 if __name__ == "__main__":

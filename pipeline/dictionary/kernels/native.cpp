@@ -170,35 +170,92 @@ KILOBASIS void kilobasis_inner(const float* rows, const float* z, const int64_t*
 
 namespace {
 
-// Columns that are added up at once: their sums stay in registers.
-constexpr int64_t COLUMNS = 64;
+// Eight numbers in float64.
+typedef double Doubles __attribute__((vector_size(64)));
+typedef float Eight __attribute__((vector_size(32)));
+constexpr int64_t EIGHT = 8;
+
+inline Doubles doubles(Eight eight) { return __builtin_convertvector(eight, Doubles); }
+
+inline Doubles doubles(const float* at) {
+    Eight eight;
+    std::memcpy(&eight, at, sizeof eight);
+    return doubles(eight);
+}
+
+// Sixteen, in two.
+struct Pair {
+    Doubles low, high;
+};
+
+template <typename W> inline Pair pair(const W* at) {
+    Lanes lanes = load(at);
+#ifdef __AVX512F__
+    __m512 wide = (__m512)lanes;
+    return {(Doubles)_mm512_cvtps_pd(_mm512_castps512_ps256(wide)),
+            (Doubles)_mm512_cvtps_pd(_mm512_extractf32x8_ps(wide, 1))};
+#else
+    Eight eight[2];
+    std::memcpy(eight, &lanes, sizeof eight);
+    return {doubles(eight[0]), doubles(eight[1])};
+#endif
+}
+
+// Vectors of columns that are added up at once: their sums stay in registers.
+constexpr int64_t VECTORS = 8, COLUMNS = VECTORS * EIGHT;
+
+// For each entry that is not zero, which it is and its value.
+template <typename W, typename Each>
+inline void each_row(const float* z, const int64_t* indices, const W* weights, int64_t d, int64_t k, bool ahead,
+                     Each each) {
+    for (int64_t i = 0; i < k; ++i) {
+        if (ahead && i + AHEAD < k) fetch(weights + indices[i + AHEAD] * d, d);
+        if (z[i] != 0) each(double(z[i]), weights + indices[i] * d);
+    }
+}
 
 template <typename W>
 void decode_double(const float* z, const int64_t* indices, const W* weights, const float* target, float scale,
                    int64_t tokens, int64_t d, int64_t k, double* sums, float* error, float* grad_z, double* squares) {
 #pragma omp parallel for schedule(dynamic, 16)
     for (int64_t b = 0; b < tokens; ++b) {
-        double square[8] = {};
-        for (int64_t first = 0; first < d; first += COLUMNS) {
-            const int64_t some = std::min(COLUMNS, d - first);
-            double sum[COLUMNS] = {};
-            for (int64_t i = 0; i < k; ++i) {
-                double value = z[b * k + i];
-                if (!first && i + AHEAD < k) fetch(weights + indices[b * k + i + AHEAD] * d, d);
-                if (value == 0) continue;
-                const W* row = weights + indices[b * k + i] * d + first;
-                if (some == COLUMNS)
-                    for (int64_t j = 0; j < COLUMNS; ++j) sum[j] += value * number(row[j]);
-                else
-                    for (int64_t j = 0; j < some; ++j) sum[j] += value * number(row[j]);
-            }
+        const float* own = z + b * k;
+        const int64_t* named = indices + b * k;
+        Doubles square{};
+        int64_t first = 0;
+        for (; first + COLUMNS <= d; first += COLUMNS) {
+            Doubles sum[VECTORS] = {};
+            each_row(own, named, weights, d, k, !first, [&](double value, const W* row) {
+                for (int64_t v = 0; v < VECTORS; v += 2) {
+                    Pair numbers = pair(row + first + v * EIGHT);
+                    sum[v] += value * numbers.low;
+                    sum[v + 1] += value * numbers.high;
+                }
+            });
             if (!target) {
-                std::memcpy(sums + b * d + first, sum, some * sizeof *sum);
+                std::memcpy(sums + b * d + first, sum, sizeof sum);
                 continue;
             }
-            float* left = error + b * d + first;
-            for (int64_t j = 0; j < some; ++j) left[j] = float(sum[j] - target[b * d + first + j]);
-            for (int64_t j = 0; j < some; ++j) square[j % 8] += double(left[j]) * left[j];
+            for (int64_t v = 0; v < VECTORS; ++v) {
+                int64_t at = b * d + first + v * EIGHT;
+                Eight left = __builtin_convertvector(sum[v] - doubles(target + at), Eight);
+                std::memcpy(error + at, &left, sizeof left);
+                square += doubles(left) * doubles(left);
+            }
+        }
+        // What is left of a row.
+        double sum[COLUMNS] = {};
+        each_row(own, named, weights, d, k, !first, [&](double value, const W* row) {
+            for (int64_t j = first; j < d; ++j) sum[j - first] += value * number(row[j]);
+        });
+        for (int64_t j = first; j < d; ++j) {
+            if (!target) {
+                sums[b * d + j] = sum[j - first];
+                continue;
+            }
+            float left = float(sum[j - first] - target[b * d + j]);
+            error[b * d + j] = left;
+            square[j % EIGHT] += double(left) * left;
         }
         if (!target) continue;
         squares[b] = ((square[0] + square[1]) + (square[2] + square[3])) + ((square[4] + square[5]) + (square[6] + square[7]));

@@ -90,11 +90,20 @@ inline Words noise(Words place) {
 
 // Float32 to bfloat16, up or down by `noise_`; what is not finite stays what it is.
 inline Halves rounded(Lanes lanes, Words noise_) {
+#ifdef __AVX512F__
+    __m512i bits = (__m512i)lanes, size = _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff));
+    const __m512i infinite = _mm512_set1_epi32(0x7f800000);
+    __mmask16 is_finite = _mm512_cmplt_epu32_mask(size, infinite), is_nan = _mm512_cmpgt_epu32_mask(size, infinite);
+    bits = _mm512_mask_add_epi32(bits, is_finite, bits, (__m512i)noise_);
+    bits = _mm512_mask_or_epi32(bits, is_nan, bits, _mm512_set1_epi32(64 << 16));
+    return (Halves)_mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
+#else
     Words bits;
     std::memcpy(&bits, &lanes, sizeof bits);
     Words is_nan = Words((bits & 0x7fffffffu) > 0x7f800000u), is_finite = Words((bits & 0x7f800000u) != 0x7f800000u);
     Words up = (bits + noise_) >> 16, same = (bits >> 16) | (is_nan & 64u);
     return __builtin_convertvector((up & is_finite) | (same & ~is_finite), Halves);
+#endif
 }
 
 inline uint32_t place_of(const KilobasisUpdate& u, int64_t f, uint32_t salt) {
@@ -109,18 +118,17 @@ template <typename Make> void put_row(float* to, int64_t d, uint32_t, Make make)
 
 template <typename Make> void put_row(uint16_t* to, int64_t d, uint32_t place, Make make) {
     constexpr Words LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    auto rounded_at = [&](int64_t i, Lanes lanes) {
-        return rounded(lanes, noise(place + (uint32_t(i) + LANE) * 0x85ebca77u));
-    };
+    constexpr uint32_t APART = 0x85ebca77u;
+    Words places = place + LANE * APART;
     int64_t i = 0;
-    for (; i + WIDE <= d; i += WIDE) {
-        Halves halves = rounded_at(i, make(Lanes{}, i));
+    for (; i + WIDE <= d; i += WIDE, places += uint32_t(WIDE) * APART) {
+        Halves halves = rounded(make(Lanes{}, i), noise(places));
         std::memcpy(to + i, &halves, sizeof halves);
     }
     if (i == d) return;
     Lanes rest{};
     for (int64_t j = i; j < d; ++j) rest[j - i] = make(0.0f, j);
-    Halves halves = rounded_at(i, rest);
+    Halves halves = rounded(rest, noise(places));
     std::memcpy(to + i, &halves, (d - i) * sizeof *to);
 }
 
@@ -131,11 +139,11 @@ struct Adam {
     // How much of the first moment stays, how much of a gradient comes to it, and what its mean is made of it by.
     float stays, comes, whole;
 
-    Adam(const KilobasisUpdate& u, int64_t f, float correction)
+    Adam(const KilobasisUpdate& u, int64_t f, float correction, float whole)
         : decay(float(std::pow(u.beta2, double(u.step - u.stamps[f])))), correction(correction),
           fresh(float((1 - u.beta2) * u.clip * u.clip)), rate(float(u.encoder_m ? u.rate : u.rate * u.clip)),
           epsilon(float(u.epsilon)), stays(float(u.beta1)), comes(float((1 - u.beta1) * u.clip)),
-          whole(float(1 / (1 - std::pow(u.beta1, double(u.step))))) {}
+          whole(whole) {}
 
     // A row whose numbers have a second moment each, and perhaps first ones.
     template <typename W> void move(float* w, float* v, W* m, float* g, int64_t d, uint32_t place) const {
@@ -211,8 +219,9 @@ void move_fully(const KilobasisUpdate& u, const Adam& adam, W* encoder, W* decod
 
 template <typename W> void update_rows(const KilobasisUpdate& u, W* encoder, W* decoder, double* squares) {
     const float correction = float(1 - std::pow(u.beta2, double(u.step)));
+    const float whole = float(1 / (1 - std::pow(u.beta1, double(u.step))));
     visit(u, squares, [&](int64_t f, Scratch& scratch) {
-        Adam adam(u, f, correction);
+        Adam adam(u, f, correction, whole);
         W *own_encoder = encoder + f * u.encoder_d, *own_decoder = decoder + f * u.decoder_d;
         if (u.row_wise) {
             move_encoder(u, adam, own_encoder, f, scratch);
