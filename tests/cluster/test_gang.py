@@ -192,6 +192,18 @@ def test_what_all_ranks_have_moved_is_told(pool: Pool, diary: Diary, tmp_path: P
     assert sum(event.read_bytes for event in told) == sum(event.written_bytes for event in told) == 3000
 
 
+def test_last_words_are_heard_though_an_earlier_question_is_still_open(pool: Pool) -> None:
+    import ray
+
+    from cluster.ray_gang import _Inbox
+
+    inbox = _Inbox()
+    assert inbox.read(patience=0.0) == ([], [])
+    ray.get(inbox.mailbox.push.remote(events.Note("s", "the last words")))
+    mail, _ = inbox.last()
+    assert mail == [events.Note("s", "the last words")]
+
+
 def test_gang_of_two_meets_and_all_its_events_arrive(pool: Pool, diary: Diary) -> None:
     assert pool.gang(rank_joins, 2, Resources(), diary, "s") == 3.0
     assert {event.text for event in of(events.Note, diary.seen)} == {"rank 0", "rank 1"}
