@@ -1,6 +1,6 @@
 """What a thousand times more features cost: steps of trees, of dense dictionaries, and of the best peer.
 
-    python benchmarks/overcomplete.py [--quick] [--case d384 ...] [--batch B] [--only NAME ...] [--json FILE]
+    python benchmarks/overcomplete.py [--quick] [--case d384 ...] [--batch B] [--rounds N] [--only NAME ...]
 
 Trees have 16 D parents whatever their size: at 64 D with 3 children each, at 1024 D with 63. Half of the k that fire
 are parents, and the children of those are searched. `slim` ones have 8 D parents with twice as many children, and a
@@ -102,9 +102,10 @@ def table(case: Case, outcomes: dict[str, Outcome], sizes: dict[str, int]) -> Ta
     shown = Table(
         title=f"D {case.width}, k {case.k}, B {case.batch}, {case.threads} threads: median of {case.rounds} rounds of "
         f"{case.steps} steps",
-        caption="times: its step over the dense one at 16 D, by the clock, then by CPU time; RSS: peak, in MiB",
+        caption="times: its step over the dense one at 16 D, by the clock, then by CPU time; optimizer: "
+        "what it reads and writes in a step, RSS: peak, both in MiB",
     )
-    for heading in ("trainer", "F / D", "F", "tokens/s", "times (range)", "CPU", "RSS", "FVU"):
+    for heading in ("trainer", "F / D", "F", "tokens/s", "times (range)", "CPU", "optimizer", "RSS", "FVU"):
         shown.add_column(heading, justify="left" if heading == "trainer" else "right", no_wrap=True)
     for name, outcome in outcomes.items():
         size = [f"{sizes[name]}", f"{sizes[name] * case.width:,}"]
@@ -114,7 +115,7 @@ def table(case: Case, outcomes: dict[str, Outcome], sizes: dict[str, int]) -> Ta
         cpu = [mine / base for mine, base in zip(outcome.cpu_seconds, outcomes[REFERENCE].cpu_seconds, strict=True)]
         shown.add_row(
             name, *size, f"{case.batch / median(outcome.seconds):,.0f}", spread(ratios(outcomes, name)),
-            f"{median(cpu):.2f}", f"{outcome.peak_rss / 2**20:,.0f}",
+            f"{median(cpu):.2f}", f"{outcome.traffic / 2**20:,.0f}", f"{outcome.peak_rss / 2**20:,.0f}",
             f"{outcome.ended:.3f}" + ("" if outcome.learns else " does not fall"),
         )  # fmt: skip
     return shown
@@ -132,6 +133,7 @@ def facts(case: Case, outcomes: dict[str, Outcome], sizes: dict[str, int]) -> li
         found.append(fact(f"{prefix}/seconds", outcome.seconds, "s/step", config))
         found.append(fact(f"{prefix}/times", ratios(outcomes, name), "its step / dense at 16 D", config))
         found.append(fact(f"{prefix}/peak_rss", [outcome.peak_rss], "bytes", config))
+        found.append(fact(f"{prefix}/optimizer_traffic", [outcome.traffic], "bytes/step", config))
     return found
 
 
@@ -142,6 +144,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one small case and few rounds; without marks")
     parser.add_argument("--case", action="append", choices=[name_of(case) for case in CASES], help="may be repeated")
     parser.add_argument("--batch", type=int, help="tokens of a step")
+    parser.add_argument("--rounds", type=int, help="how often each is timed")
     parser.add_argument("--only", action="append", choices=names, help=f"besides {REFERENCE}; may be repeated")
     parser.add_argument("--json", type=Path, help="write a list of {name, value, unit, config}")
     options = parser.parse_args()
@@ -156,7 +159,7 @@ def main() -> int:
     for case in (QUICK,) if options.quick else CASES:
         if options.case and name_of(case) not in options.case:
             continue
-        case = case if options.batch is None else replace(case, batch=options.batch)
+        case = replace(case, batch=options.batch or case.batch, rounds=options.rounds or case.rounds)
         everybody = [each for each, _ in chosen]
         outcomes = race(case, everybody, lambda line: console.print(line, style="dim"), expansions=sizes)
         console.print(table(case, outcomes, sizes))

@@ -73,7 +73,7 @@ class Case:
 
 @dataclass
 class Outcome:
-    """One contender's turns, one entry a round; `began` and `ended` are held-out errors.
+    """One contender's turns, one entry a round; `began` and `ended` are held-out errors, `traffic` the last turn's.
 
     `failure` says in a line why it has fewer rounds than there were.
     """
@@ -83,6 +83,7 @@ class Outcome:
     began: float = float("nan")
     ended: float = float("nan")
     peak_rss: int = 0
+    traffic: float = float("nan")
     failure: str | None = None
 
     @property
@@ -282,7 +283,7 @@ def _attempt(worker: Worker, steps: int, outcome: Outcome, warming: bool = False
     if warming:
         outcome.began = made["fvu"]
         return True
-    outcome.ended = made["fvu"]
+    outcome.ended, outcome.traffic = made["fvu"], made["traffic"]
     outcome.seconds.append(made["seconds"] / steps)
     outcome.cpu_seconds.append(made["cpu_seconds"] / steps)
     return True

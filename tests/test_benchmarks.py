@@ -20,6 +20,7 @@ import json, os, sys
 answers = os.fdopen(json.loads(sys.argv[1])["answers"], "w", buffering=1)
 for turn, line in enumerate(sys.stdin):
     said = {"steps": int(line), "seconds": 1.0, "cpu_seconds": 2.0, "fvu": 1.0 / (turn + 1), "peak_rss": 3}
+    said["traffic"] = 4.0
     answers.write(json.dumps(said) + "\\n")
 """
 DYING = """
@@ -96,7 +97,7 @@ def load(monkeypatch: pytest.MonkeyPatch):
         (
             "overcomplete.py",
             ["--only", "tree-64", "--only", "dense-64"],
-            {"d64/kilobasis/seconds", "d64/tree-64/times", "d64/dense-64/peak_rss"},
+            {"d64/kilobasis/seconds", "d64/tree-64/times", "d64/dense-64/peak_rss", "d64/tree-64/optimizer_traffic"},
         ),
         # On a GPU a case of its own, elsewhere kernels that are interpreted.
         ("gpu.py", ["--only", "encoder-gemm"], {"/kilobasis/mfu"} if ON_GPU else {"/interpreted/seconds"}),

@@ -20,6 +20,7 @@ from cluster.pool import free_port
 from pipeline.dictionary import model, tree
 from pipeline.dictionary.loop import scale_of
 from pipeline.dictionary.model import TopKDictionary, TreeShape
+from pipeline.dictionary.optimizer import RowAdam
 from pipeline.dictionary.parallel import be_deterministic, joined
 from pipeline.dictionary.trainer import Trainer
 from pipeline.dictionary.tree import TreeDictionary
@@ -71,6 +72,15 @@ def reconstruct(x_BD: Tensor) -> Tensor:
     return dictionary.decode(*dictionary.encode(x_BD * scale)) / scale
 
 
+def traffic() -> float:
+    """See `Turn`. Only rows that fired are visited, and their gradients are never stored."""
+    assert isinstance(trainer.optimizer, RowAdam)
+    every = trainer.optimizer.rows
+    moved = [every.W_enc, every.W_dec, every.b_enc, *every.remembered().values()]
+    fired = int((trainer.since_fired_F == 0).sum())
+    return 2.0 * fired * sum(each.nbytes for each in moved) / len(every.b_enc)
+
+
 if setting.variant == "encoder":
     for x_BD in session.batches(reconstruct):
         dictionary.encode(x_BD * scale)
@@ -78,6 +88,7 @@ if setting.variant == "encoder":
 
 with joined(0, 1, 1, f"tcp://127.0.0.1:{free_port()}") as ranks:
     trainer = Trainer(dictionary, settings, STEPS, ranks, coarse_weight=0.1)
+    session.traffic = traffic
     with trainer.engine:
         for step, x_BD in enumerate(session.batches(reconstruct)):
             scalars = trainer.step(step, x_BD * scale)

@@ -16,7 +16,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +52,8 @@ class Turn:
     `cpu_seconds` counts all threads of the process: on a machine with other work it is steadier than the clock.
     `fvu` is the fraction of variance unexplained of held-out rows behind these steps, measured outside
     the timed part; `peak_rss` the process's largest resident memory so far, in bytes, or on a GPU the most that
-    torch has held there.
+    torch has held there. `traffic` is what the optimizer read and wrote in the last step, in bytes: gradients,
+    weights and its own state; no number where the worker does not say.
     """
 
     steps: int
@@ -60,6 +61,7 @@ class Turn:
     cpu_seconds: float
     fvu: float
     peak_rss: int
+    traffic: float
 
 
 class Session:
@@ -73,6 +75,8 @@ class Session:
         self.device = torch.device(self.setting.device)
         x_NBD = torch.from_numpy(np.load(self.setting.data)).to(self.device)
         self._x_NBD, self._probe_BD = x_NBD[:-1], x_NBD[-1, :PROBE_ROWS]
+        # A worker that knows says it here; see `Turn`.
+        self.traffic: Callable[[], float] = lambda: float("nan")
 
     @property
     def sample(self) -> torch.Tensor:
@@ -96,7 +100,7 @@ class Session:
                 yield self._x_NBD[turn % len(self._x_NBD)].clone()
                 turn += 1
             seconds, cpu_seconds = self.now() - began, time.process_time() - began_cpu
-            done = Turn(steps, seconds, cpu_seconds, self._fvu(reconstruct), self._peak())
+            done = Turn(steps, seconds, cpu_seconds, self._fvu(reconstruct), self._peak(), self.traffic())
             self._answers.write(json.dumps(dataclasses.asdict(done)) + "\n")
 
     def now(self) -> float:
@@ -113,6 +117,17 @@ class Session:
         error_BD = reconstruct(self._probe_BD) - self._probe_BD
         centred_BD = self._probe_BD - self._probe_BD.mean(0)
         return float(error_BD.square().sum() / centred_BD.square().sum())
+
+
+def traffic_of(optimizers: Sequence[torch.optim.Optimizer]) -> float:
+    """`Turn.traffic` where every weight is visited: gradients are read, weights and state are read and written."""
+    moved = 0
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for weight in group["params"]:
+                state = [each for each in optimizer.state[weight].values() if isinstance(each, torch.Tensor)]
+                moved += 3 * weight.nbytes + 2 * sum(each.nbytes for each in state)
+    return float(moved)
 
 
 def peak_rss() -> int:

@@ -7,7 +7,7 @@ Variants: `signum` (the default: sign descent, schedule-free) and `adam`.
 
 from __future__ import annotations
 
-from protocol import Session
+from protocol import Session, traffic_of
 from sparsify import SparseCoderConfig, TrainConfig, Trainer  # type: ignore[import-not-found]
 from sparsify_source import Sequences, Source
 from torch import Tensor
@@ -41,5 +41,6 @@ def reconstruct(x_BD: Tensor) -> Tensor:
     return x_hat_BD
 
 
+session.traffic = lambda: traffic_of(trainer.optimizers)
 source.batches = session.batches(reconstruct)
 trainer.fit()
