@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Self
 
 from cluster import interruption
 from cluster.pool import InlinePool, Pool
+from cluster.storage import traffic
 from cluster.storage.attempts import shortage
 from cluster.storage.create import create
 from jobs import lease as leases
@@ -51,6 +52,8 @@ def run(manifest: Manifest, resume: bool = False, wait: bool = False) -> dict[st
     """
     # First of all: a look at a large model or corpus may take as long as a stage.
     with _interruptible() as stop:
+        # What this process has moved until now is no part of the run.
+        traffic.fresh()
         workspace = Workspace.of(manifest)
         if resume:
             workspace.require_unchanged()
