@@ -96,7 +96,7 @@ def load(monkeypatch: pytest.MonkeyPatch):
         ),
         (
             "overcomplete.py",
-            ["--only", "tree-64", "--only", "dense-64"],
+            ["--only", "tree-64", "--only", "dense-64", "--rounds", "1", "--batch", "256"],
             {"d64/kilobasis/seconds", "d64/tree-64/times", "d64/dense-64/peak_rss", "d64/tree-64/optimizer_traffic"},
         ),
         # On a GPU a case of its own, elsewhere kernels that are interpreted.

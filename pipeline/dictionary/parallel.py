@@ -35,8 +35,6 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 # Numbers of gradients that are put together to be sent.
 BUCKET = 2**20
-# Variables of the environment that a gang of this process has set for itself.
-_set_here: list[str] = []
 
 
 @contextlib.contextmanager
@@ -49,12 +47,14 @@ def joined(rank: int, world_size: int, features: int, init_method: str) -> Itera
         features: Ranks that share the features; divides `world_size`.
         init_method: Where ranks meet.
     """
-    _start(rank, world_size, init_method)
-    try:
-        ranks = _mesh(rank, world_size // features, features)
-        yield ranks
-    finally:
-        _stop()
+    host, port = init_method.removeprefix("tcp://").rsplit(":", 1)
+    with _talking_on(_interface(host, int(port))):
+        _start(rank, world_size, host, int(port))
+        try:
+            ranks = _mesh(rank, world_size // features, features)
+            yield ranks
+        finally:
+            _stop()
     # gloo's threads end with the last that knows of their group. One that still holds a tensor when Python shuts down
     # takes the process with it, behind everything that the rank had to do. (DeepSpeed's stage 3 keeps its group.)
     ranks.feature_group = ranks.data_group = None
@@ -269,17 +269,16 @@ def device(rank: int) -> torch.device:
     return torch.device("cuda", rank % torch.cuda.device_count())
 
 
-def _start(rank: int, world_size: int, init_method: str) -> None:
+def _start(rank: int, world_size: int, host: str, port: int) -> None:
     on_gpu = device(rank).type == "cuda"
     if on_gpu:
         # Of NCCL's collectives, and of kernels that are given nothing but addresses.
         torch.cuda.set_device(device(rank))
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
     # DeepSpeed asks for these even where the group is already there.
-    host, port = init_method.removeprefix("tcp://").rsplit(":", 1)
     local = device(rank).index if on_gpu else rank
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(local), WORLD_SIZE=str(world_size), MASTER_ADDR=host, MASTER_PORT=port
+        RANK=str(rank), LOCAL_RANK=str(local), WORLD_SIZE=str(world_size), MASTER_ADDR=host, MASTER_PORT=str(port)
     )
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
@@ -288,10 +287,9 @@ def _start(rank: int, world_size: int, init_method: str) -> None:
     # Otherwise its first initialize compiles a C++ op that only inference uses: minutes, and a lock file
     # that hangs every later run if the process is killed meanwhile.
     deepspeed.ops.__compatible_ops__ = {}
-    _talk_on(_interface(host, int(port)))
     dist.init_process_group(
         BACKENDS[device(rank).type],
-        store=_meet(rank, world_size, host, int(port)),
+        store=_meet(rank, world_size, host, port),
         rank=rank,
         world_size=world_size,
         timeout=COLLECTIVE_TIMEOUT,
@@ -324,14 +322,17 @@ def _interface(host: str, port: int) -> str | None:
     return None
 
 
-def _talk_on(interface: str | None) -> None:
-    """Have ranks talk there, unless somebody has said where; behind the gang it is forgotten again."""
-    if interface is None:
-        return
-    for variable, value in (("GLOO_SOCKET_IFNAME", interface), ("NCCL_SOCKET_IFNAME", f"={interface}")):
-        if variable not in os.environ:
-            os.environ[variable] = value
-            _set_here.append(variable)
+@contextlib.contextmanager
+def _talking_on(interface: str | None) -> Iterator[None]:
+    """Have ranks talk there, unless somebody has said where; behind the block nobody has said anything."""
+    wishes = {} if interface is None else {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
+    own = {name: value for name, value in wishes.items() if name not in os.environ}
+    os.environ.update(own)
+    try:
+        yield
+    finally:
+        for name in own:
+            os.environ.pop(name, None)
 
 
 def _stop() -> None:
@@ -341,8 +342,6 @@ def _stop() -> None:
 
     if dist.is_initialized():
         dist.destroy_process_group()
-    while _set_here:
-        os.environ.pop(_set_here.pop(), None)
     deepspeed.comm.comm.cdb = None
     for name, value in list(vars(groups).items()):
         if name.startswith("_") and name.isupper():

@@ -204,7 +204,7 @@ template <typename W> inline Pair pair(const W* at) {
 // Vectors of columns that are added up at once: their sums stay in registers.
 constexpr int64_t VECTORS = 8, COLUMNS = VECTORS * EIGHT;
 
-// For each entry that is not zero, which it is and its value.
+// For each entry that is not zero, its value and the row that it names.
 template <typename W, typename Each>
 inline void each_row(const float* z, const int64_t* indices, const W* weights, int64_t d, int64_t k, bool ahead,
                      Each each) {
@@ -245,9 +245,10 @@ void decode_double(const float* z, const int64_t* indices, const W* weights, con
         }
         // What is left of a row.
         double sum[COLUMNS] = {};
-        each_row(own, named, weights, d, k, !first, [&](double value, const W* row) {
-            for (int64_t j = first; j < d; ++j) sum[j - first] += value * number(row[j]);
-        });
+        if (first < d)
+            each_row(own, named, weights, d, k, !first, [&](double value, const W* row) {
+                for (int64_t j = first; j < d; ++j) sum[j - first] += value * number(row[j]);
+            });
         for (int64_t j = first; j < d; ++j) {
             if (!target) {
                 sums[b * d + j] = sum[j - first];
