@@ -38,7 +38,7 @@ from rich.console import Console
 from rich.table import Table
 from synthetic import GroundTruth
 
-from cluster.pool import free_port
+from cluster import rendezvous
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.parallel import Dense, joined
 from pipeline.dictionary.ranks import Ranks
@@ -156,7 +156,7 @@ def cost(case: Case, optimizer: str) -> list[tuple[Seconds, Seconds]]:
     """A step with the engine and one without it, of each round."""
     torch.set_num_threads(case.threads)
     x_NBD, found = batches(case), []
-    with joined(0, 1, 1, f"tcp://127.0.0.1:{free_port()}") as ranks:
+    with joined(0, 1, 1, rendezvous.hold("127.0.0.1")) as ranks:
         with_engine = trainer(case, optimizer, ranks, Dense())
         with mock.patch("pipeline.dictionary.trainer.Engine", Plain):
             without = trainer(case, optimizer, ranks, Dense())
@@ -199,12 +199,12 @@ def storages_now() -> set[int]:
     }
 
 
-def zero_rank(index: int, case: Case, ports: Sequence[int], ways: Sequence[Dense], folder: Path) -> None:
+def zero_rank(index: int, case: Case, init_method: str, ways: Sequence[Dense], folder: Path) -> None:
     """One rank: every way in turn; leaves the seconds of a step and the bytes."""
     torch.set_num_threads(case.threads)
     found = []
-    for port, dense in zip(ports, ways, strict=True):
-        with joined(index, 2, 1, f"tcp://127.0.0.1:{port}") as ranks:
+    for dense in ways:
+        with joined(index, 2, 1, init_method) as ranks:
             share = case.batch // 2
             x_NBD = [x_BD[index * share : (index + 1) * share].clone() for x_BD in batches(case)]
             before = storages_now()
@@ -223,6 +223,8 @@ def zero_rank(index: int, case: Case, ports: Sequence[int], ways: Sequence[Dense
                     turn(of, x_NBD, 0, 1)
             found.append((seconds, bytes_))
             del of
+            # Where to meet for the next way: a port that is held from now on.
+            (init_method, _) = ranks.texts(rendezvous.hold("127.0.0.1") if index == 0 else "")
     torch.save(found, folder / f"{index}.pt")
 
 
@@ -231,8 +233,10 @@ def zero(case: Case) -> dict[Dense, list[tuple[float, dict[str, int]]]]:
     made: dict[Dense, list[tuple[float, dict[str, int]]]] = {dense: [] for dense in WAYS}
     for _ in range(case.rounds):
         with tempfile.TemporaryDirectory() as folder:
-            ports = [free_port() for _ in WAYS]
-            processes.spawn(zero_rank, (case, ports, WAYS, Path(folder)), nprocs=2, join=True)
+            meeting = rendezvous.hold("127.0.0.1")
+            # Rank 0 is another process.
+            rendezvous.release(meeting)
+            processes.spawn(zero_rank, (case, meeting, WAYS, Path(folder)), nprocs=2, join=True)
             every = [torch.load(Path(folder) / f"{index}.pt") for index in range(2)]
         for dense, *ranks in zip(WAYS, *every, strict=True):
             seconds = max(each for each, _ in ranks)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -20,7 +21,6 @@ from pathlib import Path
 
 import psutil
 
-from cluster.pool import free_port
 from cluster.storage.create import create
 from cluster.storage.path import StoragePath
 from jobs import lease
@@ -97,7 +97,8 @@ def _record(number: int) -> UnitRecord:
 @contextmanager
 def served(root: Path) -> Iterator[tuple[psutil.Process, dict[str, str]]]:
     """A mock of S3 with a folder in its bucket; yields its process, and the environment in which clients find it."""
-    port = free_port()
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = int(probe.getsockname()[1])
     server = subprocess.Popen([sys.executable, __file__, str(root), str(port)], stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None

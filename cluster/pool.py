@@ -7,7 +7,6 @@ the store.
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import traceback
 from collections import deque
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from cluster import interruption
+from cluster import interruption, rendezvous
 from cluster.backlog import Backlog
 from cluster.failures import ATTEMPTS, Tries
 from schemas.events import Event
@@ -107,13 +106,6 @@ class Pool(Protocol):
         """Give everything back."""
 
 
-def free_port() -> int:
-    """A TCP port of this machine's loopback that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def limit_threads(threads: int) -> None:
     """Hold this process to so many CPU threads: libraries loaded later by the environment, and torch, if it is here."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -185,7 +177,11 @@ class InlinePool:
         if world_size != 1:
             raise ValueError(f"the inline pool has 1 rank, {world_size} were asked for")
         limit_threads(resources.threads)
-        return fn(Rank(0, 1, f"tcp://127.0.0.1:{free_port()}", emit, _beat, _stays))
+        meeting = rendezvous.hold("127.0.0.1")
+        try:
+            return fn(Rank(0, 1, meeting, emit, _beat, _stays))
+        finally:
+            rendezvous.release(meeting)
 
     def close(self) -> None:
         """Nothing to give back."""

@@ -33,9 +33,9 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from cluster import interruption
+from cluster import interruption, rendezvous
 from cluster.failures import Reminder, first_line
-from cluster.pool import Resources, free_port, limit_threads
+from cluster.pool import Resources, limit_threads
 from cluster.processes import birth
 from cluster.storage import create
 from cluster.storage.redaction import redact
@@ -68,6 +68,7 @@ class Worker:
     def __init__(self, threads: int) -> None:
         threading.Thread(target=_end_with, args=(os.getppid(),), name="raylet", daemon=True).start()
         self._threads = threads
+        self._meeting = ""
         limit_threads(threads)
 
     def place(self) -> Place:
@@ -78,8 +79,11 @@ class Worker:
         )
 
     def meeting_point(self) -> str:
-        """Where a gang led by this worker meets."""
-        return f"tcp://{ray.util.get_node_ip_address()}:{free_port()}"
+        """Where a gang led by this worker meets. Nobody else gets there first: it is held from now on."""
+        if self._meeting:
+            rendezvous.release(self._meeting)
+        self._meeting = rendezvous.hold(ray.util.get_node_ip_address())
+        return self._meeting
 
     def run(self, fn: Callable[..., Any], *args: Any) -> Any:
         """Call a function."""

@@ -63,8 +63,8 @@ OWNERS = {
 # These take seconds to import.
 HEAVY = {"torch", "transformers", "deepspeed", "ray", "numpy", "tensorboardX", "zarr"}
 
-# The pipeline gets from cluster only the shape of a pool and the storage, never who runs it.
-PIPELINE_FROM_CLUSTER = ("cluster.pool", "cluster.storage")
+# The pipeline gets from cluster only the shape of a pool, where a gang meets and the storage, never who runs it.
+PIPELINE_FROM_CLUSTER = ("cluster.pool", "cluster.rendezvous", "cluster.storage")
 # Descriptions describe: they open nothing.
 SCHEMAS_LIBRARIES = {"pydantic", "pyarrow"}
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from training import Course
 
-from cluster.pool import free_port
+from cluster import rendezvous
 from pipeline.dictionary import topk
 from pipeline.dictionary.activation import BatchTopK
 from pipeline.dictionary.loop import scale_of
@@ -73,7 +73,7 @@ def judge(x_BD: Tensor) -> tuple[Tensor, Tensor]:
     return dictionary.decode(z_BK, indices_BK), fired_F
 
 
-with joined(0, 1, 1, f"tcp://127.0.0.1:{free_port()}") as ranks:
+with joined(0, 1, 1, rendezvous.hold("127.0.0.1")) as ranks:
     rebalance = settings.resample if "balanced" in ways else None
     trainer = Trainer(dictionary, settings, task.steps, ranks, coarse_weight=0.1, rebalance=rebalance)
     with trainer.engine:

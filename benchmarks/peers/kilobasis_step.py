@@ -16,7 +16,7 @@ import torch
 from protocol import Session
 from torch import Tensor
 
-from cluster.pool import free_port
+from cluster import rendezvous
 from pipeline.dictionary import model, tree
 from pipeline.dictionary.loop import scale_of
 from pipeline.dictionary.model import TopKDictionary, TreeShape
@@ -86,7 +86,7 @@ if setting.variant == "encoder":
         dictionary.encode(x_BD * scale)
     sys.exit(0)
 
-with joined(0, 1, 1, f"tcp://127.0.0.1:{free_port()}") as ranks:
+with joined(0, 1, 1, rendezvous.hold("127.0.0.1")) as ranks:
     trainer = Trainer(dictionary, settings, STEPS, ranks, coarse_weight=0.1)
     session.traffic = traffic
     with trainer.engine:

@@ -24,8 +24,9 @@ import torch.distributed as dist
 # Its functions take the group of the moment in which it is imported as their default, and keep it for good: now, while
 # there is none. DeepSpeed would import it inside a gang.
 import torch.distributed.nn
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
+from cluster.rendezvous import Meeting, door, parsed
 from pipeline.dictionary.ranks import Ranks
 
 # Whoever runs the gang kills it within a minute when a rank dies or hangs. This is the last resort where nobody
@@ -45,11 +46,11 @@ def joined(rank: int, world_size: int, features: int, init_method: str) -> Itera
         rank: This rank.
         world_size: All ranks.
         features: Ranks that share the features; divides `world_size`.
-        init_method: Where ranks meet.
+        init_method: Where ranks meet; see `cluster.rendezvous`.
     """
-    host, port = init_method.removeprefix("tcp://").rsplit(":", 1)
-    with _talking_on(_interface(host, int(port))):
-        _start(rank, world_size, host, int(port))
+    meeting = parsed(init_method)
+    with _talking_on(_interface(meeting.host, meeting.port)):
+        _start(rank, world_size, meeting)
         try:
             ranks = _mesh(rank, world_size // features, features)
             yield ranks
@@ -269,7 +270,7 @@ def device(rank: int) -> torch.device:
     return torch.device("cuda", rank % torch.cuda.device_count())
 
 
-def _start(rank: int, world_size: int, host: str, port: int) -> None:
+def _start(rank: int, world_size: int, meeting: Meeting) -> None:
     on_gpu = device(rank).type == "cuda"
     if on_gpu:
         # Of NCCL's collectives, and of kernels that are given nothing but addresses.
@@ -278,7 +279,11 @@ def _start(rank: int, world_size: int, host: str, port: int) -> None:
     # DeepSpeed asks for these even where the group is already there.
     local = device(rank).index if on_gpu else rank
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(local), WORLD_SIZE=str(world_size), MASTER_ADDR=host, MASTER_PORT=str(port)
+        RANK=str(rank),
+        LOCAL_RANK=str(local),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR=meeting.host,
+        MASTER_PORT=str(meeting.port),
     )
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
@@ -289,20 +294,25 @@ def _start(rank: int, world_size: int, host: str, port: int) -> None:
     deepspeed.ops.__compatible_ops__ = {}
     dist.init_process_group(
         BACKENDS[device(rank).type],
-        store=_meet(rank, world_size, host, port),
+        store=_meet(rank, world_size, meeting),
         rank=rank,
         world_size=world_size,
         timeout=COLLECTIVE_TIMEOUT,
     )
 
 
-def _meet(rank: int, world_size: int, host: str, port: int) -> TCPStore:
+def _meet(rank: int, world_size: int, meeting: Meeting) -> Store:
     """Where ranks tell one another their addresses. Left to itself, torch listens on every interface of rank 0."""
-    if rank:
-        return TCPStore(host, port, world_size, is_master=False, timeout=COLLECTIVE_TIMEOUT)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    door = socket.create_server((host, port), family=family, backlog=max(128, world_size))
-    return TCPStore(host, port, world_size, is_master=True, timeout=COLLECTIVE_TIMEOUT, master_listen_fd=door.detach())
+    store = TCPStore(
+        meeting.host,
+        meeting.port,
+        world_size,
+        is_master=rank == 0,
+        timeout=COLLECTIVE_TIMEOUT,
+        master_listen_fd=None if rank else door(meeting).detach(),
+    )
+    # A rank of another gang that has come to this address finds nothing of its own, and takes no place.
+    return PrefixStore(meeting.gang, store)
 
 
 def _interface(host: str, port: int) -> str | None:

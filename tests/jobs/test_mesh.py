@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from cluster.devices import Devices
-from cluster.pool import free_port
 from jobs import manifest as manifests
 from jobs.mesh import resolved, with_mesh
 from jobs.sources import survey
@@ -19,6 +18,7 @@ from schemas.errors import ManifestError
 from schemas.manifest import Manifest
 from tests.support.command import invoke
 from tests.support.fixtures import write_manifest
+from tests.support.servers.processes import free_port
 
 
 def auto(tree: dict[str, Any], folder: Path, *overrides: str) -> Manifest:

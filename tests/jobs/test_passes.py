@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from cluster import pool
-from cluster.pool import free_port
 from cluster.storage.path import StoragePath
 from jobs import lease as leases
 from jobs import manifest as manifests
@@ -30,7 +29,7 @@ from schemas.records import Owner
 from tests.pipeline.dictionary.test_meshes import SETTINGS, SHAPE, Batches
 from tests.support.command import invoke
 from tests.support.fixtures import manifest_tree, write_manifest
-from tests.support.gangs import spawn
+from tests.support.gangs import meeting, spawn
 from tests.support.runs import run_inline
 
 # Of one stream; `long` goes on when the others are done.
@@ -263,7 +262,7 @@ def test_gang_trains_several_to_the_bits_of_each_alone(mesh: Sharding, tmp_path:
         folder = tmp_path / name
         folder.mkdir()
         for shapes in groups:
-            arguments = (mesh, f"tcp://127.0.0.1:{free_port()}", shapes, folder)
+            arguments = (mesh, meeting(), shapes, folder)
             spawn(train, arguments, mesh.ranks)
     for shape in SHAPES:
         bodies = [(tmp_path / name / f"{shape.k}.safetensors").read_bytes() for name in ("together", "alone")]

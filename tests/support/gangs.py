@@ -9,6 +9,21 @@ from typing import Any
 
 import torch.multiprocessing as processes
 
+from cluster import rendezvous
+from pipeline.dictionary.ranks import Ranks
+
+
+def meeting(host: str = "127.0.0.1") -> str:
+    """Where a gang that is spawned next may meet. Until then somebody else may take it."""
+    address = rendezvous.hold(host)
+    rendezvous.release(address)
+    return address
+
+
+def next_meeting(ranks: Ranks) -> str:
+    """Where a gang that is about to part meets again."""
+    return ranks.texts(rendezvous.hold("127.0.0.1") if ranks.rank == 0 else "")[0]
+
 
 def spawn(work: Callable[..., None], arguments: tuple[Any, ...], ranks: int) -> None:
     """Call `work(rank, *arguments)` in every rank, and wait.

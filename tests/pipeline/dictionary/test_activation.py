@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.pool import free_port
 from pipeline.dictionary import parallel, sharding
 from pipeline.dictionary.activation import JumpReLU, kind
 from pipeline.dictionary.model import TopKDictionary
@@ -19,7 +18,7 @@ from pipeline.dictionary.trainer import Trainer
 from schemas.compute import Sharding
 from schemas.training import Sparsity, Train
 from tests.pipeline.dictionary.test_sharding import batch, dense
-from tests.support.gangs import spawn
+from tests.support.gangs import meeting, spawn
 
 NAMES = ("topk", "batch_topk", "jumprelu", "relu")
 
@@ -249,7 +248,7 @@ def learned(name: str, ranks: Ranks, steps: int) -> dict[str, torch.Tensor]:
 
 def outcomes(mesh: Sharding, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     """What ranks of a mesh learn together, by activation."""
-    spawn(learn, (mesh, 40, f"tcp://127.0.0.1:{free_port()}", folder), mesh.ranks)
+    spawn(learn, (mesh, 40, meeting(), folder), mesh.ranks)
     made = {}
     for name in TRAINED:
         parts = [torch.load(folder / f"{name}-{rank}.pt") for rank in range(mesh.features)]

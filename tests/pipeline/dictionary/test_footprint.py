@@ -1,21 +1,19 @@
 """What `plan` says a rank keeps is no less than what it does keep, and not far more."""
 
 import gc
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
-from cluster.pool import free_port
 from pipeline.dictionary.footprint import footprint
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.parallel import Dense, joined
 from pipeline.dictionary.trainer import Trainer
 from schemas.compute import Compute, Sharding, Zero
 from schemas.training import Train
-from tests.support.gangs import spawn
+from tests.support.gangs import meeting, next_meeting, spawn
 
 WIDTH, FEATURES, BATCH = 256, 32768, 64
 # The smallest first: what the allocator has left of larger ones would be used again unseen.
@@ -40,15 +38,15 @@ def memory(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def rank(index: int, ports: Sequence[int], folder: Path) -> None:
+def rank(index: int, init_method: str, folder: Path) -> None:
     """Train a little in every way, and pack a checkpoint; leaves how far the resident set rose."""
     torch.set_num_threads(1)
     found = []
     # Once in small, so that what is imported on the way counts for nobody.
-    for features, port in zip([512, *[FEATURES] * len(WAYS)], ports, strict=True):
+    for features in [512, *[FEATURES] * len(WAYS)]:
         optimizer, dense = WAYS[max(0, len(found) - 1)]
         gc.collect()
-        with joined(index, 2, 1, f"tcp://127.0.0.1:{port}") as ranks:
+        with joined(index, 2, 1, init_method) as ranks:
             Path("/proc/self/clear_refs").write_text("5")
             before = memory("VmRSS")
             low = dense.bfloat16 and optimizer == "row_adam"
@@ -66,13 +64,14 @@ def rank(index: int, ports: Sequence[int], folder: Path) -> None:
                     packed = safetensors.torch.save(state)
             found.append(memory("VmHWM") - before)
             del trainer, dictionary, packed, state
+            init_method = next_meeting(ranks)
     torch.save(found[1:], folder / f"{index}.pt")
 
 
 def measured(folder: Path) -> list[int]:
     """Of each way what the rank that kept most was seen to keep."""
     folder.mkdir()
-    spawn(rank, ([free_port() for _ in range(len(WAYS) + 1)], folder), 2)
+    spawn(rank, (meeting(), folder), 2)
     return [max(seen) for seen in zip(*(torch.load(folder / f"{index}.pt") for index in range(2)), strict=True)]
 
 

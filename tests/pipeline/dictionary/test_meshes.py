@@ -11,7 +11,6 @@ import safetensors.torch
 import torch
 import torch.multiprocessing as processes
 
-from cluster.pool import free_port
 from cluster.storage.path import StoragePath
 from jobs.log import TrainingLog
 from pipeline.activations.read import Cursor
@@ -25,7 +24,7 @@ from schemas import events
 from schemas.compute import Sharding
 from schemas.training import Train
 from tests.pipeline.dictionary.test_ranks import BATCH, activations
-from tests.support.gangs import spawn, threads_of_gloo
+from tests.support.gangs import meeting, spawn, threads_of_gloo
 
 STEPS = 24
 SHAPE = DictionaryConfig(width=24, features=128, k=4, hook_point="h", model="m", model_digest="d")
@@ -107,7 +106,7 @@ def go_on(
 ) -> int:
     """Train up to a step, or to the end; the step of the newest checkpoint."""
     folder.mkdir(exist_ok=True)
-    arguments = (mesh, f"tcp://127.0.0.1:{free_port()}", until, folder, settings, dense or Dense(), shape)
+    arguments = (mesh, meeting(), until, folder, settings, dense or Dense(), shape)
     try:
         spawn(train, arguments, mesh.ranks)
     except processes.ProcessRaisedException as error:

@@ -9,14 +9,13 @@ import psutil
 import pytest
 import torch
 
-from cluster.pool import free_port
 from pipeline.dictionary import parallel
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.parallel import joined
 from pipeline.dictionary.trainer import StepScalars, Trainer
 from schemas.compute import Sharding
 from schemas.training import Train
-from tests.support.gangs import spawn
+from tests.support.gangs import meeting, spawn
 
 STEPS, BATCH = 30, 64
 SETTINGS = Train(
@@ -68,7 +67,7 @@ def talk(rank: int, init_method: str, folder: Path) -> None:
 
 
 def test_ranks_talk_where_groups_have_a_backend_for_each_device(tmp_path: Path) -> None:
-    spawn(talk, (f"tcp://127.0.0.1:{free_port()}", tmp_path), 4)
+    spawn(talk, (meeting(), tmp_path), 4)
     words = ["word " * rank for rank in range(4)]
     for rank in range(4):
         said = json.loads((tmp_path / f"{rank}.json").read_text())
@@ -89,13 +88,13 @@ def listen(rank: int, init_method: str, folder: Path) -> None:
 @pytest.mark.parametrize("where", ["loopback", "network"])
 def test_ranks_listen_where_they_meet_and_nowhere_else(where: str, tmp_path: Path) -> None:
     host = "127.0.0.1" if where == "loopback" else own_address()
-    spawn(listen, (f"tcp://{host}:{free_port()}", tmp_path), 2)
+    spawn(listen, (meeting(host), tmp_path), 2)
     assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [[host]] * 2
 
 
 def test_gang_wishes_for_a_network_only_while_it_lasts() -> None:
     before = dict(os.environ)
-    with joined(0, 1, 1, f"tcp://127.0.0.1:{free_port()}"):
+    with joined(0, 1, 1, meeting()):
         assert {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"} <= os.environ.keys()
     assert {name for name in os.environ.keys() - before.keys() if "IFNAME" in name} == set()
 
@@ -113,7 +112,7 @@ def own_address() -> str:
 
 def outcome(mesh: Sharding, settings: Train, folder: Path) -> dict[str, torch.Tensor]:
     """What a gang ends with: the parts of the features together; every rank of a data group has the same."""
-    spawn(train, (mesh, f"tcp://127.0.0.1:{free_port()}", settings, folder), mesh.ranks)
+    spawn(train, (mesh, meeting(), settings, folder), mesh.ranks)
     every = [torch.load(folder / f"{rank}.pt") for rank in range(mesh.ranks)]
     for rank, made in enumerate(every):
         assert all(torch.equal(made[name], value) for name, value in every[rank % mesh.features].items())

@@ -6,10 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cluster.pool import free_port
 from pipeline.dictionary import sharding, topk
 from pipeline.dictionary.ranks import Ranks
-from tests.support.gangs import spawn
+from tests.support.gangs import meeting, spawn
 
 BATCHES = 200
 
@@ -68,7 +67,7 @@ def dense(z_BK: torch.Tensor, indices_BK: torch.Tensor, features: int) -> torch.
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_top_k_over_ranks_is_that_of_one_rank(ranks: int, tmp_path: Path) -> None:
-    spawn(search, (ranks, f"tcp://127.0.0.1:{free_port()}", tmp_path), ranks)
+    spawn(search, (ranks, meeting(), tmp_path), ranks)
     every = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
     for index in range(BATCHES):
         x_BD, W_FD, b_F, k = batch(index)
@@ -79,7 +78,7 @@ def test_top_k_over_ranks_is_that_of_one_rank(ranks: int, tmp_path: Path) -> Non
 
 def test_asked_values_are_hardly_ever_too_few(tmp_path: Path) -> None:
     """Bytes sent on activations as they are, against the share of each rank and its three deviations."""
-    spawn(spread, (2, f"tcp://127.0.0.1:{free_port()}", tmp_path), 2)
+    spawn(spread, (2, meeting(), tmp_path), 2)
     sent = torch.load(tmp_path / "sent.pt")
     tokens, k = 4096, 32
     assert tokens * sharding.asked(k, 2) * 4 <= sent <= 1.1 * tokens * sharding.asked(k, 2) * 4

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.pool import free_port
 from pipeline.dictionary import checkpoint
 from pipeline.dictionary import trainer as trainers
 from pipeline.dictionary.model import TopKDictionary
@@ -17,7 +16,7 @@ from pipeline.dictionary.trainer import Trainer
 from schemas.errors import NonFiniteError, OutrunError
 from schemas.records import CheckpointRecord
 from schemas.training import Train
-from tests.support.gangs import spawn
+from tests.support.gangs import meeting, spawn
 
 
 def overflows(trainer: Trainer) -> None:
@@ -71,7 +70,7 @@ def step(rank: int, init_method: str, happens: Callable[[Trainer], None], folder
 def test_what_one_rank_finds_in_a_step_stops_all_of_them_in_that_step(
     happens: Callable[[Trainer], None], own: str, others: str, tmp_path: Path
 ) -> None:
-    spawn(step, (f"tcp://127.0.0.1:{free_port()}", happens, tmp_path), 2)
+    spawn(step, (meeting(), happens, tmp_path), 2)
     assert (tmp_path / "1").read_text().startswith(own)
     assert others in (tmp_path / "0").read_text()
 

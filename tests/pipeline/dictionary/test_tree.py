@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.pool import free_port
 from pipeline.dictionary import balance
 from pipeline.dictionary.kernels import native, portable
 from pipeline.dictionary.kernels.portable import Rows
@@ -22,7 +21,7 @@ from pipeline.dictionary.tree import TreeDictionary
 from pipeline.dictionary.tree_objective import TreeObjective
 from schemas.compute import Sharding
 from schemas.training import Train
-from tests.support.gangs import spawn
+from tests.support.gangs import meeting, spawn
 
 needs_native = pytest.mark.skipif(native.library() is None, reason="no compiler was there when this was installed")
 KINDS = [pytest.param(native, marks=needs_native, id="native"), pytest.param(portable, id="portable")]
@@ -350,7 +349,7 @@ def train(rank: int, mesh: Sharding, init_method: str, folder: Path, settings_: 
 
 def outcome(mesh: Sharding, folder: Path, settings_: Train = SETTINGS) -> dict[str, torch.Tensor]:
     """What a gang ends with, the parts of the features together."""
-    spawn(train, (mesh, f"tcp://127.0.0.1:{free_port()}", folder, settings_), mesh.ranks)
+    spawn(train, (mesh, meeting(), folder, settings_), mesh.ranks)
     every = [torch.load(folder / f"{rank}.pt") for rank in range(mesh.ranks)]
     parts = every[: mesh.features]
     whole = {name: torch.cat([part[name] for part in parts]) for name in ("W_enc", "b_enc", "W_dec", "since_fired")}

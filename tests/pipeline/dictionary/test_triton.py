@@ -139,7 +139,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
 
 TRAINS = """
 import torch
-from cluster.pool import free_port
+from cluster import rendezvous
 from pipeline.dictionary.trainer import Trainer
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.parallel import joined
@@ -151,7 +151,7 @@ directions = torch.nn.functional.normalize(torch.randn(96, 64, generator=generat
 settings = Train(
     tokens=2560, batch=128, learning_rate=1e-2, warmup=0.0, aux_k=8, dead_after=512, clip=0.02, optimizer="{optimizer}"
 )
-with joined(0, 1, 1, f"tcp://127.0.0.1:{{free_port()}}") as ranks:
+with joined(0, 1, 1, rendezvous.hold("127.0.0.1")) as ranks:
     dictionary = TopKDictionary(64, 512, 4)
     trainer = None
     for step in range(20):

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.pool import free_port
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.parallel import Dense, joined
 from pipeline.dictionary.ranks import Ranks
@@ -15,7 +14,7 @@ from pipeline.dictionary.shares import Share, normalize, remove_radial
 from pipeline.dictionary.trainer import Trainer
 from schemas.errors import NonFiniteError
 from tests.pipeline.dictionary.test_ranks import BATCH, SETTINGS, STEPS, activations
-from tests.support.gangs import spawn
+from tests.support.gangs import meeting, next_meeting, spawn
 
 # Of 24 numbers a row: two ranks share the row in the middle.
 FEATURES = 125
@@ -55,12 +54,13 @@ def trained(ranks: Ranks, dense: Dense) -> Found:
         }
 
 
-def rank(index: int, world_size: int, ports: Sequence[int], ways: Sequence[Dense], folder: Path) -> None:
+def rank(index: int, world_size: int, init_method: str, ways: Sequence[Dense], folder: Path) -> None:
     """Train in every way, one after the other."""
     torch.set_num_threads(1)
-    for number, (port, dense) in enumerate(zip(ports, ways, strict=True)):
-        with joined(index, world_size, 1, f"tcp://127.0.0.1:{port}") as ranks:
+    for number, dense in enumerate(ways):
+        with joined(index, world_size, 1, init_method) as ranks:
             torch.save(trained(ranks, dense), folder / f"{number}-{index}.pt")
+            init_method = next_meeting(ranks)
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +70,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, Dense]
     for world_size in (1, 2):
         folder = tmp_path_factory.mktemp(str(world_size))
         ways = EXACT + ROUNDED
-        ports = [free_port() for _ in ways]
-        spawn(rank, (world_size, ports, ways, folder), world_size)
+        spawn(rank, (world_size, meeting(), ways, folder), world_size)
         for number, dense in enumerate(ways):
             made[world_size, dense] = [torch.load(folder / f"{number}-{each}.pt") for each in range(world_size)]
     assert made[1, Dense()][0]["dead"] > 0, "nothing was dead: no auxiliary loss was tested"
@@ -115,11 +114,11 @@ def test_zero_with_weights_in_bfloat16_learns_what_float32_learns(
         assert float(found["losses"][-5:].mean()) == pytest.approx(float(exact["losses"][-5:].mean()), rel=0.03)
 
 
-def refused(index: int, ports: Sequence[int], folder: Path) -> None:
+def refused(index: int, init_method: str, folder: Path) -> None:
     """One rank that has a number that is none in its share of a batch."""
     torch.set_num_threads(1)
-    for stage, port in enumerate(ports, 1):
-        with joined(index, 2, 1, f"tcp://127.0.0.1:{port}") as ranks:
+    for stage in STAGES:
+        with joined(index, 2, 1, init_method) as ranks:
             x_BD = activations()[0]
             dictionary = TopKDictionary(24, FEATURES, 4)
             dictionary.initialize(x_BD, 0, ranks)
@@ -133,11 +132,12 @@ def refused(index: int, ports: Sequence[int], folder: Path) -> None:
                     trainer.step(1, x_BD[index * 32 : index * 32 + 32])
                 after = trainer.optimizer.weights()
                 assert all(torch.equal(after[name], value) for name, value in before.items())
+            init_method = next_meeting(ranks)
     (folder / str(index)).touch()
 
 
 def test_zero_gradient_that_is_not_finite_stops_all_ranks_before_the_update(tmp_path: Path) -> None:
-    spawn(refused, ([free_port() for _ in STAGES], tmp_path), 2)
+    spawn(refused, (meeting(), tmp_path), 2)
     assert len(list(tmp_path.iterdir())) == 2
 
 
