@@ -19,8 +19,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
-
 from cluster.storage.create import create
 from cluster.storage.path import StoragePath
 from jobs import lease
@@ -95,8 +93,8 @@ def _record(number: int) -> UnitRecord:
 
 
 @contextmanager
-def served(root: Path) -> Iterator[tuple[psutil.Process, dict[str, str]]]:
-    """A mock of S3 with a folder in its bucket; yields its process, and the environment in which clients find it."""
+def served(root: Path) -> Iterator[dict[str, str]]:
+    """A mock of S3 with a folder in its bucket; yields the environment in which clients find it."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = int(probe.getsockname()[1])
     server = subprocess.Popen([sys.executable, __file__, str(root), str(port)], stdout=subprocess.PIPE, text=True)
@@ -111,7 +109,7 @@ def served(root: Path) -> Iterator[tuple[psutil.Process, dict[str, str]]]:
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
         }
-        yield psutil.Process(server.pid), environment
+        yield environment
     finally:
         server.kill()
         server.wait()

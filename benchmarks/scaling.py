@@ -10,8 +10,8 @@ the workers, which is paid once. Beside it CPU time of the driver for each unit,
 disturb less, and its resident size at the begin, in the middle and at the end.
 
 `status`: `kilobasis status` as a process of its own, of a root with 100,000 unit records whose harvest goes on, and of
-one whose harvest is committed; on this disk, and in a mock of S3 (moto). moto takes long for a list of very many, so
-its own CPU time is shown, and left out of what is judged.
+one whose harvest is committed; on this disk, and in a mock of S3 (moto). moto itself takes most of a minute for a list
+of very many, so what is judged there is the CPU time of `status`: no real store can make it faster than that.
 
 Exit code 1 where a mark is missed.
 """
@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -93,24 +94,25 @@ def sleepers(case: Case, console: Console) -> tuple[list[Fact], list[Mark]]:
     return found, made
 
 
-def look(target: str, environment: dict[str, str]) -> tuple[float, tuple[str, int]]:
-    """Seconds of `kilobasis status`, and what it says of the harvest: its state, and the units that are done."""
-    began = time.perf_counter()
+def look(target: str, environment: dict[str, str]) -> tuple[float, float, tuple[str, int]]:
+    """Seconds of `kilobasis status`, its CPU time, and the harvest's state and done units by its word."""
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     told = subprocess.run(
         [sys.executable, "-m", "jobs", "status", target, "--json"],
         env={**os.environ, **environment, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         check=True,
     )
-    seconds = time.perf_counter() - began
+    seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     (harvest,) = [each for each in json.loads(told.stdout)["stages"] if each["stage"] == "harvest"]
-    return seconds, (harvest["state"], harvest["done"])
+    return seconds, cpu, (harvest["state"], harvest["done"])
 
 
 def statuses(case: Case, console: Console) -> tuple[list[Fact], list[Mark]]:
     """How long it takes to say how far a root is."""
     table = Table(title=f"kilobasis status, {case.units:,} unit records")
-    for heading in ("where", "the harvest", "s (range)", "of these the server's CPU"):
+    for heading in ("where", "the harvest", "s (range)", "its CPU time"):
         table.add_column(heading)
     found, made = list[Fact](), list[Mark]()
     with tempfile.TemporaryDirectory() as scratch:
@@ -119,24 +121,27 @@ def statuses(case: Case, console: Console) -> tuple[list[Fact], list[Mark]]:
         for state, done in (("running", case.units), ("committed", case.units + 1)):
             if state == "committed":
                 many_units.commit(root, case.units)
-            with many_units.served(root) as (server, environment):
+            with many_units.served(root) as environment:
                 # One look at moto takes most of a minute.
                 for where, target, around, looks in (
                     ("disk", str(root), {}, case.looks),
                     ("moto", f"s3://{many_units.BUCKET}", environment, 1),
                 ):
-                    seconds, elsewhere = list[float](), list[float]()
+                    seconds, own = list[float](), list[float]()
                     for _ in range(looks):
-                        before = sum(server.cpu_times()[:2])
-                        took, told = look(target, around)
+                        took, cpu, told = look(target, around)
                         if told != (state, done):
                             raise RuntimeError(f"status of {where} says {told}, expected {(state, done)}")
                         seconds.append(took)
-                        elsewhere.append(sum(server.cpu_times()[:2]) - before)
-                    table.add_row(where, state, spread(seconds), spread(elsewhere) if where == "moto" else "")
+                        own.append(cpu)
+                    table.add_row(where, state, spread(seconds), spread(own))
                     found.append(fact(f"scaling/status/{where}/{state}", seconds, "s", asdict(case)))
-                    ours = statistics.median(max(0.0, a - b) for a, b in zip(seconds, elsewhere, strict=True))
-                    made.append(Mark(f"s for status, {where}, {state}", ours, "at most", STATUS_SECONDS))
+                    judged, what = (seconds, "s") if where == "disk" else (own, "s of CPU")
+                    made.append(
+                        Mark(
+                            f"{what} for status, {where}, {state}", statistics.median(judged), "at most", STATUS_SECONDS
+                        )
+                    )
     console.print(table)
     return found, made
 

@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from typing import Any, TypeVar, cast
 
 import fsspec
@@ -61,6 +62,8 @@ def _filesystem(scheme: str, _pid: int) -> fsspec.AbstractFileSystem:
     if scheme != "file":
         options |= {"use_listings_cache": False, "skip_instance_cache": scheme != "memory"}
     try:
+        if scheme == "s3":
+            options["session"] = _session()
         made = fsspec.filesystem(scheme, **options)
     except (ImportError, ValueError) as error:
         raise ManifestError(
@@ -70,6 +73,20 @@ def _filesystem(scheme: str, _pid: int) -> fsspec.AbstractFileSystem:
     if scheme == "s3":
         made.retries = 1
     return made
+
+
+def _session() -> Any:
+    """What s3fs makes for itself, but for how it reads times: half of what a long list costs otherwise."""
+    from aiobotocore.session import AioSession
+    from botocore.utils import parse_timestamp
+
+    def moment(told: Any) -> datetime:
+        # Lists have it like this; headers and credentials do not.
+        return datetime.fromisoformat(told) if str(told).endswith("Z") else parse_timestamp(told)
+
+    session = AioSession()
+    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=moment)
+    return session
 
 
 def filesystem(path: StoragePath) -> fsspec.AbstractFileSystem:

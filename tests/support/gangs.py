@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.multiprocessing as processes
 
 from cluster import rendezvous
@@ -32,10 +33,16 @@ def spawn(work: Callable[..., None], arguments: tuple[Any, ...], ranks: int) -> 
         ProcessRaisedException: one of them raised.
         ProcessExitedException: one of them was killed.
     """
-    processes.spawn(_rank, (work, arguments), nprocs=ranks, join=True)
+    # With GPUs each rank starts from nothing: CUDA does not outlive a fork.
+    method = "spawn" if torch.cuda.is_available() else "forkserver"
+    if method == "forkserver":
+        processes.get_context(method).set_forkserver_preload(["tests.support.gang_libraries"])
+    processes.start_processes(_rank, (dict(os.environ), work, arguments), nprocs=ranks, start_method=method)
 
 
-def _rank(rank: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _rank(rank: int, environment: dict[str, str], work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
     work(rank, *arguments)
     # See `parallel.joined`: a test's own variables know of the gang as well, until now.
     gc.collect()
