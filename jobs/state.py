@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from cluster.storage.attempts import shortage
 from cluster.storage.create import create, create_or_adopt
-from cluster.storage.listing import absent, listing, numbered
+from cluster.storage.listing import absent, count, listing, numbered
 from cluster.storage.objects import abreast, names, read_checked
 from cluster.storage.path import StoragePath
 from jobs.log import SlotLog
@@ -75,6 +75,10 @@ class StageFolder:
         """
         there = numbered(self.path / UNITS, total)
         return [name.removesuffix(".json") for name in there if name.endswith(".json")]
+
+    def done(self, total: int) -> int:
+        """How many units are committed, of at most `total`."""
+        return count(self.path / UNITS, total, ".json")
 
     def unit(self, name: str) -> UnitRecord:
         """A committed unit's record.

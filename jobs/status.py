@@ -232,7 +232,7 @@ def _stage(path: StoragePath, name: str, told: list[Event]) -> tuple[StageStatus
         checkpoint = log.latest()
     except (IntegrityError, FileNotFoundError) as error:
         return StageStatus(name, "damaged", 0, total, f"look with `kilobasis verify`: {error}", scalars), None
-    units = len(StageFolder(path, name, "").units(total))
+    units = StageFolder(path, name, "").done(total)
     state, detail = _led_by(path, log.lease)
     if not (progress or checkpoint):
         state = "waiting" if log.lease is None and not units else state

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import string
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -65,9 +66,35 @@ def numbered(path: StoragePath, limit: int) -> list[str]:
     """
     if path.is_local or limit <= _PAGE:
         return names(path)
-    begin = [f"{thousand:03d}" for thousand in range(-(-limit // _PAGE))] + list(string.ascii_lowercase)
-    found = abreast(path, lambda prefix: _beginning(path, prefix), begin)
+    found = abreast(path, lambda prefix: _beginning(path, prefix), _beginnings(limit))
     return sorted({name for some in found for name in some})
+
+
+def count(path: StoragePath, limit: int, suffix: str) -> int:
+    """How many of `numbered` end with `suffix`, which begins with their only dot.
+
+    S3 is asked for what comes before the dots, as it is asked for folders: such an answer has nothing but names in it,
+    and is read in a fifth of the time.
+    """
+    if path.scheme == "s3" and limit > _PAGE:
+        # A store that only knows folders says so.
+        with suppress(StorageError):
+            return sum(abreast(path, lambda prefix: _stems(path, prefix), _beginnings(limit)))
+    return sum(name.endswith(suffix) for name in numbered(path, limit))
+
+
+def _stems(path: StoragePath, prefix: str) -> int:
+    try:
+        listed = request(path, "list", "lsdir", path.key, prefix=prefix, delimiter=".")
+    except FileNotFoundError:
+        return 0
+    # Without their last letter, which is the dot here.
+    below = [str(entry["name"]).removeprefix(path.key + "/") for entry in listed if entry["type"] == "directory"]
+    return sum("/" not in name for name in below)
+
+
+def _beginnings(limit: int) -> list[str]:
+    return [f"{thousand:03d}" for thousand in range(-(-limit // _PAGE))] + list(string.ascii_lowercase)
 
 
 def _beginning(path: StoragePath, prefix: str) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 from cluster.storage import create as creating
 from cluster.storage.create import create, create_or_adopt, put_if_absent, remove, replace
 from cluster.storage.foreign import signature
-from cluster.storage.listing import listing, numbered
+from cluster.storage.listing import count, listing, numbered
 from cluster.storage.objects import (
     exists,
     forget,
@@ -110,6 +110,8 @@ class TestStore:
         for limit in (0, 1000, 3000):
             found = numbered(store / "units", limit)
             assert [name for name in found if name.endswith(".json")] == there
+            assert count(store / "units", limit, ".json") == len(there)
+        assert count(store / "nowhere", 3000, ".json") == 0
         assert numbered(store / "nowhere", 3000) == []
 
     def test_names_and_listing_show_what_was_just_created(self, store: StoragePath) -> None:
