@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -156,6 +155,8 @@ Event = (
 
 # The year 9999. Nothing that has a clock to show can show more.
 LATEST = 253_370_764_800.0
+LARGEST = 1e300
+_NUMBERS = (int, float)
 
 _KINDS = {kind.__name__: TypeAdapter(kind) for kind in get_args(Event)}
 
@@ -181,6 +182,6 @@ def parse_lines(body: bytes) -> list[tuple[float, Event]]:
 
 
 def _is_finite(content: dict[str, Any]) -> bool:
-    """Whether all numbers of an event are some."""
+    """Whether all numbers of an event are some. An int may be one that no float can hold, too."""
     values = [*content.values(), *content.get("scalars", {}).values()]
-    return all(math.isfinite(value) for value in values if isinstance(value, int | float))
+    return all(-LARGEST < value < LARGEST for value in values if type(value) in _NUMBERS)

@@ -163,6 +163,8 @@ def test_numbers_that_are_none_say_nothing(told: Told) -> None:
     told.tell((NOW - 9, events.StageStarted("train/a", 0, 9, "train/abc")))
     for when, number in ((NOW, float("nan")), (NOW, float("inf")), (1e20, 0.5), (-1.0, 0.5)):
         told.tell((when, events.Progress("train/a", 1, 1, 9, {"fvu": number, "tokens_per_second": number})))
+    for number in (10**400, -(10**400), float("inf")):
+        told.tell((NOW, events.Progress("train/a", number, number, 9, {})))  # type: ignore[arg-type]
     view = View(told.root)
     assert not view.stages["train/a"].curve
     assert "train/a" in seen(view)
