@@ -107,6 +107,11 @@ def load(monkeypatch: pytest.MonkeyPatch):
             {"quality/kilobasis/fvu", "quality/kilobasis/dead"},
         ),
         (
+            "worlds.py",
+            ["--only", "tree"],
+            {"worlds/512-flat/tree/f1", "worlds/512-nested/tree/fvu"},
+        ),
+        (
             "trees.py",
             [
                 *("--hook", "gpt_neox.layers.2.mlp", "--rates", "8", "--seeds", "0"),
