@@ -294,15 +294,19 @@ def _start(rank: int, world_size: int, meeting: Meeting) -> None:
     deepspeed.ops.__compatible_ops__ = {}
     dist.init_process_group(
         BACKENDS[device(rank).type],
-        store=_meet(rank, world_size, meeting),
+        store=meet(rank, world_size, meeting),
         rank=rank,
         world_size=world_size,
         timeout=COLLECTIVE_TIMEOUT,
     )
 
 
-def _meet(rank: int, world_size: int, meeting: Meeting) -> Store:
-    """Where ranks tell one another their addresses. Left to itself, torch listens on every interface of rank 0."""
+def meet(rank: int, world_size: int, meeting: Meeting) -> Store:
+    """Where ranks tell one another their addresses. Left to itself, torch listens on every interface of rank 0.
+
+    Raises:
+        OSError: somebody else listens there.
+    """
     store = TCPStore(
         meeting.host,
         meeting.port,

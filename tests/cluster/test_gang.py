@@ -13,6 +13,7 @@ import pytest
 
 from cluster import failures, interruption
 from cluster.pool import Pool, Rank, Resources
+from cluster.rendezvous import parsed
 from schemas import events
 from schemas.errors import BusyError, InterruptedRunError, NonFiniteError, OutrunError, StageFailedError
 from tests.cluster.test_pool import gone, of
@@ -23,7 +24,10 @@ pytestmark = pytest.mark.ray
 def join(rank: Rank) -> None:
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", init_method=rank.init_method, rank=rank.rank, world_size=rank.world_size)
+    from pipeline.dictionary.parallel import meet
+
+    store = meet(rank.rank, rank.world_size, parsed(rank.init_method))
+    dist.init_process_group("gloo", store=store, rank=rank.rank, world_size=rank.world_size)
 
 
 def rank_sum(rank: Rank) -> float:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from cluster.pool import Rank, Resources
+from cluster.rendezvous import parsed
 from schemas import events
 from tests.support import clusters
 from tests.support.runs import ROOT
@@ -53,8 +54,11 @@ def rank_counts(folder: Path, rank: Rank) -> int:
     import torch
     import torch.distributed as dist
 
+    from pipeline.dictionary.parallel import meet
+
     (folder / "begun" / f"rank{rank.rank}-{time.monotonic_ns()}-{os.getpid()}").touch()
-    dist.init_process_group("gloo", init_method=rank.init_method, rank=rank.rank, world_size=rank.world_size)
+    store = meet(rank.rank, rank.world_size, parsed(rank.init_method))
+    dist.init_process_group("gloo", store=store, rank=rank.rank, world_size=rank.world_size)
     saved = folder / "saved"
     for step in range(10 if saved.exists() else 0, 40):
         rank.beat(step, "step")

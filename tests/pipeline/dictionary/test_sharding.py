@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from cluster.rendezvous import parsed
 from pipeline.dictionary import sharding, topk
+from pipeline.dictionary.parallel import meet
 from pipeline.dictionary.ranks import Ranks
 from tests.support.gangs import meeting, spawn
 
@@ -48,7 +50,7 @@ def batch(index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
 def search(rank: int, ranks: int, init_method: str, folder: Path) -> None:
     """One rank: its part of every batch's code, and what it sent for it."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=ranks)
+    dist.init_process_group("gloo", store=meet(rank, ranks, parsed(init_method)), rank=rank, world_size=ranks)
     place = Ranks(rank, ranks, 1, dist.group.WORLD, None)
     made = []
     for index in range(BATCHES):
@@ -86,7 +88,7 @@ def test_asked_values_are_hardly_ever_too_few(tmp_path: Path) -> None:
 
 def spread(rank: int, ranks: int, init_method: str, folder: Path) -> None:
     """One rank of a search among features that lie on ranks by chance."""
-    dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=ranks)
+    dist.init_process_group("gloo", store=meet(rank, ranks, parsed(init_method)), rank=rank, world_size=ranks)
     place = Ranks(rank, ranks, 1, dist.group.WORLD, None)
     generator = torch.Generator().manual_seed(0)
     x_BD, W_FD = torch.randn(4096, 32, generator=generator), torch.randn(1024, 32, generator=generator)
