@@ -68,7 +68,6 @@ class Worker:
     def __init__(self, threads: int) -> None:
         threading.Thread(target=_end_with, args=(os.getppid(),), name="raylet", daemon=True).start()
         self._threads = threads
-        self._meeting = ""
         limit_threads(threads)
 
     def place(self) -> Place:
@@ -80,10 +79,7 @@ class Worker:
 
     def meeting_point(self) -> str:
         """Where a gang led by this worker meets. Nobody else gets there first: it is held from now on."""
-        if self._meeting:
-            rendezvous.release(self._meeting)
-        self._meeting = rendezvous.hold(ray.util.get_node_ip_address())
-        return self._meeting
+        return rendezvous.hold(ray.util.get_node_ip_address())
 
     def run(self, fn: Callable[..., Any], *args: Any) -> Any:
         """Call a function."""

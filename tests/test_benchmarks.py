@@ -108,8 +108,8 @@ def load(monkeypatch: pytest.MonkeyPatch):
         ),
         (
             "worlds.py",
-            ["--only", "tree"],
-            {"worlds/512-flat/tree/f1", "worlds/512-nested/tree/fvu"},
+            ["--features", "256", "--rows", "10240"],
+            {"worlds/256-flat/dense/f1", "worlds/256-nested/tree/fvu"},
         ),
         (
             "trees.py",
@@ -161,6 +161,10 @@ def test_quality_peers_are_trained_and_judged(contender: str, tmp_path: Path) ->
     assert 0 < named[f"quality/{contender}/fvu"] < 2
     assert named[f"quality/{contender}/ratio"] == 1.0
     assert named["quality/kilobasis/ratio"] > 0
+
+
+def test_worlds_too_large_for_a_dense_dictionary_have_none(tmp_path: Path) -> None:
+    assert run_quick("worlds.py", ["--features", "1000000", "--only", "dense"], tmp_path / "out.json") == []
 
 
 def test_recovery_peers_are_trained_and_judged(tmp_path: Path) -> None:

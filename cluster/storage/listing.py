@@ -74,7 +74,7 @@ def count(path: StoragePath, limit: int, suffix: str) -> int:
     """How many of `numbered` end with `suffix`, which begins with their only dot.
 
     S3 is asked for what comes before the dots, as it is asked for folders: such an answer has nothing but names in it,
-    and is read in a fifth of the time.
+    and reading it is what a long list costs.
     """
     if path.scheme == "s3" and limit > _PAGE:
         # A store that only knows folders says so.

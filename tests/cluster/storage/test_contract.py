@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pytest
 
@@ -111,6 +112,8 @@ class TestStore:
             found = numbered(store / "units", limit)
             assert [name for name in found if name.endswith(".json")] == there
             assert count(store / "units", limit, ".json") == len(there)
+        with mock.patch("cluster.storage.listing._stems", side_effect=StorageError("only folders", "")):
+            assert count(store / "units", 3000, ".json") == len(there)
         assert count(store / "nowhere", 3000, ".json") == 0
         assert numbered(store / "nowhere", 3000) == []
 
