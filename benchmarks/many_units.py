@@ -23,11 +23,12 @@ from cluster.storage.create import create
 from cluster.storage.path import StoragePath
 from jobs import lease
 from jobs import manifest as manifests
+from jobs.event_log import EventLog
 from jobs.log import SlotLog
 from jobs.state import StageFolder
 from jobs.workspace import PROCESS, Workspace
 from schemas import steps
-from schemas.events import Event, StageCommitted, StageStarted, UnitCommitted, line
+from schemas.events import Event, StageCommitted, StageStarted, UnitCommitted
 from schemas.layouts import unit_key
 from schemas.records import Outputs, Unit, UnitRecord, canonical_json
 
@@ -61,10 +62,12 @@ def build(root: Path, units: int) -> None:
         record = _record(number)
         (harvested.path / unit_key(record.unit)).local.write_bytes(record.body())
         told.append(UnitCommitted("harvest", record.unit, ROWS, SECONDS, MEMORY))
-    (run / "events").local.mkdir(exist_ok=True)
-    for segment, first in enumerate(range(0, len(told), PER_SEGMENT)):
-        lines = [line(event, time.time()) for event in told[first : first + PER_SEGMENT]]
-        (run / "events" / f"{segment:06d}.jsonl").local.write_text("\n".join(lines) + "\n")
+    log = EventLog(run)
+    for number, event in enumerate(told, 1):
+        log(event)
+        if number % PER_SEGMENT == 0:
+            log.flush()
+    log.flush()
 
 
 def commit(root: Path, units: int) -> None:

@@ -10,8 +10,8 @@ the workers, which is paid once. Beside it CPU time of the driver for each unit,
 disturb less, and its resident size at the begin, in the middle and at the end.
 
 `status`: `kilobasis status` as a process of its own, of a root with 100,000 unit records whose harvest goes on, and of
-one whose harvest is committed; on this disk, and in a mock of S3 (moto). moto itself takes most of a minute for a list
-of very many, so what is judged there is the CPU time of `status`: no real store can make it faster than that.
+one whose harvest is committed; on this disk, and in a mock of S3 (moto). moto itself takes most of half a minute for
+a list of very many, so what is judged there is the CPU time of `status`: no real store can make it faster than that.
 
 Exit code 1 where a mark is missed.
 """
@@ -122,13 +122,12 @@ def statuses(case: Case, console: Console) -> tuple[list[Fact], list[Mark]]:
             if state == "committed":
                 many_units.commit(root, case.units)
             with many_units.served(root) as environment:
-                # One look at moto takes most of a minute.
-                for where, target, around, looks in (
-                    ("disk", str(root), {}, case.looks),
-                    ("moto", f"s3://{many_units.BUCKET}", environment, 1),
+                for where, target, around in (
+                    ("disk", str(root), {}),
+                    ("moto", f"s3://{many_units.BUCKET}", environment),
                 ):
                     seconds, own = list[float](), list[float]()
-                    for _ in range(looks):
+                    for _ in range(case.looks):
                         took, cpu, told = look(target, around)
                         if told != (state, done):
                             raise RuntimeError(f"status of {where} says {told}, expected {(state, done)}")

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from jobs.event_log import events_of
 from jobs.plan import Action, Plan, Planned
 from jobs.status import RECENT_RUNS
-from jobs.workspace import Workspace, events_of
+from jobs.workspace import Workspace
 from pipeline.stage import Estimate
 from schemas.errors import ManifestError
 from schemas.events import Event, Progress, UnitCommitted

@@ -13,8 +13,8 @@ from cluster.storage.listing import Listed, absent, listing
 from cluster.storage.objects import names, read_checked, read_recorded, require_within
 from cluster.storage.parsing import parsing
 from cluster.storage.path import StoragePath
+from jobs.event_log import events_of
 from jobs.log import standing
-from jobs.workspace import events_of
 from schemas.errors import IntegrityError
 from schemas.events import StageCommitted
 from schemas.layouts import BEATS, COMMITTED, LOG, RUNS, SPEC, UNITS, slot_key, unit_key

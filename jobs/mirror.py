@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from cluster.storage.objects import names
 from cluster.storage.path import StoragePath
 from jobs import tracking
+from jobs.event_log import pieces_of
 from jobs.scalars import Scalars
 from jobs.tracking import TRACKERS, Told, Tracker
-from jobs.workspace import manifest_of, reaching, require_root, segment_events
+from jobs.workspace import manifest_of, reaching, require_root
 from schemas.errors import ManifestError
 from schemas.layouts import RUNS
 
@@ -63,14 +64,15 @@ class Mirror:
 
     def _read(self, run: str) -> list[Told]:
         state = self._runs.setdefault(run, _Run())
-        folder, told = self._root / RUNS / run / "events", list[Told]()
-        there = set(names(folder))
-        # In their order, and none left out: events are told apart by their numbers.
-        while (segment := f"{state.segments:06d}.jsonl") in there:
-            for when, event in segment_events(folder / segment):
+        told = list[Told]()
+        for piece, events in pieces_of(self._root / RUNS / run, state.segments):
+            if piece.first != state.segments:
+                # In their order, and none left out: events are told apart by their numbers.
+                break
+            for when, event in events:
                 told += [Told(state.events, when, point) for point in state.scalars(event)]
                 state.events += 1
-            state.segments += 1
+            state.segments = piece.last + 1
         return told
 
     def _tracker(self, run: str) -> Tracker:

@@ -1,4 +1,4 @@
-"""Readers of events: the terminal, the JSONL log, TensorBoard and Prometheus."""
+"""Readers of events: the terminal, TensorBoard and Prometheus."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from cluster.storage.attempts import patience
 from cluster.storage.create import create
 from cluster.storage.path import StoragePath
 from cluster.storage.redaction import first_line, redact
+from jobs.event_log import FLUSH_SECONDS, EventLog
 from jobs.scalars import Scalars, StoreRates
 from schemas import events
 from schemas.errors import InterruptedRunError, KilobasisError, StorageError, printable
@@ -37,34 +38,9 @@ from schemas.quantities import size
 if TYPE_CHECKING:
     from tensorboardX.event_file_writer import EventsWriter
 
-FLUSH_SECONDS = 5.0
 LINE_SECONDS = 5.0
 # For the last word of a run that ends with an error: the store may be what failed.
 LAST_WORD_SECONDS = 20.0
-
-
-class EventLog:
-    """All events as JSON lines in `<run>/events/`, in segments that are created once, also in a bucket."""
-
-    def __init__(self, run: StoragePath) -> None:
-        self._folder = run / "events"
-        self._lines: list[str] = []
-        self._segments = 0
-        self._flushed = time.monotonic()
-
-    def __call__(self, event: Event) -> None:
-        """Note an event."""
-        self._lines.append(events.line(event, time.time()))
-        if time.monotonic() - self._flushed > FLUSH_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what has come in since the last segment."""
-        self._flushed = time.monotonic()
-        if self._lines:
-            create(self._folder / f"{self._segments:06d}.jsonl", ("\n".join(self._lines) + "\n").encode())
-            self._segments += 1
-            self._lines = []
 
 
 class TensorBoard:

@@ -101,8 +101,9 @@ def list_(
 
 def _runs(root: StoragePath) -> object:
     from cluster.storage.objects import names
+    from jobs.event_log import ending_of, events_of
     from jobs.status import alive, fate, heard
-    from jobs.workspace import ending_of, events_of, reaching, require_root
+    from jobs.workspace import reaching, require_root
     from schemas.events import StageCommitted
     from schemas.layouts import RUNS
 
@@ -236,8 +237,9 @@ def _driver(root: StoragePath) -> Owner | None:
     """
     from cluster.storage.objects import names, read_json
     from jobs import lease
+    from jobs.event_log import ending_of
     from jobs.status import RECENT_RUNS
-    from jobs.workspace import PROCESS, ending_of, reaching, require_root
+    from jobs.workspace import PROCESS, reaching, require_root
     from schemas.layouts import RUNS
     from schemas.records import Owner
 

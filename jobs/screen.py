@@ -19,13 +19,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from cluster.storage.objects import abreast, names
+from cluster.storage.objects import names
 from cluster.storage.path import StoragePath
+from jobs.event_log import pieces_of
 from jobs.progress import trouble
 from jobs.scalars import StoreRates
 from jobs.status import RECENT_RUNS, alive, beats, fate
 from jobs.terminal import span
-from jobs.workspace import label, manifest_of, reaching, require_root, segment_events
+from jobs.workspace import label, manifest_of, reaching, require_root
 from schemas.errors import ManifestError, printable
 from schemas.events import (
     CheckpointCommitted,
@@ -127,7 +128,7 @@ class Tail:
     """
 
     def __init__(self, root: StoragePath, without: Collection[str] = ()) -> None:
-        self._root, self._without, self._seen = root, frozenset(without), set[str]()
+        self._root, self._without, self._segments = root, frozenset(without), 0
         self.run = ""
 
     def look(self) -> list[tuple[float, Event]]:
@@ -136,12 +137,12 @@ class Tail:
         if not runs:
             return []
         if (run := working(self._root, runs)) != self.run:
-            self.run, self._seen = run, set()
-        folder = self._root / RUNS / self.run / "events"
-        fresh = [segment for segment in names(folder) if segment not in self._seen]
-        self._seen.update(fresh)
-        read = abreast(folder, segment_events, [folder / segment for segment in fresh])
-        return [each for told in read for each in told]
+            self.run, self._segments = run, 0
+        told = list[tuple[float, Event]]()
+        for piece, events in pieces_of(self._root / RUNS / self.run, self._segments):
+            told += events
+            self._segments = piece.last + 1
+        return told
 
 
 def working(root: StoragePath, runs: Sequence[str]) -> str:

@@ -14,9 +14,10 @@ from cluster.storage.listing import listing
 from cluster.storage.objects import names, read_checked, read_json
 from cluster.storage.path import StoragePath
 from jobs import lease
+from jobs.event_log import ending_of, events_of
 from jobs.log import TrainingLog
 from jobs.state import StageFolder
-from jobs.workspace import PROCESS, Workspace, ending_of, events_of, label, manifest_of
+from jobs.workspace import PROCESS, Workspace, label, manifest_of
 from schemas.compute import Compute
 from schemas.errors import IntegrityError, ManifestError
 from schemas.events import Event, Progress, RunEnded, StageCommitted, StageStarted

@@ -14,11 +14,9 @@ from cluster.storage import probe
 from cluster.storage.attempts import shortage
 from cluster.storage.create import create
 from cluster.storage.objects import (
-    abreast,
     names,
     read_checked,
     read_json,
-    read_text_object,
     require_within,
     require_writable,
 )
@@ -29,7 +27,6 @@ from jobs.manifest import canonical
 from jobs.state import StageFolder
 from pipeline.stage import Stage
 from schemas.errors import IntegrityError, KilobasisError, ManifestChangedError, ManifestError
-from schemas.events import Event, RunEnded, parse_lines
 from schemas.layouts import RUNS, SPEC
 from schemas.manifest import Dictionary, Manifest
 from schemas.records import RootRecord, canonical_json, parse_record
@@ -239,32 +236,6 @@ def last_manifest(root: StoragePath) -> dict[str, Any] | None:
     """Of the newest run below a root; None where there is none."""
     runs = reversed(names(root / RUNS))
     return next((found for run in runs if (found := manifest_of(root / RUNS / run))), None)
-
-
-def events_of(run: StoragePath) -> Iterator[tuple[float, Event]]:
-    """What a run told, with the times; what of it cannot be read is left out."""
-    folder = run / "events"
-    for told in abreast(folder, segment_events, [folder / name for name in names(folder)]):
-        yield from told
-
-
-def segment_events(segment: StoragePath) -> list[tuple[float, Event]]:
-    """What a segment of a run's events has; one that cannot be read says nothing."""
-    try:
-        return parse_lines(read_text_object(segment))
-    except (FileNotFoundError, IntegrityError):
-        return []
-
-
-def ending_of(run: StoragePath) -> RunEnded | None:
-    """The last word of a run, which is in the last segment of its events; None where it has none.
-
-    Args:
-        run: The run's folder.
-    """
-    segments = names(run / "events")
-    told = segment_events(run / "events" / segments[-1]) if segments else []
-    return next((event for _, event in reversed(told) if isinstance(event, RunEnded)), None)
 
 
 def _began(run: str) -> datetime | None:

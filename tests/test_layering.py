@@ -66,7 +66,7 @@ HEAVY = {"torch", "transformers", "deepspeed", "ray", "numpy", "tensorboardX", "
 # The pipeline gets from cluster only the shape of a pool, where a gang meets and the storage, never who runs it.
 PIPELINE_FROM_CLUSTER = ("cluster.pool", "cluster.rendezvous", "cluster.storage")
 # Descriptions describe: they open nothing.
-SCHEMAS_LIBRARIES = {"pydantic", "pyarrow"}
+SCHEMAS_LIBRARIES = {"pydantic", "pydantic_core", "pyarrow"}
 
 
 def sources() -> list[Path]:

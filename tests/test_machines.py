@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from cluster.storage.objects import names, read_bytes
+from cluster.storage.objects import names
 from jobs import repair as repairs
-from schemas.events import UnitFailed, UnitQuarantined, WorkerLost, parse_lines
+from jobs.event_log import events_of
+from schemas.events import UnitFailed, UnitQuarantined, WorkerLost
 from tests.support import namespaces, runs
 from tests.support.fixtures import make_corpus, make_model, manifest_tree, write_manifest
 from tests.support.namespaces import Machine, Network
@@ -182,9 +183,8 @@ class Submitted:
 
     def lost(self) -> list[str]:
         """Stages, once for each worker that was lost in one; and nothing was blamed on the work itself."""
-        folders = [self.root / "runs" / run / "events" for run in names(self.root / "runs")]
-        bodies = [read_bytes(folder / segment) for folder in folders for segment in names(folder)]
-        seen = [event for body in bodies for _, event in parse_lines(body)]
+        told = [events_of(self.root / "runs" / run) for run in names(self.root / "runs")]
+        seen = [event for run in told for _, event in run]
         assert not [event for event in seen if isinstance(event, UnitFailed | UnitQuarantined)]
         return [event.stage.partition("/")[0] for event in seen if isinstance(event, WorkerLost)]
 

@@ -12,9 +12,9 @@ import pytest
 
 from cluster.storage.path import StoragePath
 from jobs import tracking
+from jobs.event_log import events_of
 from jobs.scalars import Scalars
 from jobs.tracking import history_log
-from jobs.workspace import events_of
 from schemas import events
 from tests.jobs.test_screen import NOW, Told
 from tests.support.command import invoke

@@ -3,6 +3,7 @@
 import io
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from cluster.storage.create import create
 from cluster.storage.path import StoragePath
-from jobs import workspace
+from jobs.event_log import Piece, pieces_of
 from jobs.screen import View, curve, picture, watch
 from schemas import events
 from schemas.errors import ManifestError
@@ -200,9 +201,13 @@ def test_run_that_found_another_one_at_work_is_not_looked_at(copied: SimpleNames
 def test_look_reads_only_what_is_new(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
     told.tell((NOW - 9, events.StageStarted("harvest", 0, 9, "harvest/abc")))
     view, read = View(told.root), list[str]()
-    monkeypatch.setattr(
-        "jobs.screen.segment_events", lambda path: read.append(path.name) or workspace.segment_events(path)
-    )
+
+    def counted(run: StoragePath, start: int) -> Iterator[tuple[Piece, object]]:
+        for piece, found in pieces_of(run, start):
+            read.append(piece.name)
+            yield piece, found
+
+    monkeypatch.setattr("jobs.screen.pieces_of", counted)
     view.look()
     assert read == []
     told.tell((NOW - 8, events.UnitCommitted("harvest", "0", 10, 1.0, 0)))

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from jobs.event_log import fewest
+
 
 def newest(root: Path) -> Path:
     """The folder of the newest run."""
@@ -14,8 +16,9 @@ def newest(root: Path) -> Path:
 
 def events(run: Path) -> list[dict[str, Any]]:
     """What a run told."""
-    segments = sorted((run / "events").glob("*.jsonl"))
-    return [json.loads(line) for segment in segments for line in segment.read_text().splitlines()]
+    folder = run / "events"
+    pieces = fewest(path.name for path in folder.iterdir())
+    return [json.loads(line) for piece in pieces for line in (folder / piece.name).read_text().splitlines()]
 
 
 def lose_a_unit(root: Path) -> None:
