@@ -1,18 +1,23 @@
 """A run's events: nothing is lost or told twice, whatever of segments and volumes is there."""
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.storage.create import create
 from cluster.storage.path import StoragePath
-from jobs import event_log
+from jobs import event_log, tracking
 from jobs.event_log import EventLog, Piece, ending_of, events_of, fewest, pieces_of
+from jobs.mirror import Mirror
 from jobs.screen import Tail
+from jobs.tracking import Told
 from schemas.errors import StorageError
-from schemas.events import Event, RunEnded, UnitCommitted
+from schemas.events import Event, Progress, RunEnded, UnitCommitted
+from schemas.records import RootRecord
 
 NOT_PIECES = ["", "x", "000000", "00000.jsonl", "0000000.jsonl", "000001-000000.jsonl", "000002-000002.jsonl", ".tmp"]
 
@@ -97,6 +102,39 @@ def test_reader_that_goes_along_sees_the_same_as_one_that_comes_late(run: Storag
     assert [event for _, event in Tail(root).look()] == events
 
 
+def test_mirrors_number_events_alike_with_volumes_and_without(
+    run: StoragePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its number a tracker knows what it has."""
+    root, brought = StoragePath.parse(run.local.parent.parent), list[list[tuple[int, float]]]()
+
+    class Kept:
+        def __init__(self, *about: object) -> None:
+            pass
+
+        def write(self, told: Sequence[Told]) -> int:
+            brought[-1] += [(each.number, each.point.value) for each in told]
+            return len(told)
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(tracking, "require", lambda kind: None)
+    monkeypatch.setitem(tracking.TRACKERS, "mlflow", Kept)
+    create(root / "ROOT.json", RootRecord(name="told", creates="atomic").body())
+    events = [Progress("train/a", step, step, 99, {"fvu": 1 / step}) for step in range(1, 23)]
+    log = write(run, list(events[:3]))
+    along = Mirror(root, "mlflow")
+    brought.append([])
+    for at in range(3, 22, 5):
+        along.look()
+        write(run, list(events[at : at + 5]), log)
+    along.look()
+    brought.append([])
+    Mirror(root, "mlflow").look()
+    assert brought[0] == brought[1] == [(number, 1 / (number + 1)) for number in range(22)]
+
+
 @pytest.mark.parametrize("count", [1, 4, 16, 17])
 def test_last_word_is_found_behind_volumes(run: StoragePath, count: int) -> None:
     word = RunEnded("run", 0, "")
@@ -114,7 +152,7 @@ def test_last_word_of_a_log_of_many_digits(run: StoragePath) -> None:
 
 def test_what_could_not_be_written_is_written_later(run: StoragePath, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither an event nor a number is lost: who reads numbers on end stops at a gap."""
-    create, events = event_log.create, told(24)
+    events = told(24)
     # One failure at a segment, one at a volume, one at a large one.
     fail = {"000001.jsonl", "000004-000007.jsonl", "000000-000016.jsonl"}
 
