@@ -1,8 +1,8 @@
 """A run's events in `<run>/events/`, as JSON lines: written as they come, and read again.
 
 What is created stays as it is, also in a bucket. So what comes in is written in segments, `000012.jsonl`, one every few
-seconds, and again, in volumes of many of them, `000000-000063.jsonl`: of a run of a day a reader asks for some dozens
-of objects, and not for 17,000. A volume says nothing that its segments do not; where it is missing they are read.
+seconds, and again, in volumes of many of them, `000000-000063.jsonl`: of a run of a day a reader asks for a hundred
+objects, and not for 17,000. A volume says nothing that its segments do not; where it is missing they are read.
 """
 
 from __future__ import annotations
