@@ -1,7 +1,6 @@
 """Whole runs on a real Ray: two workers, gangs of one and two ranks, killed and resumed."""
 
 import contextlib
-import json
 import random
 import time
 from pathlib import Path
@@ -10,12 +9,14 @@ from typing import Any
 import pytest
 
 from cluster.ray_cluster import ray_session
+from cluster.storage.path import StoragePath
 from jobs import manifest as manifests
 from jobs import plan as planning
 from jobs.sources import survey
 from jobs.workspace import Workspace
+from schemas.events import StageStarted
 from schemas.records import StageRecord, parse_record
-from tests.support import runs
+from tests.support import roots, runs
 from tests.support.fixtures import write_manifest
 
 pytestmark = pytest.mark.ray
@@ -100,13 +101,9 @@ def test_harvest_killed_between_units_redoes_at_most_one_unit_per_worker(
     # A committed unit's record and every shard that was there are the very same files.
     assert all(after[name] == inode for name, inode in before.items())
     assert all(path.stat().st_ino == inode for path, inode in shards.items())
-    seen = [
-        json.loads(line)
-        for path in sorted((tmp_path / "root" / "runs").glob("*/events/*.jsonl"))
-        for line in path.read_text().splitlines()
-    ]
-    resumed = [event for event in seen if event["event"] == "StageStarted" and event["stage"] == "harvest"][-1]
-    assert resumed["done"] >= len(before)
+    seen = roots.told(StoragePath.parse(tmp_path / "root"))
+    resumed = [event for event in seen if isinstance(event, StageStarted) and event.stage == "harvest"][-1]
+    assert resumed.done >= len(before)
 
 
 def test_sigterm_ends_the_run_with_75_and_leaves_no_process(long_tree: dict[str, Any], tmp_path: Path) -> None:

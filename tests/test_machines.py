@@ -13,11 +13,9 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from cluster.storage.objects import names
 from jobs import repair as repairs
-from jobs.event_log import events_of
 from schemas.events import UnitFailed, UnitQuarantined, WorkerLost
-from tests.support import namespaces, runs
+from tests.support import namespaces, roots, runs
 from tests.support.fixtures import make_corpus, make_model, manifest_tree, write_manifest
 from tests.support.namespaces import Machine, Network
 from tests.support.ray_machines import HEAD, IMPATIENT, RayMachines
@@ -183,8 +181,7 @@ class Submitted:
 
     def lost(self) -> list[str]:
         """Stages, once for each worker that was lost in one; and nothing was blamed on the work itself."""
-        told = [events_of(self.root / "runs" / run) for run in names(self.root / "runs")]
-        seen = [event for run in told for _, event in run]
+        seen = roots.told(self.root)
         assert not [event for event in seen if isinstance(event, UnitFailed | UnitQuarantined)]
         return [event.stage.partition("/")[0] for event in seen if isinstance(event, WorkerLost)]
 

@@ -20,9 +20,9 @@ import yaml
 
 from cluster.storage.path import StoragePath
 from jobs import repair as repairs
-from schemas.events import Note, UnitFailed, UnitQuarantined, WorkerLost, parse_lines
+from schemas.events import Note, UnitFailed, UnitQuarantined, WorkerLost
 from tests.cluster.test_node_loss import QUICK, Nodes
-from tests.support import clusters, runs
+from tests.support import clusters, roots, runs
 from tests.support.fixtures import write_manifest
 from tests.support.long_runs import UNITS
 
@@ -178,7 +178,7 @@ def test_run_on_a_cluster_that_loses_what_it_has_loses_no_row(
     assert runs.digests(root) == runs.digests(two_ranks)
     assert runs.contents(root) == runs.contents(two_ranks)
     assert repairs.findings(StoragePath.parse(root), full=True) == []
-    seen = [event for path in root.glob("runs/*/events/*.jsonl") for _, event in parse_lines(path.read_bytes())]
+    seen = roots.told(StoragePath.parse(root))
     assert not [event for event in seen if isinstance(event, UnitFailed | UnitQuarantined)]
     lost = [event for event in seen if isinstance(event, WorkerLost)]
     assert name != "losses" or {event.stage for event in lost} == {"harvest", "train/tiny"}

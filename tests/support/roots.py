@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jobs.event_log import fewest
+from cluster.storage.objects import names
+from cluster.storage.path import StoragePath
+from jobs.event_log import events_of, fewest
+from schemas.events import Event
 
 
 def newest(root: Path) -> Path:
@@ -19,6 +22,11 @@ def events(run: Path) -> list[dict[str, Any]]:
     folder = run / "events"
     pieces = fewest(path.name for path in folder.iterdir())
     return [json.loads(line) for piece in pieces for line in (folder / piece.name).read_text().splitlines()]
+
+
+def told(root: StoragePath) -> list[Event]:
+    """What all runs of a root told, one run behind the other."""
+    return [event for run in sorted(names(root / "runs")) for _, event in events_of(root / "runs" / run)]
 
 
 def lose_a_unit(root: Path) -> None:
