@@ -36,6 +36,8 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 # Numbers of gradients that are put together to be sent.
 BUCKET = 2**20
+# File descriptors without which no rank meets others: one takes 22 by itself, rank 0 of four 31.
+DESCRIPTORS, DESCRIPTORS_A_RANK = 32, 4
 
 
 @contextlib.contextmanager
@@ -292,6 +294,7 @@ def _start(rank: int, world_size: int, meeting: Meeting) -> None:
     # Otherwise its first initialize compiles a C++ op that only inference uses: minutes, and a lock file
     # that hangs every later run if the process is killed meanwhile.
     deepspeed.ops.__compatible_ops__ = {}
+    _require_descriptors(DESCRIPTORS + DESCRIPTORS_A_RANK * world_size)
     dist.init_process_group(
         BACKENDS[device(rank).type],
         store=meet(rank, world_size, meeting),
@@ -299,6 +302,17 @@ def _start(rank: int, world_size: int, meeting: Meeting) -> None:
         world_size=world_size,
         timeout=COLLECTIVE_TIMEOUT,
     )
+
+
+def _require_descriptors(count: int) -> None:
+    """What waits for the other ranks is no Python: where it gets no descriptor it may abort the process, or wait on.
+
+    Raises:
+        OSError: there are fewer.
+    """
+    with contextlib.ExitStack() as taken, open(os.devnull, "rb") as first:
+        for _ in range(count - 1):
+            taken.callback(os.close, os.dup(first.fileno()))
 
 
 def meet(rank: int, world_size: int, meeting: Meeting) -> Store:

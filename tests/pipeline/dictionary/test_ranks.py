@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import socket
 from pathlib import Path
 
@@ -90,6 +91,21 @@ def test_ranks_listen_where_they_meet_and_nowhere_else(where: str, tmp_path: Pat
     host = "127.0.0.1" if where == "loopback" else own_address()
     spawn(listen, (meeting(host), tmp_path), 2)
     assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [[host]] * 2
+
+
+def test_rank_that_gets_too_few_descriptors_says_so_instead_of_aborting() -> None:
+    """Sixteen are enough for all that is Python, and not for what waits for other ranks."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
+    where = meeting()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 16, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"), joined(0, 1, 1, where):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with joined(0, 1, 1, meeting()):
+        pass
 
 
 def test_gang_wishes_for_a_network_only_while_it_lasts() -> None:
