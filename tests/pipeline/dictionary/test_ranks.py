@@ -1,5 +1,6 @@
 """Gangs of real processes that talk over gloo."""
 
+import contextlib
 import json
 import os
 import resource
@@ -94,16 +95,20 @@ def test_ranks_listen_where_they_meet_and_nowhere_else(where: str, tmp_path: Pat
 
 
 def test_rank_that_gets_too_few_descriptors_says_so_instead_of_aborting() -> None:
-    """Sixteen are enough for all that is Python, and not for what waits for other ranks."""
+    """Sixteen are left: enough for all that is Python, and not for what waits for other ranks."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    highest = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
     where = meeting()
-    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 16, hard))
-    try:
+    with contextlib.ExitStack() as taken:
+        # No number below the highest stays free.
+        highest = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
+        number = 0
+        while number <= highest:
+            number = os.dup(1)
+            taken.callback(os.close, number)
+        taken.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (number + 17, hard))
         with pytest.raises(OSError, match="Too many open files"), joined(0, 1, 1, where):
             pass
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     with joined(0, 1, 1, meeting()):
         pass
 
