@@ -26,7 +26,7 @@ def events(run: Path) -> list[dict[str, Any]]:
 
 def told(root: StoragePath) -> list[Event]:
     """What all runs of a root told, one run behind the other."""
-    return [event for run in sorted(names(root / "runs")) for _, event in events_of(root / "runs" / run)]
+    return [event for run in names(root / "runs") for _, event in events_of(root / "runs" / run)]
 
 
 def lose_a_unit(root: Path) -> None:
