@@ -9,12 +9,12 @@ mean largest cosine similarities: `found`, of true features to the decoder rows 
 found), and `true`, of those rows to the true features (how much of what was found is true).
 
 The default is the manifest's, but for `dead_after`, which is a quarter of the run, or no feature could ever be dead in
-it and `aux_k` would change nothing. Every row of the tables differs from the default in one thing. The last group
-trains dictionaries of other sizes at several learning rates: where the default scales rightly with F, the best factor
-is the same at every F.
+it and `aux_k` would change nothing. Every row of the tables differs from the default in one thing. The last groups
+train at other F, k and batches, of as many tokens, at several learning rates: where the default scales rightly, the
+best factor is the same everywhere.
 
-`ratio` is the FVU over the default's of the same seed (in the last group: over the same F at rate x 1); below 1 it is
-better. Differences smaller than the range over seeds say nothing. The tables go to `benchmarks/recipe.md` (not with
+`ratio` is the FVU over the default's of the same seed (in the last groups: over the same size at rate x 1); below 1 it
+is better. Differences smaller than the range over seeds say nothing. The tables go to `benchmarks/recipe.md` (not with
 --quick, or where only a part is run). Every run is kept as soon as it ends (see `trainings.py`): start again to go on.
 Exit code 1 where a run of the default failed.
 """
@@ -26,7 +26,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,20 +49,19 @@ TRUTH = GroundTruth(width=128, directions=2048)
 
 @dataclass(frozen=True)
 class Variant:
-    """The default with one thing changed. `expansion` 0 is the case's own."""
+    """The default with one thing changed; `size` is a field of the case with its value."""
 
     factor: str
     value: str
     settings: dict[str, Any] = field(default_factory=dict)
     rate: float = 1.0
     start: float = 1.0
-    expansion: int = 0
+    size: tuple[str, int] | None = None
 
 
 DEFAULT = Variant("default", "")
-SCALING = "rate at F/d"
 RATES = (0.25, 0.5, 2.0, 4.0)
-SIZES, SIZE_RATES = (8, 128), (0.25, 0.5, 1.0, 2.0, 4.0)
+SIZES, SIZE_RATES = {"expansion": (8, 128), "k": (8,), "batch": (1024,)}, (0.5, 1.0, 2.0, 4.0)
 
 
 def variants(dead_after: int) -> list[Variant]:
@@ -88,7 +87,12 @@ def variants(dead_after: int) -> list[Variant]:
         Variant("beta1, rate", "0, x 0.5", {"beta1": 0.0}, rate=0.5),
         Variant("optimizer", "adam, beta1 0", {"optimizer": "adam", "beta1": 0.0}),
         Variant("optimizer", "adam, beta1 0.9", {"optimizer": "adam"}),
-        *(Variant(SCALING, f"{size}, x {rate:g}", rate=rate, expansion=size) for size in SIZES for rate in SIZE_RATES),
+        *(
+            Variant(f"rate at {name}", f"{size}, x {rate:g}", rate=rate, size=(name, size))
+            for name, sizes in SIZES.items()
+            for size in sizes
+            for rate in SIZE_RATES
+        ),
     ]
 
 
@@ -109,6 +113,13 @@ class Case:
     def tokens(self) -> int:
         """Rows of the stream."""
         return self.steps * self.batch
+
+    def of(self, variant: Variant) -> Case:
+        """The case at a variant's size, with as many whole batches as the stream has."""
+        if variant.size is None:
+            return self
+        sized = replace(self, **dict([variant.size]))
+        return replace(sized, steps=self.tokens // sized.batch)
 
 
 QUICK = Case(
@@ -183,14 +194,14 @@ def measure(case: Case, data: Data, wanted: Sequence[Variant], seeds: Sequence[i
 
     def result(variant: Variant, seed: int) -> Result:
         settings = {"dead_after": case.tokens // 4} | variant.settings
-        features = data.width * (variant.expansion or case.expansion)
+        sized = case.of(variant)
         plan = Plan(
             OURS_RUN,
             data.width,
-            features,
-            case.k,
-            case.batch,
-            case.steps,
+            data.width * sized.expansion,
+            sized.k,
+            sized.batch,
+            sized.steps,
             case.threads,
             seed,
             variant.rate,
@@ -218,7 +229,7 @@ def variant_name(variant: Variant) -> str:
 
 def compared(variant: Variant) -> str:
     """The name of the variant whose error the ratio is taken to."""
-    return f"{SCALING} {variant.expansion}, x 1" if variant.factor == SCALING else variant_name(DEFAULT)
+    return f"{variant.factor} {variant.size[1]}, x 1" if variant.size else variant_name(DEFAULT)
 
 
 COLUMNS = ("changed", "to", "FVU", "ratio", "dead", "found", "true")

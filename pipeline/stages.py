@@ -12,7 +12,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(steps.HARVEST, 1, harvest.params, harvest.run, harvest.estimate, harvest.check),
     Stage(
         steps.TRAIN,
-        6,
+        7,
         train.params,
         train.run,
         train.estimate,

@@ -45,8 +45,8 @@ class Train(Section):
     learning_rate: float | None = Field(
         default=None,
         gt=0,
-        description="Peak rate; 1.6e-3 * sqrt(2^14 / features) if left out, in a tree times the fourth root of a "
-        "subtree's features.",
+        description="Peak rate; 3.6e-3 * sqrt(k * batch / features) / width^(1/4) if left out, in a tree times the "
+        "fourth root of a subtree's features.",
     )
     warmup: Fraction = Field(default=0.02, description="Share of the steps over which the rate rises from zero.")
     decay: Fraction = Field(default=0.2, description="Share of the steps over which the rate falls to zero at the end.")

@@ -62,7 +62,8 @@ with torch.no_grad():
     dictionary.W_enc.mul_(task.start)
 settings = Train(**{"tokens": task.steps * task.batch, "batch": task.batch, "seed": task.seed, **task.settings})
 subtree = dictionary.tree.size if isinstance(dictionary, TreeDictionary) else 1
-settings = settings.model_copy(update={"learning_rate": peak_rate(settings, task.features, subtree) * task.rate})
+peak = peak_rate(settings, task.width, task.features, task.k, subtree)
+settings = settings.model_copy(update={"learning_rate": peak * task.rate})
 
 
 def judge(x_BD: Tensor) -> tuple[Tensor, Tensor]:

@@ -252,23 +252,29 @@ def _firsts(dictionary: TopKDictionary) -> dict[str, torch.Tensor]:
     return made | {"bias_m": torch.zeros_like(dictionary.b_enc.data)}
 
 
-# The best of a search by factors of two, at every F (8 to 128 D), D (64, 128, 512) and length (1 to 12 million tokens)
-# that was tried, of activations of a model and of synthetic ones; see `benchmarks/recipe.py`.
-PEAK = 1.6e-3
+# Fits the best of searches by factors of two at B 1024 and 4096, k 8 and 32, F of 4,096 to 131,072 and D of 128 to 768,
+# of activations of two models and of synthetic ones, where few features may die; see `benchmarks/README.md`, recipe.py.
+PEAK = 3.6e-3
 
 
-def peak_rate(settings: Train, features: int, subtree: int = 1) -> float:
-    """The largest rate: as given, or PEAK at 2^14 features and falling with the square root of F.
+def peak_rate(settings: Train, width: int, features: int, k: int, subtree: int = 1) -> float:
+    """The largest rate: as given, or PEAK * sqrt(k B / F) / D^(1/4), B the rows of a step.
 
-    That of a tree is the one of a number of features in the middle between its parents and all, F / sqrt(subtree): for
-    all of them it is far too slow (`benchmarks/trees.py`).
+    k B / F is how many rows of a step a feature sees: the mean of more of them may be trusted further. A tree's is that
+    of a number of features in the middle between its parents and all, F / sqrt(subtree): for all of them it is far too
+    slow (`benchmarks/trees.py`).
 
     Args:
         settings: The manifest's `train`.
+        width: D.
         features: F.
+        k: Features of a token.
         subtree: A parent with its children; 1 where there are none.
     """
-    return settings.learning_rate or PEAK * math.sqrt(2**14 * math.sqrt(subtree) / features)
+    if settings.learning_rate is not None:
+        return settings.learning_rate
+    seen = k * settings.batch * math.sqrt(subtree) / features
+    return PEAK * math.sqrt(seen) / math.pow(width, 0.25)
 
 
 def rate(step: int, steps: int, peak: float, warmup: float, decay: float) -> float:

@@ -83,12 +83,26 @@ def test_rate_rises_holds_and_falls() -> None:
     assert rates == sorted(rates[:10]) + rates[10:75] + sorted(rates[75:], reverse=True)
 
 
-def test_peak_rate_falls_with_the_square_root_of_features() -> None:
-    settings = Train(tokens=1000, batch=10)
-    assert peak_rate(settings, 2**14) == pytest.approx(1.6e-3)
-    assert peak_rate(settings, 2**16) == pytest.approx(0.8e-3)
-    assert peak_rate(settings, 2**14, 16) == pytest.approx(3.2e-3)
-    assert peak_rate(settings.model_copy(update={"learning_rate": 0.5}), 2**16, 16) == 0.5
+@pytest.mark.parametrize(
+    ("batch", "width", "features", "k", "subtree", "expected"),
+    [
+        (2**12, 256, 2**13, 32, 1, 3.6e-3),
+        (2**12, 256, 2**15, 32, 1, 1.8e-3),
+        (2**12, 256, 2**13, 8, 1, 1.8e-3),
+        (2**10, 256, 2**13, 32, 1, 1.8e-3),
+        (2**12, 4096, 2**13, 32, 1, 1.8e-3),
+        (2**12, 256, 2**13, 32, 16, 7.2e-3),
+    ],
+)
+def test_peak_rate_is_of_the_rows_that_a_feature_sees(
+    batch: int, width: int, features: int, k: int, subtree: int, expected: float
+) -> None:
+    settings = Train(tokens=2**20, batch=batch)
+    assert peak_rate(settings, width, features, k, subtree) == pytest.approx(expected)
+
+
+def test_peak_rate_is_the_one_given() -> None:
+    assert peak_rate(Train(tokens=1000, batch=10, learning_rate=0.5), 256, 2**16, 32, 16) == 0.5
 
 
 def test_saved_dictionary_reads_back_bit_for_bit() -> None:
