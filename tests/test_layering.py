@@ -62,6 +62,8 @@ OWNERS = {
 
 # These take seconds to import.
 HEAVY = {"torch", "transformers", "deepspeed", "ray", "numpy", "tensorboardX", "zarr"}
+# And these are for models, ranks, machines, matching and trackers alone.
+FOR_SOME = {"transformers", "deepspeed", "ray", "scipy", "faiss", "mlflow", "wandb", "pandas"}
 
 # The pipeline gets from cluster only the shape of a pool, where a gang meets and the storage, never who runs it.
 PIPELINE_FROM_CLUSTER = ("cluster.pool", "cluster.rendezvous", "cluster.storage")
@@ -133,6 +135,12 @@ def test_schemas_use_the_standard_library_and_little_else(path: Path) -> None:
 @pytest.mark.parametrize("module", ["cli", "status", "screen", "remote", "submit", "repair"])
 def test_who_only_looks_at_a_root_brings_no_library_that_does_the_work(module: str) -> None:
     script = f"import sys, jobs.{module}; print(*sorted({HEAVY} & set(sys.modules)))"
+    told = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == ""
+
+
+def test_runner_brings_no_library_that_only_some_processes_need() -> None:
+    script = f"import sys, jobs.runner; print(*sorted({FOR_SOME} & set(sys.modules)))"
     told = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert told.stdout.strip() == ""
 

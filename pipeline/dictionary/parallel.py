@@ -11,6 +11,7 @@ import gc
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -288,7 +289,8 @@ def _start(rank: int, world_size: int, meeting: Meeting) -> None:
         MASTER_PORT=str(meeting.port),
     )
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    import deepspeed
+    with absent("mlflow"):
+        import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Otherwise its first initialize compiles a C++ op that only inference uses: minutes, and a lock file
@@ -302,6 +304,20 @@ def _start(rank: int, world_size: int, meeting: Meeting) -> None:
         world_size=world_size,
         timeout=COLLECTIVE_TIMEOUT,
     )
+
+
+@contextlib.contextmanager
+def absent(module: str) -> Iterator[None]:
+    """What is imported in the block finds this optional module only where it is in use already.
+
+    DeepSpeed's tuner, which nobody here calls, takes mlflow where it is installed: 100 MiB and two seconds of a rank.
+    """
+    sys.modules.setdefault(module, None)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        if sys.modules[module] is None:
+            del sys.modules[module]
 
 
 def _require_descriptors(count: int) -> None:

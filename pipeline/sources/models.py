@@ -18,7 +18,6 @@ from typing import Any
 import huggingface_hub
 import safetensors
 import torch
-import transformers
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
 
@@ -39,10 +38,6 @@ _TOKENIZER_FILES = (
     "*.model",
 )
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-transformers.utils.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
-logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +106,8 @@ def load(place: Model, gpus: float = 0.0) -> Loaded:
     folder, _ = _locate(place, weights=True)
     config = _config(folder, place)
     is_causal_lm = _is_causal_lm(config)
-    factory = transformers.AutoModelForCausalLM if is_causal_lm else transformers.AutoModel
+    library = _transformers()
+    factory = library.AutoModelForCausalLM if is_causal_lm else library.AutoModel
     target = device(gpus)
     spread = target.type == "cuda" and gpus > 1
     try:
@@ -176,13 +172,24 @@ def load_tokenizer(place: Model) -> Any:
             f"model.source {place.source}: {folder} holds no tokenizer", "put tokenizer.json beside config.json"
         )
     try:
-        return transformers.AutoTokenizer.from_pretrained(
+        return _transformers().AutoTokenizer.from_pretrained(
             str(folder), use_fast=True, local_files_only=True, trust_remote_code=place.trust_remote_code
         )
     except Exception as error:  # whatever the tokenizer's own code thinks of its files
         raise ManifestError(
             f"the tokenizer of {place.source} cannot be loaded: {error}", "put tokenizer.json beside config.json"
         ) from error
+
+
+@functools.cache
+def _transformers() -> Any:
+    """Brought in by who loads a model: it costs a process most of a second, and most know no model."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    return transformers
 
 
 def _locate(section: Model, weights: bool = False) -> tuple[Path, str | None]:
@@ -237,7 +244,7 @@ def _config(folder: Path, section: Model) -> Any:
     if section.trust_remote_code:
         _require_own_code(folder, section)
     try:
-        return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=section.trust_remote_code)
+        return _transformers().AutoConfig.from_pretrained(str(folder), trust_remote_code=section.trust_remote_code)
     except Exception as error:  # whatever the configuration's own class thinks of the file
         raise ManifestError(
             f"model.source {section.source}: config.json cannot be used: {error}", "check the model folder"
@@ -259,13 +266,14 @@ def _require_own_code(folder: Path, section: Model) -> None:
 
 
 def _is_causal_lm(config: Any) -> bool:
-    names = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    names = _transformers().models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     return isinstance(config.architectures, list) and any(name in names for name in config.architectures[:1])
 
 
 def _skeleton(config: Any, is_causal_lm: bool, section: Model) -> nn.Module:
     """The model on the meta device: every module and shape, no memory."""
-    factory = transformers.AutoModelForCausalLM if is_causal_lm else transformers.AutoModel
+    library = _transformers()
+    factory = library.AutoModelForCausalLM if is_causal_lm else library.AutoModel
     try:
         with torch.device("meta"):
             model: nn.Module = factory.from_config(config, trust_remote_code=section.trust_remote_code)

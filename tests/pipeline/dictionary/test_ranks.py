@@ -5,6 +5,8 @@ import json
 import os
 import resource
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -19,6 +21,7 @@ from schemas.compute import Sharding
 from schemas.training import Train
 from tests.support.gangs import meeting, spawn
 
+ROOT = Path(__file__).parents[3]
 STEPS, BATCH = 30, 64
 SETTINGS = Train(
     tokens=STEPS * BATCH, batch=BATCH, learning_rate=1e-2, warmup=0.0, aux_k=8, dead_after=4 * BATCH, clip=0.02
@@ -111,6 +114,16 @@ def test_rank_that_gets_too_few_descriptors_says_so_instead_of_aborting() -> Non
             pass
     with joined(0, 1, 1, meeting()):
         pass
+
+
+def test_rank_does_without_what_only_the_tuner_of_deepspeed_wants() -> None:
+    script = (
+        "import sys; from pipeline.dictionary.parallel import joined\n"
+        f"with joined(0, 1, 1, {meeting()!r}): print('deepspeed' in sys.modules, 'mlflow' in sys.modules)\n"
+        "import mlflow"
+    )
+    told = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert told.stdout.split()[-2:] == ["True", "False"]
 
 
 def test_gang_wishes_for_a_network_only_while_it_lasts() -> None:

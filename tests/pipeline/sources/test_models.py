@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
 from pipeline.sources import models
 from schemas.errors import ManifestError
@@ -100,7 +100,7 @@ def test_model_on_several_gpus_without_accelerate_says_what_to_install(
         raise ImportError("using a device_map requires accelerate")
 
     monkeypatch.setattr(models, "device", lambda gpus: torch.device("cuda", 0))
-    monkeypatch.setattr(models.transformers.AutoModelForCausalLM, "from_pretrained", absent)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", absent)
     with pytest.raises(ManifestError, match=r"compute\.gpus 3: .* needs accelerate .*kilobasis\[large\]"):
         models.load(Model(source=str(tiny_model)), 3.0)
 
