@@ -305,6 +305,7 @@ def _report(
         "tokens catalogued": f"{tokens:,}",
         "held-out tokens": f"{judged['tokens']:,}",
         **_of_tree(saved.config, judged),
+        **_of_values(judged),
         "dead means": f"silent for {train.facts['dead_window_tokens']:,} tokens",
     }
     return render(
@@ -331,9 +332,20 @@ def _of_tree(config: DictionaryConfig, judged: Mapping[str, Any]) -> dict[str, s
     if searched:
         facts["children searched"] = (
             f"of {tree.routed + tree.always:,} parents a token: {searched['routing_recall']:.0%} of the best of all; "
-            f"FVU {searched['fvu_routed']:.4f}, with all {searched['fvu_exact']:.4f}"
+            f"FVU {searched['fvu_encoded']:.4f}, with all {searched['fvu_exact']:.4f}"
         )
     return facts
+
+
+def _of_values(judged: Mapping[str, Any]) -> dict[str, str]:
+    """What the encoder loses by giving each feature its value by itself."""
+    if "audit" not in judged:
+        return {}
+    sample = judged["audit"]
+    return {
+        "values fitted together": f"FVU {sample['fvu_refitted']:.4f} in place of {sample['fvu_encoded']:.4f}, on "
+        f"{sample['tokens']:,} tokens"
+    }
 
 
 def token_texts(settings: CatalogParams) -> Callable[[int], str]:

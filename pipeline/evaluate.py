@@ -25,6 +25,8 @@ from pipeline.activations.source import open_store
 from pipeline.device import device
 from pipeline.dictionary import baselines
 from pipeline.dictionary.audit import audit
+from pipeline.dictionary.model import TopKDictionary
+from pipeline.dictionary.refit import refit
 from pipeline.dictionary.stored import open_dictionary
 from pipeline.dictionary.tree import TreeDictionary
 from pipeline.metrics import Moments
@@ -40,9 +42,10 @@ from schemas.records import ObjectEntry, Outputs, Unit
 UNIT_ROWS = 16_384
 OURS = "dictionary"
 PARENTS = "parents"
-# Of each unit, for which all features of a tree are searched; and how much worse it may be for not doing so.
+# Of each unit, for which values are fitted together and all features of a tree are searched; and how much worse a tree
+# may be for not doing so.
 AUDIT_ROWS = 512
-AUDIT = ("routed", "exact", "flat")
+AUDIT, AUDIT_OF_TREE = ("encoded", "refitted"), ("exact", "flat")
 MOST_GAP = 0.1
 BASELINES = "baselines.safetensors"
 
@@ -216,7 +219,7 @@ def judge_span(task: SpanTask, path: StoragePath) -> Unit:
         mean_E = fitted["mean"]
         contenders["mean"] = lambda x_ND: mean_E.expand(len(x_ND), -1)
     contenders["zero"] = lambda x_ND: x_ND.new_zeros(len(x_ND), dictionary.W_dec.shape[1])
-    judge = _Judge(loaded, settings, contenders, codes, tree)
+    judge = _Judge(loaded, settings, contenders, codes, dictionary)
     sequences = read(task.tokens.path, task.pieces, task.first, task.end)
     # A sequence belongs to the span that holds its first row, so that no token is judged twice.
     own = [sequence for sequence in sequences if task.first <= sequence.first_row < task.end]
@@ -244,9 +247,9 @@ class _Judge:
         settings: EvaluateParams,
         contenders: Mapping[str, Callable[[torch.Tensor], torch.Tensor]],
         codes: dict[str, torch.Tensor],
-        tree: TreeDictionary | None,
+        dictionary: TopKDictionary,
     ) -> None:
-        self._tree, self._audited = tree, 0
+        self._dictionary, self._audited = dictionary, 0
         self._loaded, self._model, self._is_causal_lm = loaded, loaded.model, loaded.is_causal_lm
         self._settings = settings
         self._contenders, self._codes = contenders, codes
@@ -265,8 +268,9 @@ class _Judge:
         stop_at = source if source == target else None
         seen = capture(self._model, list(dict.fromkeys((source, target))), inputs, stop_at=stop_at)
         x_ND, y_ND = (seen[place][judged_BS].float().to(self._loaded.device) for place in (source, target))
-        if self._tree is not None and self._audited < AUDIT_ROWS:
-            self._audit(self._tree, x_ND[: AUDIT_ROWS - self._audited])
+        if self._audited < AUDIT_ROWS:
+            some = slice(AUDIT_ROWS - self._audited)
+            self._audit(x_ND[some], y_ND[some])
         untouched = self._read_out(self._model(**inputs), inputs, real_BS)
         for name, contender in self._contenders.items():
             self._codes.clear()
@@ -282,14 +286,21 @@ class _Judge:
             with spliced(self._model, target, put):
                 self._compare(name, untouched, self._read_out(self._model(**inputs), inputs, real_BS))
 
-    def _audit(self, tree: TreeDictionary, x_ND: torch.Tensor) -> None:
-        """Search all of a tree's features for some tokens."""
-        made = audit(tree, x_ND)
-        for name in AUDIT:
-            self._count(f"audit-{name}", Moments.of(x_ND, getattr(made, f"{name}_ND")))
+    def _audit(self, x_ND: torch.Tensor, y_ND: torch.Tensor) -> None:
+        """What is lost on some tokens: by an encoder's values, and by searching few of a tree's features."""
+        dictionary = self._dictionary
+        z_NK, indices_NK = dictionary.encode(x_ND)
+        refitted_NK = refit(dictionary, z_NK, indices_NK, y_ND)
+        for name, values_NK in zip(AUDIT, (z_NK, refitted_NK), strict=True):
+            self._count(f"audit-{name}", Moments.of(y_ND, dictionary.decode(values_NK, indices_NK)))
+        self._audited += len(x_ND)
+        if not isinstance(dictionary, TreeDictionary):
+            return
+        made = audit(dictionary, x_ND)
+        for name in AUDIT_OF_TREE:
+            self._count(f"audit-{name}", Moments.of(y_ND, getattr(made, f"{name}_ND")))
         self._add("audit.found", torch.tensor(float(made.found)))
         self._add("audit.wanted", torch.tensor(float(made.wanted)))
-        self._audited += len(x_ND)
 
     def _count(self, name: str, made: Moments) -> None:
         self._moments[name] = self._moments[name] + made if name in self._moments else made
@@ -356,14 +367,7 @@ def summarize(params: EvaluateParams, train: Committed, units: list[tuple[Storag
             # Baselines keep no code; PCA has k components on for every token, the random dictionary k features.
             judged[name] |= {"l0": float(params.k)}
             del judged[name]["l1"]
-    if "audit.wanted" in numbers:
-        fvu = {name: metrics.fvu(Moments.of_sums(f"audit-{name}", tensors, numbers)) for name in AUDIT}
-        judged["audit"] = {
-            "tokens": int(numbers["audit-routed.tokens"]),
-            "routing_recall": numbers["audit.found"] / max(numbers["audit.wanted"], 1.0),
-            "gap": fvu["routed"] / max(fvu["exact"], 1e-12) - 1.0,
-            **{f"fvu_{name}": value for name, value in fvu.items()},
-        }
+    judged["audit"] = _audited(tensors, numbers)
     judged[OURS]["dead"] = train.facts["dead"]
     judged[OURS]["never_fired_heldout"] = float((tensors["fires"] == 0).double().mean())
     judged["density_histogram"] = metrics.density_histogram(tensors["fires"], judged["tokens"])
@@ -375,6 +379,17 @@ def summarize(params: EvaluateParams, train: Committed, units: list[tuple[Storag
         }
         judged["model"] = {("ce_loss" if name == "model" else f"ce_{name}"): value for name, value in per.items()}
     return judged
+
+
+def _audited(tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, float]) -> dict[str, float]:
+    """What is lost by the values that an encoder gives, and, of a tree, by searching few of its features."""
+    of_tree = AUDIT_OF_TREE if "audit.wanted" in numbers else ()
+    fvu = {name: metrics.fvu(Moments.of_sums(f"audit-{name}", tensors, numbers)) for name in (*AUDIT, *of_tree)}
+    made = {"tokens": int(numbers["audit-encoded.tokens"])} | {f"fvu_{name}": value for name, value in fvu.items()}
+    if of_tree:
+        made["routing_recall"] = numbers["audit.found"] / max(numbers["audit.wanted"], 1.0)
+        made["gap"] = fvu["encoded"] / max(fvu["exact"], 1e-12) - 1.0
+    return made
 
 
 def _output(name: str, numbers: Mapping[str, float]) -> dict[str, float]:

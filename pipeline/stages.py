@@ -19,7 +19,7 @@ STAGES: tuple[Stage, ...] = (
         train.check,
         together=Together(train.shared, train.run_together),
     ),
-    Stage(steps.EVALUATE, 2, evaluate.params, evaluate.run, evaluate.estimate, evaluate.check),
+    Stage(steps.EVALUATE, 3, evaluate.params, evaluate.run, evaluate.estimate, evaluate.check),
     Stage(steps.CATALOG, 3, catalog.params, catalog.run, catalog.estimate, catalog.check),
     Stage(steps.EXPORT, 1, export.params, export.run, export.estimate, export.check),
 )

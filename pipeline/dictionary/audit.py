@@ -15,14 +15,13 @@ NEVER = -1e30
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """A sample of N tokens under three ways to search, and how many of the best children were found.
+    """A sample of N tokens under two other ways to search, and how many of the best children were found.
 
-    `routed_ND` is the tree's own reconstruction. `exact_ND` has, in place of the children that it found, the best of
-    all children of the dictionary. `flat_ND` is what a TopK dictionary with the same rows would make: the k best of all
-    features, each scored by itself. `found` of `wanted` best children have a routed parent.
+    `exact_ND` has, in place of the children that the tree found, the best of all children of the dictionary. `flat_ND`
+    is what a TopK dictionary with the same rows would make: the k best of all features, each scored by itself. `found`
+    of `wanted` best children have a routed parent.
     """
 
-    routed_ND: torch.Tensor
     exact_ND: torch.Tensor
     flat_ND: torch.Tensor
     found: int
@@ -47,7 +46,6 @@ def audit(tree: TreeDictionary, x_ND: torch.Tensor) -> Audit:
     coarse_ND = topk.decode(code.coarse_z_BK, code.coarse_BK, tree.W_dec, tree.b_dec)
     flat_z_NK, flat_NK = topk.top_k(code.centred_BD, tree.W_enc, tree.b_enc.detach(), tree.k)
     return Audit(
-        routed_ND=coarse_ND + topk.decode(code.fine_z_BK, code.fine_BK, tree.W_dec),
         exact_ND=coarse_ND + topk.decode(best_z_NK, best_NK, tree.W_dec),
         flat_ND=topk.decode(flat_z_NK, flat_NK, tree.W_dec, tree.b_dec),
         found=int((routed_NK.any(2) & wanted_NK).sum()),

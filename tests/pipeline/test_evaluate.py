@@ -233,6 +233,13 @@ def test_evaluate_code_statistics_equal_brute_force(judged: Run, plain: PlainJud
     assert density["edges"] == pytest.approx(edges.tolist(), abs=1e-5)
 
 
+def test_evaluate_says_what_the_encoders_values_lose(judged: Run) -> None:
+    audited = found(judged.stages["evaluate"])["audit"]
+    assert audited.keys() == {"tokens", "fvu_encoded", "fvu_refitted"}
+    assert 0 < audited["tokens"] <= evaluate.AUDIT_ROWS * len(judged.stages["evaluate"].record.units)
+    assert 0 < audited["fvu_refitted"] < audited["fvu_encoded"]
+
+
 def test_evaluate_output_equals_brute_force(
     judged: Run, plain: PlainJudge, contenders: dict[str, Reconstruct], tolerance: float
 ) -> None:
