@@ -84,7 +84,7 @@ def variants(dead_after: int) -> list[Variant]:
         *(Variant("encoder at start", f"x {start:g}", start=start) for start in (0.5, 2.0)),
         *of("second_moment", "full"),
         *of("beta1", 0.0, 0.8, 0.95),
-        Variant("beta1, rate", "0, x 0.5", {"beta1": 0.0}, rate=0.5),
+        Variant("beta1, rate", "0, x 2", {"beta1": 0.0}, rate=2.0),
         Variant("optimizer", "adam, beta1 0", {"optimizer": "adam", "beta1": 0.0}),
         Variant("optimizer", "adam, beta1 0.9", {"optimizer": "adam"}),
         *(

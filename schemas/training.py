@@ -46,7 +46,7 @@ class Train(Section):
         default=None,
         gt=0,
         description="Peak rate; 3.6e-3 * sqrt(k * batch / features) / width^(1/4) if left out, in a tree times the "
-        "fourth root of a subtree's features.",
+        "fourth root of a subtree's features, and half of it where beta1 is 0.",
     )
     warmup: Fraction = Field(default=0.02, description="Share of the steps over which the rate rises from zero.")
     decay: Fraction = Field(default=0.2, description="Share of the steps over which the rate falls to zero at the end.")

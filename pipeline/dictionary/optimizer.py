@@ -255,10 +255,12 @@ def _firsts(dictionary: TopKDictionary) -> dict[str, torch.Tensor]:
 # Fits the best of searches by factors of two at B 1024 and 4096, k 8 and 32, F of 4,096 to 131,072 and D of 128 to 768,
 # of activations of two models and of synthetic ones, where few features may die; see `benchmarks/README.md`, recipe.py.
 PEAK = 3.6e-3
+# Where nothing takes the noise out of a step, half as much left a sixth less unexplained (`benchmarks/recipe.md`).
+WITHOUT_FIRST_MOMENTS = 0.5
 
 
 def peak_rate(settings: Train, width: int, features: int, k: int, subtree: int = 1) -> float:
-    """The largest rate: as given, or PEAK * sqrt(k B / F) / D^(1/4), B the rows of a step.
+    """The largest rate: as given, or PEAK * sqrt(k B / F) / D^(1/4), B the rows of a step; half of it if beta1 is 0.
 
     k B / F is how many rows of a step a feature sees: the mean of more of them may be trusted further. A tree's is that
     of a number of features in the middle between its parents and all, F / sqrt(subtree): for all of them it is far too
@@ -274,7 +276,8 @@ def peak_rate(settings: Train, width: int, features: int, k: int, subtree: int =
     if settings.learning_rate is not None:
         return settings.learning_rate
     seen = k * settings.batch * math.sqrt(subtree) / features
-    return PEAK * math.sqrt(seen) / math.pow(width, 0.25)
+    peak = PEAK * math.sqrt(seen) / math.pow(width, 0.25)
+    return peak if settings.beta1 else WITHOUT_FIRST_MOMENTS * peak
 
 
 def rate(step: int, steps: int, peak: float, warmup: float, decay: float) -> float:

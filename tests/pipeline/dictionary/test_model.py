@@ -101,7 +101,13 @@ def test_peak_rate_is_of_the_rows_that_a_feature_sees(
     assert peak_rate(settings, width, features, k, subtree) == pytest.approx(expected)
 
 
+def test_peak_rate_is_half_as_large_without_first_moments() -> None:
+    settings = Train(tokens=2**20, batch=2**12, beta1=0.0)
+    assert peak_rate(settings, 256, 2**13, 32) == pytest.approx(1.8e-3)
+
+
 def test_peak_rate_is_the_one_given() -> None:
+    assert peak_rate(Train(tokens=1000, batch=10, learning_rate=0.5, beta1=0.0), 256, 2**16, 32) == 0.5
     assert peak_rate(Train(tokens=1000, batch=10, learning_rate=0.5), 256, 2**16, 32, 16) == 0.5
 
 
