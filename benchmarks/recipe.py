@@ -241,7 +241,7 @@ def cells(measured: Measured) -> list[str]:
         return [*head, f"failed: {measured.failure}", "", "", "", ""]
     return [
         *head,
-        spread(measured.values("fvu"), 4),
+        spread(fvu, 4) if len(fvu := measured.values("fvu")) > 1 else f"{fvu[0]:.4f}",
         f"{statistics.median(measured.ratios):.3f}",
         f"{statistics.median(measured.values('dead')):.3f}",
         *(
@@ -267,7 +267,8 @@ def page(case: Case, seeds: Sequence[int], measured: Sequence[Measured]) -> str:
         "# What each part of the recipe is worth",
         "",
         f"Made by `benchmarks/recipe.py`, whose docstring explains it. {case.tokens:,} tokens in batches of "
-        f"{case.batch}, F = {case.expansion} d, k = {case.k}; {len(seeds)} seeds: median, and range for FVU.",
+        f"{case.batch}, F = {case.expansion} d, k = {case.k}; "
+        + ("one seed." if len(seeds) == 1 else f"{len(seeds)} seeds: median, and range for FVU."),
     ]
     for name in dict.fromkeys(each.data for each in measured):
         lines += ["", f"## {name}", "", f"| {' | '.join(COLUMNS)} |", f"|{'---|' * 2}{'---:|' * (len(COLUMNS) - 2)}"]
