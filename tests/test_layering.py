@@ -45,7 +45,7 @@ OWNERS = {
     "typer": {"jobs/cli.py", "jobs/remote.py", "jobs/terminal.py"},
     "rich": {"jobs/progress.py", "jobs/screen.py", "jobs/terminal.py"},
     "tensorboardX": {"jobs/progress.py"},
-    "scipy": {"pipeline/recovery/assignment.py"},
+    "scipy": {"pipeline/dictionary/refit.py", "pipeline/recovery/assignment.py"},
     "wandb": {"jobs/tracking.py"},
     "mlflow": {"jobs/tracking.py"},
     "jinja2": {"pipeline/report/page.py"},
