@@ -255,7 +255,8 @@ def _firsts(dictionary: TopKDictionary) -> dict[str, torch.Tensor]:
 # Fits the best of searches by factors of two at B 1024 and 4096, k 8 and 32, F of 4,096 to 131,072 and D of 128 to 768,
 # of activations of two models and of synthetic ones, where few features may die; see `benchmarks/README.md`, recipe.py.
 PEAK = 3.6e-3
-# Where nothing takes the noise out of a step, half as much left a sixth less unexplained (`benchmarks/recipe.md`).
+# Where nothing takes the noise out of a step, half as much left a sixth less unexplained of the quickstart
+# (`benchmarks/recipe.md`).
 WITHOUT_FIRST_MOMENTS = 0.5
 
 

@@ -72,7 +72,7 @@ class Trainer:
         self.dictionary, self.settings, self.steps, self.ranks = dictionary, settings, steps, ranks
         self.features = dictionary.features * ranks.features
         subtree = dictionary.tree.size if isinstance(dictionary, TreeDictionary) else 1
-        self._peak = peak_rate(settings, dictionary.width, self.features, dictionary.activation.k, subtree)
+        self._peak = peak_rate(settings, dictionary.width, self.features, dictionary.k, subtree)
         aux_k = settings.auxiliary(dictionary.width)
         dictionary.to(parallel.device(ranks.rank))
         self.since_fired_F = torch.zeros(dictionary.features, dtype=torch.int64, device=dictionary.W_enc.device)

@@ -106,8 +106,7 @@ def load(place: Model, gpus: float = 0.0) -> Loaded:
     folder, _ = _locate(place, weights=True)
     config = _config(folder, place)
     is_causal_lm = _is_causal_lm(config)
-    library = _transformers()
-    factory = library.AutoModelForCausalLM if is_causal_lm else library.AutoModel
+    factory = _factory(is_causal_lm)
     target = device(gpus)
     spread = target.type == "cuda" and gpus > 1
     try:
@@ -265,6 +264,11 @@ def _require_own_code(folder: Path, section: Model) -> None:
             )
 
 
+def _factory(is_causal_lm: bool) -> Any:
+    library = _transformers()
+    return library.AutoModelForCausalLM if is_causal_lm else library.AutoModel
+
+
 def _is_causal_lm(config: Any) -> bool:
     names = _transformers().models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     return isinstance(config.architectures, list) and any(name in names for name in config.architectures[:1])
@@ -272,8 +276,7 @@ def _is_causal_lm(config: Any) -> bool:
 
 def _skeleton(config: Any, is_causal_lm: bool, section: Model) -> nn.Module:
     """The model on the meta device: every module and shape, no memory."""
-    library = _transformers()
-    factory = library.AutoModelForCausalLM if is_causal_lm else library.AutoModel
+    factory = _factory(is_causal_lm)
     try:
         with torch.device("meta"):
             model: nn.Module = factory.from_config(config, trust_remote_code=section.trust_remote_code)
