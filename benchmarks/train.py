@@ -50,7 +50,7 @@ CASES = (
     Case(384, 64, k=32, batch=4096, threads=2, warmup=2, rounds=7, steps=3),
     Case(768, 16, k=32, batch=4096, threads=2, warmup=2, rounds=7, steps=3),
     Case(768, 64, k=32, batch=4096, threads=2, warmup=1, rounds=5, steps=2, alive="one"),
-    Case(384, 256, k=32, batch=4096, threads=2, warmup=1, rounds=3, steps=2, alive="one"),
+    Case(384, 256, k=32, batch=4096, threads=2, warmup=1, rounds=3, steps=6, alive="one"),
     Case(768, 256, k=32, batch=4096, threads=2, warmup=1, rounds=3, steps=1, alive="one"),
 )
 QUICK = (

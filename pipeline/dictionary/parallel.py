@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -289,6 +290,8 @@ def _start(rank: int, world_size: int, meeting: Meeting) -> None:
         MASTER_PORT=str(meeting.port),
     )
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Of the names by which DeepSpeed calls collectives: several lines of every step with ZeRO.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     with absent("mlflow"):
         import deepspeed
 

@@ -1,5 +1,6 @@
 """Dense Adam whose state, gradients and weights DeepSpeed shards over gangs that talk over gloo."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,9 @@ def rank(index: int, world_size: int, init_method: str, ways: Sequence[Dense], f
     """Train in every way, one after the other."""
     torch.set_num_threads(1)
     for number, dense in enumerate(ways):
-        with joined(index, world_size, 1, init_method) as ranks:
-            torch.save(trained(ranks, dense), folder / f"{number}-{index}.pt")
+        with warnings.catch_warnings(record=True) as heard, joined(index, world_size, 1, init_method) as ranks:
+            found = trained(ranks, dense) | {"heard": [str(each.message) for each in heard]}
+            torch.save(found, folder / f"{number}-{index}.pt")
             init_method = next_meeting(ranks)
 
 
@@ -87,10 +89,18 @@ def test_zero_trains_the_weights_and_moments_of_stage_0_on_one_rank(
     (expected,) = outcomes[1, Dense()]
     for found in outcomes[world_size, dense]:
         assert found.keys() == expected.keys()
-        for name in expected.keys() - {"held", "dead"}:
+        for name in expected.keys() - {"held", "dead", "heard"}:
             torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5)
         assert float((torch.linalg.vector_norm(found["W_dec"], dim=1) - 1).abs().max()) < 1e-6
         assert found["dead"] == expected["dead"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_zero_fills_no_log_with_words_about_its_collectives(
+    stage: int, outcomes: dict[tuple[int, Dense], list[Found]]
+) -> None:
+    for found in outcomes[2, Dense(stage)]:
+        assert not [line for line in found["heard"] if "deprecated" in line]
 
 
 @pytest.mark.parametrize("stage", STAGES)
