@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from pipeline.dictionary import parallel
+from pipeline.dictionary import parallel, sharding
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.parallel import joined
 from pipeline.dictionary.trainer import StepScalars, Trainer
@@ -22,7 +22,7 @@ from schemas.training import Train
 from tests.support.gangs import meeting, spawn
 
 ROOT = Path(__file__).parents[3]
-STEPS, BATCH = 30, 64
+STEPS, BATCH = 50, 64
 SETTINGS = Train(
     tokens=STEPS * BATCH, batch=BATCH, learning_rate=1e-2, warmup=0.0, aux_k=8, dead_after=4 * BATCH, clip=0.02
 )
@@ -183,7 +183,44 @@ def test_ranks_that_share_the_features_train_the_weights_of_one(
     assert torch.equal(more["since_fired"], one["since_fired"])
     torch.testing.assert_close(more["curves"], one["curves"], rtol=1e-5, atol=0)
     for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
-        torch.testing.assert_close(more[name], one[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(more[name], one[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "mesh", [Sharding(features=2), Sharding(features=4), Sharding(data=2), Sharding(data=4)], ids=str
+)
+def test_step_sends_hardly_more_than_its_formula(mesh: Sharding, tmp_path: Path) -> None:
+    """Of activations as they are, with nothing dead; in both, no weights and no gradients in their shape.
+
+    Ranks that share the features add up reconstructions, in a ring, and tell each other the values asked for; those
+    that share a batch gather inputs, errors, and three numbers for each entry of a code.
+    """
+    batch, width, k = 1024, 384, 32
+    spawn(steps_of, (mesh, meeting(), batch, width, k, tmp_path), mesh.ranks)
+    others = mesh.features - 1
+    formula = 4 * batch * others * (2 * width / mesh.features + sharding.asked(k, mesh.features))
+    formula += 4 * batch * (mesh.data - 1) / mesh.data * (2 * width + 3 * k)
+    for rank in range(mesh.ranks):
+        sent = torch.load(tmp_path / f"{rank}.pt")
+        assert 0.9 * formula <= sent <= 1.1 * formula, f"rank {rank}: {sent} B a step, {formula:.0f} wanted"
+
+
+def steps_of(rank: int, mesh: Sharding, init_method: str, batch: int, width: int, k: int, folder: Path) -> None:
+    """One rank: a few steps, and how many bytes it sent for each of them."""
+    torch.set_num_threads(1)
+    steps, share = 3, batch // mesh.data
+    x_SBD = torch.randn(steps, batch, width, generator=torch.Generator().manual_seed(0))
+    dictionary = TopKDictionary(width, 2048 // mesh.features, k)
+    settings = Train(tokens=steps * batch, batch=batch)
+    with joined(rank, mesh.ranks, mesh.features, init_method) as ranks:
+        dictionary.initialize(x_SBD[0], 0, ranks)
+        trainer = Trainer(dictionary, settings, steps, ranks)
+        with trainer.engine:
+            before = ranks.sent.total()
+            for step, x_BD in enumerate(x_SBD):
+                trainer.step(step, x_BD[ranks.data_rank * share : (ranks.data_rank + 1) * share])
+            sent = (ranks.sent.total() - before) / steps
+    torch.save(sent, folder / f"{rank}.pt")
 
 
 def test_ranks_with_dense_adam_train_what_one_trains(tmp_path: Path) -> None:
