@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from pathlib import Path
 
 from tests.support.servers.s3 import S3Server
 
@@ -20,5 +21,6 @@ class MotoServer(S3Server):
 
     def start(self) -> None:
         """Start it; every start is empty."""
-        self.processes.start("moto", sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port))
+        script = Path(__file__).with_name("moto_server.py")
+        self.processes.start("moto", sys.executable, "-P", script, "-H", "127.0.0.1", "-p", str(self.port))
         self.processes.wait_for(self.port)
