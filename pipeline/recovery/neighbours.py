@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.dictionary.kernels import native
+from pipeline.dictionary.kernels.native_search import searches_in_half
 from pipeline.dictionary.topk import kernels, top_k
 
 # Multiplications of an exact search: about five minutes on two cores in float32, half an hour in bfloat16.
@@ -68,7 +69,7 @@ def neighbours(queries_QD: torch.Tensor, rows_RD: torch.Tensor, count: int, seed
 
 
 def _fast_in_half(rows_RD: torch.Tensor) -> bool:
-    return native.fits(rows_RD) and native.searches_in_half()
+    return native.fits(rows_RD) and searches_in_half()
 
 
 def opposites(queries_QD: torch.Tensor, rows_RD: torch.Tensor, count: int, seed: int = 0) -> Neighbours:

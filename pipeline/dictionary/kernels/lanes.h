@@ -10,9 +10,10 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -24,30 +25,97 @@
 
 namespace {
 
-typedef float Lanes __attribute__((vector_size(64)));
+// Sixteen numbers: one register of AVX-512, two of AVX, four of smaller machines. They are made of registers here: what a
+// compiler makes of a vector that is longer than its registers goes through memory at every step.
+template <typename Part> struct Two {
+    Part low, high;
+};
+
+template <typename T, typename R> using If = std::enable_if_t<std::is_arithmetic<T>::value, R>;
+
+#define KILOBASIS_EACH(op)                                                                                            \
+    template <typename P> inline Two<P> operator op(const Two<P>& a, const Two<P>& b) {                               \
+        return {a.low op b.low, a.high op b.high};                                                                    \
+    }                                                                                                                 \
+    template <typename P, typename T> inline If<T, Two<P>> operator op(const Two<P>& a, T b) {                        \
+        return {a.low op b, a.high op b};                                                                             \
+    }                                                                                                                 \
+    template <typename P, typename T> inline If<T, Two<P>> operator op(T a, const Two<P>& b) {                        \
+        return {a op b.low, a op b.high};                                                                             \
+    }                                                                                                                 \
+    template <typename P, typename T> inline Two<P>& operator op##=(Two<P>& a, const T& b) { return a = a op b; }
+KILOBASIS_EACH(+)
+KILOBASIS_EACH(-)
+KILOBASIS_EACH(*)
+KILOBASIS_EACH(/)
+KILOBASIS_EACH(&)
+KILOBASIS_EACH(|)
+KILOBASIS_EACH(^)
+#undef KILOBASIS_EACH
+template <typename P> inline Two<P> operator>>(const Two<P>& a, int bits) { return {a.low >> bits, a.high >> bits}; }
+template <typename P> inline Two<P> operator<<(const Two<P>& a, int bits) { return {a.low << bits, a.high << bits}; }
+
 constexpr int64_t WIDE = 16;
 
-inline Lanes load(const float* at) {
-    Lanes lanes;
-    std::memcpy(&lanes, at, sizeof lanes);
-    return lanes;
+typedef float Floats4 __attribute__((vector_size(16)));
+typedef uint32_t Words4 __attribute__((vector_size(16)));
+typedef float Floats8 __attribute__((vector_size(32)));
+typedef uint32_t Words8 __attribute__((vector_size(32)));
+#if defined(__AVX512F__)
+typedef float Lanes __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+#elif defined(__AVX2__)
+typedef Two<Floats8> Lanes;
+typedef Two<Words8> Words;
+#else
+typedef Two<Two<Floats4>> Lanes;
+typedef Two<Two<Words4>> Words;
+#endif
+
+// Bytes in memory, as registers.
+template <typename V> struct Memory {
+    template <typename T> static V load(const T* at) {
+        V made;
+        std::memcpy(&made, at, sizeof made);
+        return made;
+    }
+    template <typename T> static void store(T* at, const V& v) { std::memcpy(at, &v, sizeof v); }
+};
+template <typename P> struct Memory<Two<P>> {
+    template <typename T> static Two<P> load(const T* at) {
+        return {Memory<P>::load(at), Memory<P>::load(at + sizeof(P) / sizeof(T))};
+    }
+    template <typename T> static void store(T* at, const Two<P>& v) {
+        Memory<P>::store(at, v.low);
+        Memory<P>::store(at + sizeof(P) / sizeof(T), v.high);
+    }
+};
+
+inline Lanes load(const float* at) { return Memory<Lanes>::load(at); }
+
+inline void store(float* at, const Lanes& lanes) { Memory<Lanes>::store(at, lanes); }
+
+template <typename To, typename From> inline To as(const From& from) {
+    static_assert(sizeof(To) == sizeof(From), "the same bits");
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
 }
 
 // Rows of a dictionary are float32 or bfloat16; what is computed with them is float32.
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-
 inline Lanes load(const uint16_t* at) {
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
     // What compilers make of the lines below is four times as long.
     return (Lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)at)), 16);
+#elif defined(__AVX2__)
+    auto half = [&](const uint16_t* from) {
+        return (Floats8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16);
+    };
+    return {half(at), half(at + WIDE / 2)};
 #else
-    Halves halves;
-    std::memcpy(&halves, at, sizeof halves);
-    Words words = __builtin_convertvector(halves, Words) << 16;
-    Lanes lanes;
-    std::memcpy(&lanes, &words, sizeof lanes);
-    return lanes;
+    uint32_t words[WIDE];
+    for (int64_t i = 0; i < WIDE; ++i) words[i] = uint32_t(at[i]) << 16;
+    return Memory<Lanes>::load(words);
 #endif
 }
 
@@ -68,22 +136,41 @@ inline float from_bf16(uint16_t half) {
 inline float number(float value) { return value; }
 inline float number(uint16_t half) { return from_bf16(half); }
 
-inline void store(float* at, Lanes lanes) { std::memcpy(at, &lanes, sizeof lanes); }
-
 inline Lanes all(float value) { return Lanes{} + value; }
 
-inline float total(Lanes lanes) {
-#ifdef __AVX512F__
-    // Adds the same pairs.
-    return _mm512_reduce_add_ps((__m512)lanes);
+// a b + c, rounded once where a machine can: said outright where compilers would not all do the same.
+#if defined(__AVX512F__)
+inline Lanes fused(const Lanes& a, const Lanes& b, const Lanes& c) {
+    return (Lanes)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+#elif defined(__AVX2__) && defined(__FMA__)
+inline Floats8 fused(Floats8 a, Floats8 b, Floats8 c) { return (Floats8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 #else
-    float sums[WIDE];
-    store(sums, lanes);
-    for (int64_t half = WIDE / 2; half; half /= 2)
-        for (int64_t i = 0; i < half; ++i) sums[i] += sums[i + half];
-    return sums[0];
+inline Floats4 fused(Floats4 a, Floats4 b, Floats4 c) { return a * b + c; }
+#endif
+template <typename P> inline Two<P> fused(const Two<P>& a, const Two<P>& b, const Two<P>& c) {
+    return {fused(a.low, b.low, c.low), fused(a.high, b.high, c.high)};
+}
+inline float fused(float a, float b, float c) {
+#ifdef __FMA__
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
 #endif
 }
+
+// The sum of a vector: its halves are added, then theirs.
+inline float total(Floats4 four) { return (four[0] + four[2]) + (four[1] + four[3]); }
+#ifdef __AVX2__
+inline float total(Floats8 eight) {
+    return total(Floats4(_mm256_castps256_ps128((__m256)eight)) + Floats4(_mm256_extractf128_ps((__m256)eight, 1)));
+}
+#endif
+#ifdef __AVX512F__
+// Adds the same pairs.
+inline float total(Lanes lanes) { return _mm512_reduce_add_ps((__m512)lanes); }
+#endif
+template <typename P> inline float total(const Two<P>& two) { return total(two.low + two.high); }
 
 // The inner product that decides which features fire: always the same sums in the same order.
 template <typename W> inline float dot(const float* a, const W* b, int64_t d) {
@@ -109,12 +196,16 @@ template <typename W> inline void add_scaled(float* to, const W* from, float sca
 
 // Numbers of a row, sixteen at a time or one: what computes with them is written once, and told which by its first
 // argument.
-inline Lanes at(Lanes, const float* from) { return load(from); }
-inline Lanes at(Lanes, const uint16_t* from) { return load(from); }
+inline Lanes at(const Lanes&, const float* from) { return load(from); }
+inline Lanes at(const Lanes&, const uint16_t* from) { return load(from); }
 inline float at(float, const float* from) { return *from; }
 inline float at(float, const uint16_t* from) { return from_bf16(*from); }
 
-inline Lanes put(float* to, Lanes lanes) { return store(to, lanes), lanes; }
+// The same number in all places.
+inline Lanes of(const Lanes&, float value) { return all(value); }
+inline float of(float, float value) { return value; }
+
+inline Lanes put(float* to, const Lanes& lanes) { return store(to, lanes), lanes; }
 inline float put(float* to, float value) { return *to = value; }
 
 template <typename Each> inline void along(int64_t d, Each each) {

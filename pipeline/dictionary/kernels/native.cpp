@@ -26,7 +26,7 @@ void scan(const T* scores, int64_t stride, int64_t tokens, const Block& block, c
 } // namespace
 
 // What the Python side expects; raised with every change of a signature.
-KILOBASIS int64_t kilobasis_version() { return 6; }
+KILOBASIS int64_t kilobasis_version() { return 7; }
 
 // Ask for large pages where nothing was written yet: rows are read from all over, and each would be another small page.
 KILOBASIS void kilobasis_ask_for_large_pages(void* memory, int64_t bytes) {
@@ -170,39 +170,73 @@ KILOBASIS void kilobasis_inner(const float* rows, const float* z, const int64_t*
 
 namespace {
 
-// Eight numbers in float64.
+// Eight numbers in float64, and in float32.
+#ifdef __AVX512F__
 typedef double Doubles __attribute__((vector_size(64)));
-typedef float Eight __attribute__((vector_size(32)));
-constexpr int64_t EIGHT = 8;
+typedef Floats8 Eight;
 
 inline Doubles doubles(Eight eight) { return __builtin_convertvector(eight, Doubles); }
+inline Eight narrowed(Doubles wide) { return __builtin_convertvector(wide, Eight); }
+#else
+#ifdef __AVX2__
+typedef double Doubles4 __attribute__((vector_size(32)));
 
-inline Doubles doubles(const float* at) {
-    Eight eight;
-    std::memcpy(&eight, at, sizeof eight);
-    return doubles(eight);
+inline Doubles4 doubles(Floats4 four) { return __builtin_convertvector(four, Doubles4); }
+inline Floats4 narrowed(Doubles4 wide) { return __builtin_convertvector(wide, Floats4); }
+#else
+typedef double Doubles2 __attribute__((vector_size(16)));
+typedef Two<Doubles2> Doubles4;
+
+inline Doubles4 doubles(Floats4 four) { return {Doubles2{four[0], four[1]}, Doubles2{four[2], four[3]}}; }
+// Through memory: of a vector of such conversions, widened again, GCC 12 leaves out the rounding.
+inline Floats4 narrowed(const Doubles4& wide) {
+    double from[4];
+    float to[4];
+    Memory<Doubles4>::store(from, wide);
+    for (int i = 0; i < 4; ++i) to[i] = float(from[i]);
+    return Memory<Floats4>::load(to);
 }
+#endif
+typedef Two<Doubles4> Doubles;
+typedef Two<Floats4> Eight;
+
+inline Doubles doubles(const Eight& eight) { return {doubles(eight.low), doubles(eight.high)}; }
+inline Eight narrowed(const Doubles& wide) { return {narrowed(wide.low), narrowed(wide.high)}; }
+#endif
+constexpr int64_t EIGHT = 8;
+
+inline Doubles doubles(const float* at) { return doubles(Memory<Eight>::load(at)); }
 
 // Sixteen, in two.
 struct Pair {
     Doubles low, high;
 };
 
-template <typename W> inline Pair pair(const W* at) {
+inline Pair pair(const float* at) { return {doubles(at), doubles(at + EIGHT)}; }
+
+inline Pair pair(const uint16_t* at) {
     Lanes lanes = load(at);
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
     __m512 wide = (__m512)lanes;
     return {(Doubles)_mm512_cvtps_pd(_mm512_castps512_ps256(wide)),
             (Doubles)_mm512_cvtps_pd(_mm512_extractf32x8_ps(wide, 1))};
+#elif defined(__AVX2__)
+    auto half = [](Floats8 eight) {
+        return Doubles{(Doubles4)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)eight)),
+                       (Doubles4)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)eight, 1))};
+    };
+    return {half(lanes.low), half(lanes.high)};
 #else
-    Eight eight[2];
-    std::memcpy(eight, &lanes, sizeof eight);
-    return {doubles(eight[0]), doubles(eight[1])};
+    return {doubles(lanes.low), doubles(lanes.high)};
 #endif
 }
 
 // Vectors of columns that are added up at once: their sums stay in registers.
+#ifdef __AVX512F__
 constexpr int64_t VECTORS = 8, COLUMNS = VECTORS * EIGHT;
+#else
+constexpr int64_t VECTORS = 4, COLUMNS = VECTORS * EIGHT;
+#endif
 
 // For each entry that is not zero, its value and the row that it names.
 template <typename W, typename Each>
@@ -221,7 +255,7 @@ void decode_double(const float* z, const int64_t* indices, const W* weights, con
     for (int64_t b = 0; b < tokens; ++b) {
         const float* own = z + b * k;
         const int64_t* named = indices + b * k;
-        Doubles square{};
+        Doubles square_of_eight{};
         int64_t first = 0;
         for (; first + COLUMNS <= d; first += COLUMNS) {
             Doubles sum[VECTORS] = {};
@@ -233,16 +267,18 @@ void decode_double(const float* z, const int64_t* indices, const W* weights, con
                 }
             });
             if (!target) {
-                std::memcpy(sums + b * d + first, sum, sizeof sum);
+                for (int64_t v = 0; v < VECTORS; ++v) Memory<Doubles>::store(sums + b * d + first + v * EIGHT, sum[v]);
                 continue;
             }
             for (int64_t v = 0; v < VECTORS; ++v) {
                 int64_t at = b * d + first + v * EIGHT;
-                Eight left = __builtin_convertvector(sum[v] - doubles(target + at), Eight);
-                std::memcpy(error + at, &left, sizeof left);
-                square += doubles(left) * doubles(left);
+                Eight left = narrowed(sum[v] - doubles(target + at));
+                Memory<Eight>::store(error + at, left);
+                square_of_eight += doubles(left) * doubles(left);
             }
         }
+        double square[EIGHT];
+        Memory<Doubles>::store(square, square_of_eight);
         // What is left of a row.
         double sum[COLUMNS] = {};
         if (first < d)

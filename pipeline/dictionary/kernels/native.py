@@ -10,7 +10,9 @@ import functools
 
 import torch
 
-from pipeline.dictionary.kernels.native_library import Token, Update, library
+from pipeline.dictionary.kernels.native_library import Update, library
+from pipeline.dictionary.kernels.native_search import is_half, margins, rounded
+from pipeline.dictionary.kernels.native_search import top_k as top_k
 from pipeline.dictionary.kernels.portable import Adam, Grouped, RowGradient, Rows
 from pipeline.dictionary.kernels.portable import fired as fired
 
@@ -25,96 +27,10 @@ def fits(rows: torch.Tensor, *others: torch.Tensor) -> bool:
     )
 
 
-# Features of a block: their scores, for all tokens of a batch, are all of the B x F scores that ever exist at once.
-BLOCK = 1024
 # Rows that are added up as one.
 TOGETHER = 256
 # Scores of children that are in memory at once; and how many are scored by one instruction.
 SCORES, WIDE = 2**26, 16
-UNIT = 2.0**-24
-HALF_UNIT = 2.0**-9
-
-
-@functools.cache
-def searches_in_half() -> bool:
-    """Whether this machine multiplies bfloat16 matrices faster than float32 ones, and adds up in float32."""
-    return bool(
-        torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    )
-
-
-def top_k(
-    x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int, half: bool | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `portable.top_k`.
-
-    The matrix product is of rows rounded to bfloat16 where the machine is fast at that. Its error is at most
-    |x - x'| |w| + |x'| |w - w'| for rounded x' and w' (Cauchy and Schwarz), plus what summing in float32 can lose.
-    Every feature whose upper bound reaches the k-th largest lower bound is scored again in float32. So the result is
-    the same, to the bit, whatever found the candidates.
-
-    Args:
-        x_BD: Tokens, float32.
-        W_FD: Encoder rows, float32 or bfloat16.
-        b_F: Encoder biases, float32.
-        k: Entries of a code.
-        half: Whether to search in bfloat16; decided by the machine if left out.
-    """
-    loaded = library()
-    assert loaded is not None
-    x_BD, W_FD, b_F = x_BD.contiguous(), W_FD.contiguous(), b_F.contiguous()
-    (tokens, width), features = x_BD.shape, len(W_FD)
-    half = searches_in_half() if half is None else half
-    kind = torch.bfloat16 if half else torch.float32
-    rounded_BD, norm_B, error_B = _round(loaded, x_BD, half)
-    # A machine that multiplies bfloat16 may round products to it.
-    margins_B3 = _margins(norm_B, error_B, width, HALF_UNIT * 1.01 if half else 0.0)
-    room = max(4 * k, 128) + 16
-    state = torch.zeros(tokens * ctypes.sizeof(Token), dtype=torch.uint8)
-    found = torch.empty(tokens * 3 * room)
-    scores = torch.empty(tokens * min(BLOCK, features), dtype=kind)
-    for first in range(0, features, BLOCK):
-        block_fD = W_FD[first : first + BLOCK]
-        count = len(block_fD)
-        rounded_fD, norm_f, error_f = _round(loaded, block_fD, half)
-        scores_Bf = torch.mm(rounded_BD, rounded_fD.T, out=scores[: tokens * count].view(tokens, count))
-        loaded.kilobasis_scan(
-            scores_Bf.data_ptr(), half, count, tokens, count, first, b_F[first:].data_ptr(), norm_f.data_ptr(),
-            error_f.data_ptr(), margins_B3.data_ptr(), k, room, state.data_ptr(), found.data_ptr(),
-        )  # fmt: skip
-    z_BK = torch.empty(tokens, k)
-    indices_BK = torch.empty(tokens, k, dtype=torch.int64)
-    loaded.kilobasis_select(
-        x_BD.data_ptr(), W_FD.data_ptr(), _is_half(W_FD), b_F.data_ptr(), tokens, width, features, k, room,
-        state.data_ptr(), found.data_ptr(), z_BK.data_ptr(), indices_BK.data_ptr(),
-    )  # fmt: skip
-    return z_BK, indices_BK
-
-
-def _margins(norm_B: torch.Tensor, error_B: torch.Tensor, width: int, relative: float) -> torch.Tensor:
-    """How far a token's scores may be off: times a row's norm, the norm of its rounding, and the score."""
-    gamma = 2.02 * (width + 4) * UNIT
-    reach_B = norm_B + error_B
-    made = [(error_B + gamma * reach_B) * 1.01, reach_B * (1.01 + gamma), torch.full_like(norm_B, relative + 4 * UNIT)]
-    return torch.stack(made, 1).contiguous()
-
-
-def _round(loaded: ctypes.CDLL, rows_ND: torch.Tensor, half: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows as the search multiplies them, their norms, and the norms of what rounding took away."""
-    norm_N, error_N = torch.empty(len(rows_ND)), torch.zeros(len(rows_ND))
-    if half and not _is_half(rows_ND):
-        rounded_ND = torch.empty(rows_ND.shape, dtype=torch.bfloat16)
-        loaded.kilobasis_round(
-            rows_ND.data_ptr(), *rows_ND.shape, rounded_ND.data_ptr(), norm_N.data_ptr(), error_N.data_ptr()
-        )
-        return rounded_ND, norm_N, error_N
-    loaded.kilobasis_norms(rows_ND.data_ptr(), _is_half(rows_ND), *rows_ND.shape, norm_N.data_ptr())
-    return rows_ND if half else rows_ND.float(), norm_N, error_N
-
-
-def _is_half(rows_ND: torch.Tensor) -> bool:
-    return rows_ND.dtype == torch.bfloat16
 
 
 def decode(
@@ -154,7 +70,7 @@ def _decode(
     grad_z_BK = torch.empty(tokens, k if gradients else 0)
     squares_B = torch.empty(tokens if gradients else 0, dtype=torch.float64)
     loaded.kilobasis_decode(
-        z_BK.data_ptr(), indices_BK.data_ptr(), W_FD.data_ptr(), _is_half(W_FD), _pointer(bias_D),
+        z_BK.data_ptr(), indices_BK.data_ptr(), W_FD.data_ptr(), is_half(W_FD), _pointer(bias_D),
         _pointer(target_BD), scale, tokens, width, k, made_BD.data_ptr(), grad_z_BK.data_ptr() or None,
         squares_B.data_ptr() or None,
     )  # fmt: skip
@@ -173,7 +89,7 @@ def decode_double(z_BK: torch.Tensor, indices_BK: torch.Tensor, W_FD: torch.Tens
     z_BK, indices_BK, W_FD = z_BK.contiguous(), indices_BK.contiguous(), W_FD.contiguous()
     sums_BD = torch.empty(tokens, width, dtype=torch.float64)
     loaded.kilobasis_decode_double(
-        z_BK.data_ptr(), indices_BK.data_ptr(), W_FD.data_ptr(), _is_half(W_FD), None, 1.0, tokens, width, k,
+        z_BK.data_ptr(), indices_BK.data_ptr(), W_FD.data_ptr(), is_half(W_FD), None, 1.0, tokens, width, k,
         sums_BD.data_ptr(), None, None, None,
     )  # fmt: skip
     return sums_BD
@@ -199,7 +115,7 @@ def errors_double(
     error_BD, grad_z_BK = torch.empty(tokens, width), torch.empty(tokens, k)
     squares_B = torch.empty(tokens, dtype=torch.float64)
     loaded.kilobasis_decode_double(
-        z_BK.data_ptr(), indices_BK.data_ptr(), W_FD.data_ptr(), _is_half(W_FD), target_BD.data_ptr(), scale, tokens,
+        z_BK.data_ptr(), indices_BK.data_ptr(), W_FD.data_ptr(), is_half(W_FD), target_BD.data_ptr(), scale, tokens,
         width, k, None, error_BD.data_ptr(), grad_z_BK.data_ptr(), squares_B.data_ptr(),
     )  # fmt: skip
     return error_BD, grad_z_BK, squares_B
@@ -250,13 +166,13 @@ def children(
     )
     scores = torch.empty(span * parents * stride)
     if half:
-        rounded_BD, norm_B, error_B = _round(loaded, x_BD, half)
-        margins_B3 = _margins(norm_B, error_B, width, 0.0)
+        rounded_BD, norm_B, error_B = rounded(loaded, x_BD, half)
+        margins_B3 = margins(norm_B, error_B, width, 0.0)
         reaches = torch.empty(3 * (len(W_FD) // size))
     for first in range(0, tokens, span):
         some = slice(first, first + span)
         shape = (len(x_BD[some]), parents, width, len(W_FD) // size, size, k, stride)
-        of_rows = (W_FD.data_ptr(), _is_half(W_FD), b_F.data_ptr(), parents_BP[some].data_ptr())
+        of_rows = (W_FD.data_ptr(), is_half(W_FD), b_F.data_ptr(), parents_BP[some].data_ptr())
         sorted_ = (starts.data_ptr(), entries.data_ptr(), scores.data_ptr())
         made = (z_BK[some].data_ptr(), indices_BK[some].data_ptr())
         if half:
@@ -276,7 +192,7 @@ def inner(grad_BD: torch.Tensor, z_BK: torch.Tensor, indices_BK: torch.Tensor, W
     grad_BD, z_BK, indices_BK, W_FD = (each.contiguous() for each in (grad_BD, z_BK, indices_BK, W_FD))
     products_BK = torch.empty_like(z_BK)
     loaded.kilobasis_inner(
-        grad_BD.data_ptr(), z_BK.data_ptr(), indices_BK.data_ptr(), W_FD.data_ptr(), _is_half(W_FD), len(z_BK),
+        grad_BD.data_ptr(), z_BK.data_ptr(), indices_BK.data_ptr(), W_FD.data_ptr(), is_half(W_FD), len(z_BK),
         W_FD.shape[1], z_BK.shape[1], products_BK.data_ptr(),
     )  # fmt: skip
     return products_BK
@@ -371,7 +287,7 @@ def _update(gradient: RowGradient, rows: Rows, adam: Adam | None) -> tuple[ctype
         errors=ctypes.addressof(pointers),
         scales=ctypes.addressof(scales),
         parts=len(errors),
-        half=_is_half(rows.W_enc),
+        half=is_half(rows.W_enc),
         row_wise=rows.encoder_v.dim() == 1,
         first=rows.first,
         **{name: tensor.data_ptr() for name, tensor in (given | state).items()},

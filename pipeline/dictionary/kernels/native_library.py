@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-VERSION = 6
+VERSION = 7
 # What torch calls the machine, and the library for it.
 LIBRARIES = {"AVX512": "_native_avx512", "AVX2": "_native_avx2"}
 
@@ -65,6 +65,9 @@ def library() -> ctypes.CDLL | None:
         ("norms", [p, n, n, n, p], None),
         ("round", [p, n, n, p, p, p], None),
         ("scan", [p, n, n, n, n, n, p, p, p, p, n, n, p, p], None),
+        ("has_integers", [], n),
+        ("round_tokens", [p, n, n, p, p, p, p], None),
+        ("search_in_integers", [p, p, p, n, p, n, n, n, p, n, n, p, p], None),
         ("select", [p, p, n, p, n, n, n, n, n, p, p, p, p], n),
         ("decode", [p, p, p, n, p, p, x, n, n, n, p, p, p], None),
         ("decode_double", [p, p, p, n, p, x, n, n, n, p, p, p, p], None),

@@ -88,9 +88,24 @@ inline Words noise(Words place) {
     return (place ^ (place >> 16)) >> 16;
 }
 
+// Sixteen numbers in bfloat16.
+typedef uint16_t Halves __attribute__((vector_size(32)));
+
+#ifndef __AVX512F__
+// The upper halves of float32 numbers, one in each word.
+template <typename V> inline V rounded_words(V bits, V noise_) {
+    V is_nan = (V)((bits & 0x7fffffffu) > 0x7f800000u), is_finite = (V)((bits & 0x7f800000u) != 0x7f800000u);
+    V up = (bits + noise_) >> 16, same = (bits >> 16) | (is_nan & 64u);
+    return (up & is_finite) | (same & ~is_finite);
+}
+template <typename P> inline Two<P> rounded_words(const Two<P>& bits, const Two<P>& noise_) {
+    return {rounded_words(bits.low, noise_.low), rounded_words(bits.high, noise_.high)};
+}
+#endif
+
 // Float32 to bfloat16, up or down by `noise_`; what is not finite stays what it is.
-inline Halves rounded(Lanes lanes, Words noise_) {
-#ifdef __AVX512F__
+inline Halves rounded(const Lanes& lanes, const Words& noise_) {
+#if defined(__AVX512F__)
     __m512i bits = (__m512i)lanes, size = _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff));
     const __m512i infinite = _mm512_set1_epi32(0x7f800000);
     __mmask16 is_finite = _mm512_cmplt_epu32_mask(size, infinite), is_nan = _mm512_cmpgt_epu32_mask(size, infinite);
@@ -98,11 +113,18 @@ inline Halves rounded(Lanes lanes, Words noise_) {
     bits = _mm512_mask_or_epi32(bits, is_nan, bits, _mm512_set1_epi32(64 << 16));
     return (Halves)_mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
 #else
-    Words bits;
-    std::memcpy(&bits, &lanes, sizeof bits);
-    Words is_nan = Words((bits & 0x7fffffffu) > 0x7f800000u), is_finite = Words((bits & 0x7f800000u) != 0x7f800000u);
-    Words up = (bits + noise_) >> 16, same = (bits >> 16) | (is_nan & 64u);
-    return __builtin_convertvector((up & is_finite) | (same & ~is_finite), Halves);
+    Words words = rounded_words(as<Words>(lanes), noise_);
+#ifdef __AVX2__
+    // Packs the lower halves of both, then the upper ones.
+    __m256i packed = _mm256_packus_epi32((__m256i)words.low, (__m256i)words.high);
+    return (Halves)_mm256_permute4x64_epi64(packed, 0xd8);
+#else
+    uint32_t each[WIDE];
+    uint16_t made[WIDE];
+    Memory<Words>::store(each, words);
+    for (int64_t i = 0; i < WIDE; ++i) made[i] = uint16_t(each[i]);
+    return as<Halves>(made);
+#endif
 #endif
 }
 
@@ -117,18 +139,17 @@ template <typename Make> void put_row(float* to, int64_t d, uint32_t, Make make)
 }
 
 template <typename Make> void put_row(uint16_t* to, int64_t d, uint32_t place, Make make) {
-    constexpr Words LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    constexpr uint32_t APART = 0x85ebca77u;
-    Words places = place + LANE * APART;
+    constexpr uint32_t LANE[WIDE] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, APART = 0x85ebca77u;
+    Words places = place + Memory<Words>::load(LANE) * APART;
     int64_t i = 0;
     for (; i + WIDE <= d; i += WIDE, places += uint32_t(WIDE) * APART) {
         Halves halves = rounded(make(Lanes{}, i), noise(places));
         std::memcpy(to + i, &halves, sizeof halves);
     }
     if (i == d) return;
-    Lanes rest{};
+    float rest[WIDE] = {};
     for (int64_t j = i; j < d; ++j) rest[j - i] = make(0.0f, j);
-    Halves halves = rounded(rest, noise(places));
+    Halves halves = rounded(load(rest), noise(places));
     std::memcpy(to + i, &halves, (d - i) * sizeof *to);
 }
 
@@ -156,7 +177,7 @@ struct Adam {
     template <typename W> void blend(W* m, float* g, int64_t d, uint32_t place) const {
         if (!m) return;
         put_row(m, d, place, [&](auto one, int64_t i) {
-            auto now = stays * at(one, m + i) + comes * at(one, g + i);
+            auto now = fused(of(one, stays), at(one, m + i), comes * at(one, g + i));
             put(g + i, now * whole);
             return now;
         });
@@ -180,7 +201,9 @@ void move_encoder(const KilobasisUpdate& u, const Adam& adam, W* row, int64_t f,
     float* gradient = scratch.encoder.data();
     float rate = adam.rate_of(u.encoder_v + f, float(scratch.encoder_square), u.encoder_d);
     adam.blend(first_of<W>(u.encoder_m, f, u.encoder_d), gradient, u.encoder_d, place_of(u, f, 3));
-    put_row(row, u.encoder_d, place_of(u, f, 1), [&](auto one, int64_t i) { return at(one, row + i) - rate * at(one, gradient + i); });
+    put_row(row, u.encoder_d, place_of(u, f, 1), [&](auto one, int64_t i) {
+        return fused(of(one, -rate), at(one, gradient + i), at(one, row + i));
+    });
 }
 
 // The same of a decoder row, which stays a unit vector: what would only lengthen it is taken off its gradient.
@@ -189,12 +212,12 @@ void move_decoder(const KilobasisUpdate& u, const Adam& adam, W* row, int64_t f,
     float *gradient = scratch.decoder.data(), *moved = scratch.row.data();
     float radial = -dot(gradient, row, u.decoder_d);
     float square = square_of(u.decoder_d, [&](auto one, int64_t i) {
-        return put(gradient + i, at(one, gradient + i) + radial * at(one, row + i));
+        return put(gradient + i, fused(of(one, radial), at(one, row + i), at(one, gradient + i)));
     });
     float rate = adam.rate_of(u.decoder_v + f, square, u.decoder_d);
     adam.blend(first_of<W>(u.decoder_m, f, u.decoder_d), gradient, u.decoder_d, place_of(u, f, 4));
     float length = square_of(u.decoder_d, [&](auto one, int64_t i) {
-        return put(moved + i, at(one, row + i) - rate * at(one, gradient + i));
+        return put(moved + i, fused(of(one, -rate), at(one, gradient + i), at(one, row + i)));
     });
     float inverse = inverse_length(length);
     put_row(row, u.decoder_d, place_of(u, f, 2), [&](auto one, int64_t i) { return at(one, moved + i) * inverse; });

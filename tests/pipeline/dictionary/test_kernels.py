@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.dictionary.kernels import native, portable
+from pipeline.dictionary.kernels.native_search import searches
 from tests.support.runs import ROOT
 
 needs_native = pytest.mark.skipif(native.library() is None, reason="no compiler was there when this was installed")
+SEARCHES = sorted(set(searches()) - {"float32"})
 KINDS = [pytest.param(native, marks=needs_native, id="native"), pytest.param(portable, id="portable")]
 
 
@@ -59,14 +61,50 @@ def test_top_k_is_exact(
 
 
 @needs_native
-@pytest.mark.parametrize("half", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_top_k_is_the_same_bits_whatever_searches(half: bool, dtype: torch.dtype) -> None:
-    x_BD, W_FD, b_F = normal(300, 96, seed=1), (normal(3000, 96, seed=2) / 10).to(dtype), normal(3000, seed=3) / 10
-    z_BK, indices_BK = native.top_k(x_BD, W_FD, b_F, 24, half)
-    other_z_BK, other_indices_BK = native.top_k(x_BD, W_FD, b_F, 24, not half)
-    assert torch.equal(z_BK, other_z_BK)
-    assert torch.equal(indices_BK, other_indices_BK)
+@pytest.mark.parametrize("search", SEARCHES)
+@settings(max_examples=60, derandomize=True, deadline=None, database=None)
+@given(
+    batch=st.integers(0, 150),
+    width=st.integers(1, 150),
+    features=st.integers(1, 2500),
+    k=st.integers(1, 40),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 10_000),
+)
+def test_top_k_is_the_same_bits_whatever_searches(
+    search: str, batch: int, width: int, features: int, k: int, dtype: torch.dtype, seed: int
+) -> None:
+    x_BD, W_FD = normal(batch, width, seed=seed), (normal(features, width, seed=seed + 1) / width**0.5).to(dtype)
+    b_F, k = normal(features, seed=seed + 2) / 10, min(k, features)
+    # Ties, and rows whose numbers are of very different sizes.
+    W_FD[features // 2 :] = W_FD[: features - features // 2].clone()
+    W_FD[::5] *= 10.0 ** (normal(len(W_FD[::5]), 1, seed=seed + 3) * 3)
+    x_BD[::4, 0] += 1000
+    require_same(native.top_k(x_BD, W_FD, b_F, k, search), native.top_k(x_BD, W_FD, b_F, k, "float32"))
+
+
+@needs_native
+@pytest.mark.parametrize("search", SEARCHES)
+def test_top_k_is_the_same_bits_of_numbers_that_no_search_can_round(search: str) -> None:
+    x_BD, W_FD, b_F = normal(64, 33, seed=1), normal(500, 33, seed=2), torch.zeros(500)
+    for row, value in enumerate((0.0, 1e-44, 1e-30, 1e-18, 1e-9, 1e12, 1e25, 3e38, float("inf"), float("nan"))):
+        for rows_ND in (x_BD, W_FD):
+            rows_ND[4 * row] *= value
+            rows_ND[4 * row + 1, 7] = value
+            rows_ND[4 * row + 2] = value
+            rows_ND[4 * row + 3] = 0
+            rows_ND[4 * row + 3, 32] = value
+    require_same(native.top_k(x_BD, W_FD, b_F, 20, search), native.top_k(x_BD, W_FD, b_F, 20, "float32"))
+    # Where nothing else is left, the tiniest scores decide.
+    for size in (1e-9, 1e-14, 1e-19):
+        few_FD = W_FD[45:].clone() * size
+        made, expected = (native.top_k(x_BD, few_FD, b_F[45:], 20, each) for each in (search, "float32"))
+        require_same(made, expected)
+
+
+def require_same(made: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]) -> None:
+    for mine, theirs in zip(made, expected, strict=True):
+        assert torch.equal(mine.nan_to_num(nan=-1), theirs.nan_to_num(nan=-1))
 
 
 @pytest.mark.parametrize("kernels", KINDS)
@@ -175,17 +213,34 @@ def test_sums_of_features_that_never_fired_are_zero(kernels: ModuleType) -> None
 
 
 PRINTS = """
-import hashlib, sys, torch
+import hashlib, itertools, torch
 from pipeline.dictionary.kernels import native
 from pipeline.dictionary.kernels.native_library import path
+from pipeline.dictionary.kernels.portable import Adam, RowGradient, Rows
 torch.set_num_threads({threads})
 generator = torch.Generator().manual_seed(0)
-x, W = torch.randn(100, 200, generator=generator), torch.randn(3000, 200, generator=generator)
-z, indices = native.top_k(x, W, torch.zeros(3000), 16)
-error, grad, squares = native.errors(z, indices, W, None, x, 0.5)
-sums = native.sums(native.group(z, indices, 3000), z, error)
-made = b"".join(each.numpy().tobytes() for each in (z, indices, error, grad, sums))
-print(path().name.split(".")[0], hashlib.sha256(made).hexdigest())
+made = []
+for width, dtype in itertools.product((200, 77), (torch.float32, torch.bfloat16)):
+    x, W = torch.randn(100, width, generator=generator), torch.randn(3000, width, generator=generator).to(dtype)
+    z, indices = native.top_k(x, W, torch.zeros(3000), 16)
+    error, grad, squares = native.errors(z, indices, W, None, x, 0.5)
+    sums = native.sums(native.group(z, indices, 3000), z, error)
+    made += [z, indices, error, grad, sums, *native.errors_double(z, indices, W, x, 0.5)]
+    parents = torch.randint(0, 100, (100, 3), generator=generator)
+    made += native.children(x, W, torch.zeros(3000), parents, 30, 8)
+    gradient = RowGradient(native.group(z, indices, 3000), z, grad, (x,), (error,), (0.5,))
+    for full, remembers in itertools.product((False, True), (False, True)):
+        second = (3000, width) if full else (3000,)
+        first = [torch.zeros(3000, width, dtype=dtype) for _ in range(2)] + [torch.zeros(3000)]
+        rows = Rows(
+            W.clone(), W.clone(), torch.zeros(3000), torch.zeros(second), torch.zeros(second), torch.zeros(3000),
+            torch.zeros(3000, dtype=torch.int32), 0, *(first if remembers else ()),
+        )
+        for step in (1, 2):
+            made += [native.update(gradient, rows, Adam(step, 0.01, 0.99, 1e-8, 0.5, 7, 0.9 * remembers))]
+        made += [rows.W_enc, rows.W_dec, rows.b_enc, *rows.remembered().values()]
+digest = hashlib.sha256(b"".join(each.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for each in made))
+print(path().name.split(".")[0], digest.hexdigest())
 """
 
 
