@@ -47,7 +47,7 @@ KILOBASIS void kilobasis_norms(const void* rows, int64_t half, int64_t count, in
             int64_t i = 0;
             for (; i + WIDE <= d; i += WIDE) squares += load(typed + r * d + i) * load(typed + r * d + i);
             for (; i < d; ++i) rest += number(typed[r * d + i]) * number(typed[r * d + i]);
-            norm[r] = std::sqrt(total(squares) + rest);
+            norm[r] = norm_of(total(squares) + rest);
         }
     };
     half ? all_rows((const uint16_t*)rows) : all_rows((const float*)rows);
@@ -75,8 +75,8 @@ KILOBASIS void kilobasis_round(const float* rows, int64_t count, int64_t d, uint
             squares[0] += row[i] * row[i];
             losses[0] += loss * loss;
         }
-        norm[r] = std::sqrt(total(load(squares)));
-        error[r] = std::sqrt(total(load(losses)));
+        norm[r] = norm_of(total(load(squares)));
+        error[r] = loss_of(total(load(losses)), norm[r]);
     }
 }
 

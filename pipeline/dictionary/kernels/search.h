@@ -58,6 +58,16 @@ inline float margin_of(const Margin& m, float norm, float error, float score, fl
            TINIEST;
 }
 
+// Norms, of which squares may have vanished: no less than they are. And of what rounding to bfloat16 takes away.
+constexpr float LEAST_NORM = 1e-15f;
+
+inline float norm_of(float squares) { return std::sqrt(squares) < LEAST_NORM ? LEAST_NORM : std::sqrt(squares); }
+
+inline float loss_of(float squares, float norm) {
+    // Below, squares of what is 2^-9 of a number may have vanished too.
+    return norm < 0x1p10f * LEAST_NORM ? 0x1p-8f * norm : std::sqrt(squares);
+}
+
 struct Bounds {
     float lower, upper;
 };

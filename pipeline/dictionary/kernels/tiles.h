@@ -78,7 +78,7 @@ WITH_TILES HalfRows halves_of(const float* rows, int64_t count, int64_t d, Packe
         norm = most(norm, _mm512_reduce_add_ps(squares));
         error = most(error, _mm512_reduce_add_ps(losses));
     }
-    reach.norm = std::sqrt(norm), reach.error = std::sqrt(error);
+    reach.norm = norm_of(norm), reach.error = loss_of(error, reach.norm);
     return {packed.rows.data(), stride};
 }
 
@@ -99,7 +99,7 @@ WITH_TILES HalfRows halves_of(const uint16_t* rows, int64_t count, int64_t d, Pa
         }
         norm = most(norm, _mm512_reduce_add_ps(squares));
     }
-    reach.norm = std::sqrt(norm), reach.error = 0;
+    reach.norm = norm_of(norm), reach.error = 0;
     return fits ? HalfRows{rows, d} : HalfRows{packed.rows.data(), stride};
 }
 

@@ -96,7 +96,7 @@ def test_top_k_is_the_same_bits_of_numbers_that_no_search_can_round(search: str)
             rows_ND[4 * row + 3, 32] = value
     require_same(native.top_k(x_BD, W_FD, b_F, 20, search), native.top_k(x_BD, W_FD, b_F, 20, "float32"))
     # Where nothing else is left, the tiniest scores decide.
-    for size in (1e-9, 1e-14, 1e-19):
+    for size in (1e-9, 1e-14, 1e-19, 1e-24):
         few_FD = W_FD[45:].clone() * size
         made, expected = (native.top_k(x_BD, few_FD, b_F[45:], 20, each) for each in (search, "float32"))
         require_same(made, expected)
@@ -219,12 +219,13 @@ from pipeline.dictionary.kernels.native_library import path
 from pipeline.dictionary.kernels.portable import Adam, RowGradient, Rows
 torch.set_num_threads({threads})
 generator = torch.Generator().manual_seed(0)
-made = []
+made, code = [], []
 for width, dtype in itertools.product((200, 77), (torch.float32, torch.bfloat16)):
     x, W = torch.randn(100, width, generator=generator), torch.randn(3000, width, generator=generator).to(dtype)
     z, indices = native.top_k(x, W, torch.zeros(3000), 16)
     error, grad, squares = native.errors(z, indices, W, None, x, 0.5)
     sums = native.sums(native.group(z, indices, 3000), z, error)
+    code += [z, indices, error, grad, sums] * (width == 200 and dtype == torch.float32)
     made += [z, indices, error, grad, sums, *native.errors_double(z, indices, W, x, 0.5)]
     parents = torch.randint(0, 100, (100, 3), generator=generator)
     made += native.children(x, W, torch.zeros(3000), parents, 30, 8)
@@ -239,25 +240,32 @@ for width, dtype in itertools.product((200, 77), (torch.float32, torch.bfloat16)
         for step in (1, 2):
             made += [native.update(gradient, rows, Adam(step, 0.01, 0.99, 1e-8, 0.5, 7, 0.9 * remembers))]
         made += [rows.W_enc, rows.W_dec, rows.b_enc, *rows.remembered().values()]
-digest = hashlib.sha256(b"".join(each.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for each in made))
-print(path().name.split(".")[0], digest.hexdigest())
+print(path().name.split(".")[0])
+for each in (code, made):
+    numbers = [one.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for one in each]
+    print(hashlib.sha256(b"".join(numbers)).hexdigest())
 """
 
 
 @needs_native
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX512", "AVX2"), reason="needs AVX2")
 def test_native_kernels_give_the_same_bits_on_any_machine_and_thread_count() -> None:
-    """AVX-512 and AVX2; all that torch is told is the name of the machine."""
-    printed = {}
+    """A code, its errors and sums with AVX-512 and AVX2; all that torch is told is the name of the machine.
+
+    All kernels with one thread and with two.
+    """
+    codes, all_of_it = {}, {}
     known = ["avx512", "avx2"] if torch.backends.cpu.get_cpu_capability() == "AVX512" else ["avx2"]
     for capability, threads in itertools.product(known, (1, 2)):
         done = subprocess.run(
             [sys.executable, "-c", PRINTS.format(threads=threads)], cwd=ROOT, capture_output=True, text=True,
             env={**os.environ, "ATEN_CPU_CAPABILITY": capability}, timeout=120, check=True,
         )  # fmt: skip
-        name, digest = done.stdout.split()
-        printed[name, threads] = digest
-    assert len(set(printed.values())) == 1, printed
+        name, codes[capability, threads], all_of_it[capability, threads] = done.stdout.split()
+        assert name == f"_native_{capability}"
+    assert len(set(codes.values())) == 1, codes
+    for capability in known:
+        assert all_of_it[capability, 1] == all_of_it[capability, 2], all_of_it
 
 
 def test_rounding_at_random_keeps_the_mean_and_depends_on_the_place_alone() -> None:
