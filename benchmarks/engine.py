@@ -67,7 +67,7 @@ class Case:
     steps: int
 
 
-COST = Case(384, 6144, k=32, batch=4096, threads=1, warmup=3, rounds=40, steps=1)
+COST = Case(384, 6144, k=32, batch=4096, threads=1, warmup=3, rounds=120, steps=1)
 ZERO = Case(384, 12288, k=32, batch=2048, threads=1, warmup=1, rounds=5, steps=2)
 QUICK_COST = Case(64, 1024, k=16, batch=512, threads=1, warmup=1, rounds=3, steps=2)
 QUICK_ZERO = Case(64, 1024, k=16, batch=512, threads=1, warmup=1, rounds=1, steps=1)
