@@ -46,12 +46,12 @@ void round_row(const W* row, int64_t d, int64_t member, int64_t members, const G
     room.assign((d + WIDE - 1) / WIDE * WIDE, 0.0f);
     float* numbers = room.data();
     along(d, [&](auto one, int64_t i) { put(numbers + i, at(one, row + i)); });
-    float norm = std::sqrt(dot(numbers, numbers, d)), most = 0;
-    bool zero = true;
-    for (int64_t i = 0; i < d; ++i) {
-        most = std::max(most, std::fabs(numbers[i]));
-        zero &= numbers[i] == 0;
-    }
+    float norm = std::sqrt(dot(numbers, numbers, d)), most = 0, each[VECTOR];
+    __m256 largest = _mm256_setzero_ps();
+    for (size_t i = 0; i < room.size(); i += VECTOR)
+        largest = _mm256_max_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), _mm256_loadu_ps(numbers + i)), largest);
+    _mm256_storeu_ps(each, largest);
+    for (float one : each) most = std::max(most, one);
     Steps steps(norm, most);
     const __m256 reciprocal = _mm256_set1_ps(steps.reciprocal), step = _mm256_set1_ps(steps.step);
     __m256 losses = _mm256_setzero_ps();
@@ -70,6 +70,7 @@ void round_row(const W* row, int64_t d, int64_t member, int64_t members, const G
     }
     group.step[member] = steps.step;
     group.norm[member] = norm;
+    bool zero = norm == 0 && most == 0;
     group.error[member] = zero ? 0.0f : steps.none ? INFINITY : std::sqrt(total((Floats8)losses));
 }
 

@@ -47,13 +47,9 @@ template <typename T, typename R> using If = std::enable_if_t<std::is_arithmetic
 KILOBASIS_EACH(+)
 KILOBASIS_EACH(-)
 KILOBASIS_EACH(*)
-KILOBASIS_EACH(/)
-KILOBASIS_EACH(&)
-KILOBASIS_EACH(|)
 KILOBASIS_EACH(^)
 #undef KILOBASIS_EACH
 template <typename P> inline Two<P> operator>>(const Two<P>& a, int bits) { return {a.low >> bits, a.high >> bits}; }
-template <typename P> inline Two<P> operator<<(const Two<P>& a, int bits) { return {a.low << bits, a.high << bits}; }
 
 constexpr int64_t WIDE = 16;
 

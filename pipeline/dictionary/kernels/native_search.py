@@ -14,7 +14,7 @@ from pipeline.dictionary.kernels.native_library import Token, library
 
 # Features of a block: their scores, for all tokens of a batch, are all of the B x F scores that ever exist at once.
 BLOCK = 1024
-# Tokens that are multiplied together, in integers.
+# Tokens that are multiplied together, in integers: as in integers.cpp, which writes whole groups of them.
 TOKENS = 6
 UNIT = 2.0**-24
 HALF_UNIT = 2.0**-9
