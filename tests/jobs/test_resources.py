@@ -339,7 +339,7 @@ def test_waiting_run_whose_clock_jumps_judges_a_lease_by_its_beats(
         again = ended.result()
     assert again.code == 0, again.err
     assert "showing no sign of life" in again.err or "taking over when" in again.err
-    assert time.monotonic() - began < 30.0
+    assert time.monotonic() - began < 200.0
     check(root, expected)
 
 
