@@ -27,7 +27,6 @@ import argparse
 import dataclasses
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -260,7 +259,7 @@ def main() -> int:
     """Run the contest; for the exit code see the module."""
     parser = argparse.ArgumentParser(description="Held-out error of dictionaries of Kilobasis and of its peers.")
     names = [contender.name for contender in CONTENDERS]
-    parser.add_argument("--quick", action="store_true", help="a tiny case, kept nowhere; without a mark")
+    parser.add_argument("--quick", action="store_true", help="a tiny case, kept in a --folder alone; without a mark")
     parser.add_argument("--only", action="append", choices=names, help=f"besides {REFERENCE}; may be repeated")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="times each default; the search's start")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="rates are searched on the first")
@@ -270,10 +269,8 @@ def main() -> int:
     if wrong := missing(contenders):
         parser.error(wrong)
     console = Console(width=140)
-    if not options.quick:
-        return contest(options, contenders, options.folder.resolve(), console)
-    with tempfile.TemporaryDirectory() as folder:
-        return contest(options, contenders, Path(folder), console)
+    with trainings.kept(options) as folder:
+        return contest(options, contenders, folder, console)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -322,17 +321,15 @@ def main() -> int:
     """Run the ablation; for the exit code see the module."""
     parser = argparse.ArgumentParser(description="Ablation of the training recipe, one thing at a time.")
     factors = list(dict.fromkeys(variant.factor for variant in variants(1) if variant != DEFAULT))
-    parser.add_argument("--quick", action="store_true", help="a tiny case, kept nowhere")
+    parser.add_argument("--quick", action="store_true", help="a tiny case, kept in a --folder alone")
     parser.add_argument("--on", action="append", choices=DATA, help="may be repeated")
     parser.add_argument("--factor", action="append", choices=factors, help="besides the default; may be repeated")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     trainings.options(parser)
     options = parser.parse_args()
     console = Console(width=140)
-    if not options.quick:
-        return ablate(options, options.folder.resolve(), console)
-    with tempfile.TemporaryDirectory() as folder:
-        return ablate(options, Path(folder), console)
+    with trainings.kept(options) as folder:
+        return ablate(options, folder, console)
 
 
 if __name__ == "__main__":

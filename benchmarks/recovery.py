@@ -29,7 +29,6 @@ import functools
 import hashlib
 import statistics
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -350,7 +349,7 @@ def compare(options: argparse.Namespace, folder: Path, console: Console) -> int:
 def main() -> int:
     """Run the comparison; for the exit code see the module."""
     parser = argparse.ArgumentParser(description="What dictionaries find of a world whose features are known.")
-    parser.add_argument("--quick", action="store_true", help="a tiny world, kept nowhere; without marks")
+    parser.add_argument("--quick", action="store_true", help="a tiny world, kept in a --folder alone; without marks")
     parser.add_argument("--features", type=int, action="append", help="of the dictionaries; may be repeated")
     parser.add_argument("--only", action="append", choices=NAMES, help="may be repeated")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="times each default; the search's start")
@@ -363,10 +362,8 @@ def main() -> int:
         each.contender for each in entrants(quick(), 128) if not options.only or each.name in options.only
     ):
         parser.error(wrong)
-    if not options.quick:
-        return compare(options, options.folder.resolve(), console)
-    with tempfile.TemporaryDirectory() as folder:
-        return compare(options, Path(folder), console)
+    with trainings.kept(options) as folder:
+        return compare(options, folder, console)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -199,8 +200,18 @@ def options(parser: argparse.ArgumentParser) -> None:
     """Those of every benchmark that is made of runs."""
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where runs train")
     parser.add_argument("--jobs", type=int, default=1, help="runs at one time; more than one is for a GPU")
-    parser.add_argument("--folder", type=Path, default=SCRATCH, help="keeps data and results; delete to begin anew")
+    parser.add_argument("--folder", type=Path, help="keeps data and results; delete to begin anew (runs/benchmarks)")
     parser.add_argument("--json", type=Path, help="write a list of {name, value, unit, config}")
+
+
+@contextmanager
+def kept(options: argparse.Namespace, default: Path = SCRATCH) -> Iterator[Path]:
+    """The folder that keeps what is made; a quick run that names none has one that is gone afterwards."""
+    if options.folder or not options.quick:
+        yield (options.folder or default).resolve()
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 def _told(result: Result) -> str:

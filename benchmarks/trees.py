@@ -30,7 +30,6 @@ import dataclasses
 import functools
 import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -251,7 +250,7 @@ def main() -> int:
         description="Held-out error of trees, of dense dictionaries, and of other searches."
     )
     names = [entrant.name for entrant in ENTRANTS]
-    parser.add_argument("--quick", action="store_true", help="a tiny case, kept nowhere; without marks")
+    parser.add_argument("--quick", action="store_true", help="a tiny case, kept in a --folder alone; without marks")
     parser.add_argument("--hook", action="append", choices=HOOKS, help="may be repeated")
     parser.add_argument("--only", action="append", choices=names, help=f"besides {TREE}; may be repeated")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="times the default; the search's start")
@@ -259,10 +258,8 @@ def main() -> int:
     trainings.options(parser)
     options = parser.parse_args()
     console = Console(width=140)
-    if not options.quick:
-        return compare(options, options.folder.resolve(), console)
-    with tempfile.TemporaryDirectory() as folder:
-        return compare(options, Path(folder), console)
+    with trainings.kept(options) as folder:
+        return compare(options, folder, console)
 
 
 if __name__ == "__main__":

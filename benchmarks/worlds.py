@@ -18,7 +18,6 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from contenders import ROOT
 from marks import Fact, fact
 from rich.console import Console
 from rich.table import Table
+from trainings import SCRATCH, kept
 
 NAMES = ("tree", "dense")
 # From here on no dense dictionary is trained.
@@ -185,19 +185,17 @@ def compare(options: argparse.Namespace, folder: Path, console: Console) -> int:
 def main() -> int:
     """Run it; for the exit code see the module."""
     parser = argparse.ArgumentParser(description="What is found of worlds with very many known features.")
-    parser.add_argument("--quick", action="store_true", help="tiny worlds, kept nowhere")
+    parser.add_argument("--quick", action="store_true", help="tiny worlds, kept in a --folder alone")
     parser.add_argument("--features", type=int, nargs="+", help="of the worlds; 100,000 and 1,000,000 if left out")
     parser.add_argument("--only", choices=NAMES, action="append", help="may be repeated")
     parser.add_argument("--rows", type=int, help="of training; 4,000,000 if left out")
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "benchmarks" / "worlds")
+    parser.add_argument("--folder", type=Path, help="keeps what runs have made (runs/benchmarks/worlds)")
     parser.add_argument("--json", type=Path, help="where numbers go")
     options = parser.parse_args()
     options.features = options.features or ([512] if options.quick else [10**5, 10**6])
     console = Console(width=160)
-    if not options.quick:
-        return compare(options, options.folder.resolve(), console)
-    with tempfile.TemporaryDirectory() as folder:
-        return compare(options, Path(folder), console)
+    with kept(options, SCRATCH / "worlds") as folder:
+        return compare(options, folder, console)
 
 
 if __name__ == "__main__":

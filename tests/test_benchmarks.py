@@ -36,10 +36,21 @@ time.sleep(60)
 """
 
 
-def run_quick(script: str, arguments: list[str], out: Path) -> list[dict[str, Any]]:
+# What several of them want, and would make again: a harvest, and our own trainings.
+KEEPING = ("quality.py", "trees.py", "recovery.py", "recipe.py")
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for all of those."""
+    return tmp_path_factory.mktemp("kept")
+
+
+def run_quick(script: str, arguments: list[str], out: Path, kept: Path) -> list[dict[str, Any]]:
     """The numbers of a quick run."""
+    keeping = ["--folder", str(kept)] if script in KEEPING else []
     finished = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / script), "--quick", "--json", str(out), *arguments],
+        [sys.executable, str(ROOT / "benchmarks" / script), "--quick", "--json", str(out), *arguments, *keeping],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -141,9 +152,9 @@ def load(monkeypatch: pytest.MonkeyPatch):
     ],
 )
 def test_benchmark_quick_run_writes_its_numbers(
-    script: str, arguments: list[str], names: set[str], tmp_path: Path
+    script: str, arguments: list[str], names: set[str], kept: Path, tmp_path: Path
 ) -> None:
-    found = run_quick(script, arguments, tmp_path / "out.json")
+    found = run_quick(script, arguments, tmp_path / "out.json", kept)
     for name in names:
         assert any(entry["name"].endswith(name) for entry in found)
     assert not any(entry["name"].endswith("/failed") for entry in found)
@@ -154,22 +165,23 @@ def test_benchmark_quick_run_writes_its_numbers(
 
 
 @pytest.mark.parametrize("contender", ["saelens-normalized", "sparsify", "dictionary_learning-normalized"])
-def test_quality_peers_are_trained_and_judged(contender: str, tmp_path: Path) -> None:
+def test_quality_peers_are_trained_and_judged(contender: str, kept: Path, tmp_path: Path) -> None:
     require_peers()
-    found = run_quick("quality.py", ["--only", contender, "--rates", "1", "--seeds", "0"], tmp_path / "out.json")
+    arguments = ["--only", contender, "--rates", "1", "--seeds", "0"]
+    found = run_quick("quality.py", arguments, tmp_path / "out.json", kept)
     named = {entry["name"]: entry["value"] for entry in found}
     assert 0 < named[f"quality/{contender}/fvu"] < 2
     assert named[f"quality/{contender}/ratio"] == 1.0
     assert named["quality/kilobasis/ratio"] > 0
 
 
-def test_worlds_too_large_for_a_dense_dictionary_have_none(tmp_path: Path) -> None:
-    assert run_quick("worlds.py", ["--features", "1000000", "--only", "dense"], tmp_path / "out.json") == []
+def test_worlds_too_large_for_a_dense_dictionary_have_none(kept: Path, tmp_path: Path) -> None:
+    assert run_quick("worlds.py", ["--features", "1000000", "--only", "dense"], tmp_path / "out.json", kept) == []
 
 
-def test_recovery_peers_are_trained_and_judged(tmp_path: Path) -> None:
+def test_recovery_peers_are_trained_and_judged(kept: Path, tmp_path: Path) -> None:
     require_peers()
-    found = run_quick("recovery.py", ["--only", "saelens-matryoshka", "--rates", "4"], tmp_path / "out.json")
+    found = run_quick("recovery.py", ["--only", "saelens-matryoshka", "--rates", "4"], tmp_path / "out.json", kept)
     named = {entry["name"]: entry["value"] for entry in found}
     assert 0 < named["recovery/128/saelens-matryoshka/f1"] < 1
     # Chance finds what is about as near in 32 dimensions as this.

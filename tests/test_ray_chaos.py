@@ -1,7 +1,7 @@
 """Whole runs on a cluster of two nodes, of which workers, ranks, raylets and the driver are killed.
 
-`make test` has one of each kind, `make chaos` twenty random schedules. The cluster of every case is that of a
-process of its own, because Ray reads how patient it is when it starts.
+`make test` has one that loses workers, ranks and raylets, `make chaos` all kinds and random schedules. The cluster of
+every case is that of a process of its own, because Ray reads how patient it is when it starts.
 """
 
 import os
@@ -48,8 +48,8 @@ class Strike:
     whom: str
 
 
-# Notices in small are in test_scheduling.
-SHORT = ("losses", "driver")
+# Notices in small are in test_scheduling, killed drivers in test_end_to_end.
+SHORT = ("losses",)
 # One of each kind, and the raylet's in both stages.
 FIXED = {
     "losses": [

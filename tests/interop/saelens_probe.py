@@ -1,4 +1,4 @@
-"""Loads a folder with the real SAELens, and encodes and decodes: `saelens_probe.py FOLDER OUT`.
+"""Loads folders with the real SAELens, and encodes and decodes: `saelens_probe.py FOLDER OUT [FOLDER OUT ...]`.
 
 Standalone, because it runs in the peers' environment. OUT holds `x.npy` (B, D) and gets `features.npy`
 (B, F), `reconstruction.npy` (B, D) and `facts.json`.
@@ -36,4 +36,5 @@ def probe(folder: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    probe(Path(sys.argv[1]), Path(sys.argv[2]))
+    for folder, out in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        probe(Path(folder), Path(out))

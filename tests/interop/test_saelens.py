@@ -60,30 +60,20 @@ def dictionary_of(
     return dictionary
 
 
-def probe(folder: Path, out: Path, x_BD: torch.Tensor) -> None:
-    """Run SAELens on the folder."""
-    np.save(out / "x.npy", x_BD.numpy())
-    peers.run(PROBE, folder, out)
+# D, F, activation, width of the target. Square as well: there a transposed matrix has the right shape.
+CASES: dict[str, tuple[int, int, str, int | None]] = {
+    "overcomplete": (24, 96, "topk", None),
+    "square": (32, 32, "topk", None),
+    "batch_topk": (24, 96, "batch_topk", None),
+    "jumprelu": (24, 96, "jumprelu", None),
+    "relu": (24, 96, "relu", None),
+    "jumprelu_transcoder": (24, 96, "batch_topk", 20),
+    "relu_transcoder": (24, 96, "relu", 24),
+}
 
 
-# Square as well: there a transposed matrix has the right shape.
-@pytest.fixture(
-    scope="module",
-    params=[
-        (24, 96, "topk", None),
-        (32, 32, "topk", None),
-        (24, 96, "batch_topk", None),
-        (24, 96, "jumprelu", None),
-        (24, 96, "relu", None),
-        (24, 96, "batch_topk", 20),
-        (24, 96, "relu", 24),
-    ],
-    ids=["overcomplete", "square", "batch_topk", "jumprelu", "relu", "jumprelu_transcoder", "relu_transcoder"],
-)
-def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    """An export, loaded and used by SAELens."""
-    peers.required()
-    width, features, activation, target_width = request.param
+def export(folder: Path, width: int, features: int, activation: str, target_width: int | None) -> TopKDictionary:
+    """The dictionary that is written into the folder."""
     dictionary = dictionary_of(width, features, kind(activation, 8), width, target_width)
     config = DictionaryConfig(
         width=width,
@@ -98,19 +88,41 @@ def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     )
     density_F = np.linspace(0.0, 0.5, features)
     settings = ExportParams(formats=("saelens",), context=64, has_bos=True, model_class="AutoModelForCausalLM")
-    folder, out = tmp_path_factory.mktemp("export"), tmp_path_factory.mktemp("out")
     for name, body in saelens_files(dictionary, config, density_F, settings).items():
         (folder / name).write_bytes(body)
-    x_BD = 2.0 * torch.randn((256, width), generator=torch.Generator().manual_seed(1)) + 0.5
-    probe(folder, out, x_BD)
-    return Seen(
-        x_BD=x_BD,
-        dictionary=dictionary,
-        features_BF=np.load(out / "features.npy"),
-        reconstruction_BD=np.load(out / "reconstruction.npy"),
-        facts=json.loads((out / "facts.json").read_text()),
-        folder=folder,
-    )
+    return dictionary
+
+
+@pytest.fixture(scope="module")
+def every(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
+    """An export of each case, loaded and used by SAELens: by one process, which takes long to start."""
+    peers.required()
+    made, asked = {}, []
+    for name, case in CASES.items():
+        folder, out = tmp_path_factory.mktemp("export"), tmp_path_factory.mktemp("out")
+        dictionary = export(folder, *case)
+        x_BD = 2.0 * torch.randn((256, case[0]), generator=torch.Generator().manual_seed(1)) + 0.5
+        np.save(out / "x.npy", x_BD.numpy())
+        made[name] = dictionary, x_BD, folder, out
+        asked += [folder, out]
+    peers.run(PROBE, *asked)
+    return {
+        name: Seen(
+            x_BD=x_BD,
+            dictionary=dictionary,
+            features_BF=np.load(out / "features.npy"),
+            reconstruction_BD=np.load(out / "reconstruction.npy"),
+            facts=json.loads((out / "facts.json").read_text()),
+            folder=folder,
+        )
+        for name, (dictionary, x_BD, folder, out) in made.items()
+    }
+
+
+@pytest.fixture(params=CASES)
+def seen(request: pytest.FixtureRequest, every: dict[str, Seen]) -> Seen:
+    """Each of them."""
+    return every[request.param]
 
 
 def test_saelens_encoding_an_export_gives_our_features(seen: Seen) -> None:

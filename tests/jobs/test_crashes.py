@@ -141,7 +141,7 @@ def test_run_killed_around_a_storage_operation_resumes_to_the_same_digests(
     every: bool, place: str, expected: SimpleNamespace, tmp_path: Path
 ) -> None:
     """SIGKILL before or after operations that change the store: before a read, it is as after the last of them."""
-    few = 46 if "://" not in place else 14
+    few = 20 if "://" not in place else 6
     chosen = points(10**6 if every else few, expected.operations, place.partition("://")[0])
     print(f"\nseed {SEED}: {len(chosen)} of {2 * expected.operations} points", file=sys.stderr)
 
