@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +265,19 @@ def test_gpu_marks_are_of_the_encoder_and_of_the_best_peer(load: Any) -> None:
     assert "killed" in str(list(gpu.table(case, outcomes, "H100").columns[1].cells))
     named = {each["name"] for each in gpu.facts(case, outcomes, "NVIDIA H100 80GB HBM3")}
     assert {"gpu/d768x128/kilobasis/mfu", "gpu/d768x128/kilobasis/hbm", "gpu/d768x128/saelens/times"} <= named
+
+
+def test_quick_run_keeps_nothing_but_in_a_folder_that_it_names(load: Any, tmp_path: Path) -> None:
+    trainings = load("trainings")
+    with trainings.kept(Namespace(quick=True, folder=None)) as folder:
+        assert folder.is_dir()
+    assert not folder.exists()
+    for quick in (True, False):
+        with trainings.kept(Namespace(quick=quick, folder=tmp_path / "a" / ".." / "b")) as folder:
+            assert folder == tmp_path.resolve() / "b"
+    with trainings.kept(Namespace(quick=False, folder=None), tmp_path) as folder:
+        assert folder == tmp_path.resolve()
+    assert tmp_path.exists()
 
 
 def test_ledger_torn_line_is_passed_over_and_written_behind(load: Any, tmp_path: Path) -> None:
