@@ -53,6 +53,7 @@ OWNERS = {
         "pipeline/dictionary/kernels/cuda.py",
         "pipeline/dictionary/kernels/cuda_search.py",
         "pipeline/dictionary/kernels/cuda_update.py",
+        "pipeline/dictionary/kernels/triton_keys.py",
         "pipeline/dictionary/kernels/triton_rows.py",
         "pipeline/dictionary/kernels/triton_search.py",
         "pipeline/dictionary/kernels/triton_tree.py",

@@ -162,7 +162,9 @@ class RowAdam(torch.optim.Optimizer):
         self.steps = 0
         self._v = {name: torch.zeros_like(each) for name, each in self._small.items()}
         self._m = {name: torch.zeros_like(each) for name, each in self._small.items()} if beta1 else {}
+        # What was learned and made of the pending gradient ahead of a step.
         self._bound: float | None = None
+        self._ahead: Any = None
         W_enc_FD, W_dec_FD = dictionary.W_enc.data, dictionary.W_dec.data
         self.rows = Rows(
             W_enc=W_enc_FD,
@@ -188,12 +190,27 @@ class RowAdam(torch.optim.Optimizer):
         self.steps = int(tensors["steps"])
 
     @torch.no_grad()
-    def norm_bound(self) -> float:
-        """No less than the norm of the gradient, and not finite where that is not. Kept for the step that follows."""
+    def norm_bound(self, loss: torch.Tensor) -> tuple[float, float]:
+        """No less than the norm of the gradient, and not finite where that is not; and a loss, shape ().
+
+        On a GPU this waits for both, once. The bound is kept for the step that follows.
+        """
         gradient = self._pending()
-        of_rows = kernels(self.rows.W_enc, gradient.z_BN).norm_bound(gradient, self.rows)
-        self._bound = math.sqrt(float(self._everywhere(of_rows**2)))
-        return self._bound
+        with_ = kernels(self.rows.W_enc, gradient.z_BN)
+        of_rows = with_.norm_bound(gradient, self.rows)
+        said = torch.stack([self._everywhere(of_rows**2), loss.detach().double()])
+        if said.is_cuda:
+            heard = torch.empty(2, dtype=said.dtype, pin_memory=True)
+            is_there = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            heard.copy_(said, non_blocking=True)
+            is_there.record()
+            # The card has something to do until the host, which waits, has launched the rest.
+            self._ahead = with_.begun(gradient, self.rows)
+            is_there.synchronize()
+            said = heard
+        square, value = said.tolist()
+        self._bound = math.sqrt(square)
+        return self._bound, value
 
     def _pending(self) -> RowGradient:
         assert self.objective.pending is not None
@@ -222,12 +239,12 @@ class RowAdam(torch.optim.Optimizer):
         self.steps += 1
         with_ = kernels(self.rows.W_enc, gradient.z_BN)
         clip = 1.0
-        if self.clip and (self.norm_bound() if self._bound is None else self._bound) > self.clip:
-            norm = math.sqrt(float(self._everywhere(with_.squares(gradient, self.rows).sum())))
+        if self.clip and (self._bound is None or self._bound > self.clip):
+            norm = math.sqrt(float(self._everywhere(with_.squares(gradient, self.rows, self._ahead).sum())))
             clip = min(1.0, self.clip / (norm + 1e-6))
         rate = self.param_groups[0]["lr"]
         adam = Adam(self.steps, rate, self.beta2, EPSILON, clip, self.seed, self.beta1)
-        squares_F = with_.update(gradient, self.rows, adam)
+        squares_F = with_.update(gradient, self.rows, adam, self._ahead)
         self.gradient_square = self._everywhere(squares_F.sum())
         for name, gradient_ in self._gradients().items():
             moved, v = gradient_ * clip, self._v[name]
@@ -235,7 +252,7 @@ class RowAdam(torch.optim.Optimizer):
             if self.beta1:
                 moved = self._m[name].lerp_(moved, 1 - self.beta1) / (1 - self.beta1**self.steps)
             self._small[name].addcdiv_(moved, (v / (1 - self.beta2**self.steps)).sqrt_().add_(EPSILON), value=-rate)
-        self.objective.pending, self._bound = None, None
+        self.objective.pending, self._bound, self._ahead = None, None, None
 
 
 def _moments(W_FD: torch.Tensor, row_wise: bool) -> torch.Tensor:

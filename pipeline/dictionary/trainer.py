@@ -73,9 +73,11 @@ class Trainer:
         self.features = dictionary.features * ranks.features
         subtree = dictionary.tree.size if isinstance(dictionary, TreeDictionary) else 1
         self._peak = peak_rate(settings, dictionary.width, self.features, dictionary.k, subtree)
-        aux_k = settings.auxiliary(dictionary.width)
+        self._aux_k = aux_k = settings.auxiliary(dictionary.width)
         dictionary.to(parallel.device(ranks.rank))
         self.since_fired_F = torch.zeros(dictionary.features, dtype=torch.int64, device=dictionary.W_enc.device)
+        # Tokens that go by before a feature can be dead; below zero where that is not known.
+        self._spared = -1
         self.optimizer: RowAdam | SphereAdam
         self._objective: DenseObjective | None = None
         self.balance: Balance | None = None
@@ -121,22 +123,22 @@ class Trainer:
             NonFiniteError: the loss or the gradient is not finite, or DeepSpeed has skipped too many steps in
                 a row (`skipped` counts them); nothing was updated.
         """
-        dead_F = self.since_fired_F > self.settings.dead_after
+        is_restart = self._rows is not None and self._is_time(index, self.settings.resample)
+        dead_F = self._dead() if self._aux_k or is_restart else None
         learning_rate = rate(index, self.steps, self._peak, self.settings.warmup, self.settings.decay)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         if self._rows is not None:
             self._rows.sparsity = sparsity_weight(index, self.steps, self.settings)
-        dead = int(self.ranks.total(dead_F.sum(), "scalars"))
-        made = self._passed(x_BD, dead_F if dead else None, y_BD)
+        made = self._passed(x_BD, dead_F, y_BD)
         rows = self.optimizer if isinstance(self.optimizer, RowAdam) else None
-        norm = self._norm_bound()
-        self._refuse_unless_finite(made.total, norm, index)
+        norm, loss = self._norm_bound(made.total)
+        self._refuse_unless_finite(loss, norm, index)
         self.skipped = 0 if self.ranks.least(float(self.engine.step())) else self.skipped + 1
         if self.engine.shards:
             # Only now the whole gradient was seen.
             norm = self.engine.gradient_norm()
-            self._refuse_unless_finite(made.total, norm, index)
+            self._refuse_unless_finite(loss, norm, index)
         if self.skipped >= MOST_SKIPPED:
             raise NonFiniteError(
                 f"train: DeepSpeed skipped {self.skipped} steps in a row, the last one step {index} on rank "
@@ -149,11 +151,12 @@ class Trainer:
             # A mean of all steps at first, later of the last hundred or so.
             self.dictionary.settle(self._rows.least, max(1 / (index + 1), THRESHOLD_WEIGHT))
         self._count(made.z_BK, made.indices_BK)
-        if rows is not None and dead and self._is_time(index, self.settings.resample):
+        if rows is not None and dead_F is not None and is_restart:
             self.since_fired_F[self._restart(rows.rows, dead_F, index, y_BD is not None)] = 0
         self.risen = 0
         if self.balance is not None and self._is_time(index, self.balance.every):
             self.risen = self.balance.exchange(made.z_BK, made.indices_BK, self.since_fired_F)
+            self._spared = -1
         if self._rows is not None:
             self._rows.forget()
 
@@ -199,19 +202,30 @@ class Trainer:
         self.engine.backward(made.total)
         return made
 
-    def _norm_bound(self) -> float:
-        """No less than the gradient's norm, as far as that is known before the step. Collective."""
-        if isinstance(self.optimizer, RowAdam):
-            return self.optimizer.norm_bound()
-        return 0.0 if self.engine.shards else self.engine.gradient_norm()
+    def _dead(self) -> torch.Tensor | None:
+        """Which of this rank's features are dead, shape (F,); None where none is on any. Collective.
 
-    def _refuse_unless_finite(self, loss: torch.Tensor, norm: float, index: int) -> None:
+        Looked at only when a feature can have died since the last time: on a GPU, to look is to wait.
+        """
+        if self._spared >= 0:
+            return None
+        longest = int(self.since_fired_F.max()) if len(self.since_fired_F) else 0
+        self._spared = self.settings.dead_after + int(self.ranks.least(-float(longest)))
+        return None if self._spared >= 0 else self.since_fired_F > self.settings.dead_after
+
+    def _norm_bound(self, loss: torch.Tensor) -> tuple[float, float]:
+        """No less than the gradient's norm, as far as that is known before the step; and the loss. Collective."""
+        if isinstance(self.optimizer, RowAdam):
+            return self.optimizer.norm_bound(loss)
+        return 0.0 if self.engine.shards else self.engine.gradient_norm(), float(loss)
+
+    def _refuse_unless_finite(self, loss: float, norm: float, index: int) -> None:
         """Decided together: whoever left alone would leave the others in a collective."""
-        finite = bool(torch.isfinite(loss)) and norm < float("inf")
+        finite = math.isfinite(loss) and norm < float("inf")
         if not self.ranks.least(float(finite)):
             where = ", not finite on another rank" if finite else ""
             raise NonFiniteError(
-                f"train: loss {loss.item()}, gradient norm {norm} in step {index}{where}",
+                f"train: loss {loss}, gradient norm {norm} in step {index}{where}",
                 "lower train.learning_rate; the last good checkpoint is kept",
             )
 
@@ -237,6 +251,7 @@ class Trainer:
         fired_F = self.ranks.any(fired_F)
         # Times 0 or 1: to write where a mask says so takes several times as long.
         self.since_fired_F.add_(self.settings.batch).mul_(1 - fired_F)
+        self._spared -= self.settings.batch
         if self.balance is not None:
             self.balance.count(z_BK, indices_BK)
 

@@ -125,6 +125,35 @@ class SearchContract:
         assert torch.equal(z_BK, every_z_BK)
         assert torch.equal(indices_BK, every_indices_BK)
 
+    @pytest.mark.parametrize(
+        ("features", "k", "bias", "dtype"), [(700, 9, 0.0, torch.float32), (600, 20, -190.0, torch.bfloat16)]
+    )
+    def test_tokens_that_a_search_gives_up_get_the_bits_of_the_search(
+        self, features: int, k: int, bias: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """On the device: the host is not told. With the bias, fewer than k fire."""
+        draw, search, given_up = Draw(self.device, 2), cuda("_search"), []
+        x_BD, W_FD, b_F = 8 * draw.normal(3, 64), draw.normal(features, 64).to(dtype), bias + draw.normal(features)
+        z_BK, indices_BK = cuda().top_k(x_BD, W_FD, b_F, k)
+        assert bool((z_BK[:, -1] > 0).all()) == (bias == 0)
+        # No bound excludes anybody, and there is no room for all.
+        monkeypatch.setattr(search, "UNIT", 2e-3)
+        monkeypatch.setattr(search, "LOOKED", 2)
+        monkeypatch.setattr(search, "PARTS", 2)
+        rescued = search._rescued
+        monkeypatch.setattr(search, "_rescued", lambda *given: given_up.append(given[3]) or rescued(*given))
+        # One token that everybody knows all of.
+        x_BD[1] = 0.0
+        again_z_BK, again_indices_BK = cuda().top_k(x_BD, W_FD, b_F, k)
+        others = [at for at in range(3) if at != 1]
+        assert (given_up[0][others] < 0).all()
+        assert torch.equal(z_BK[others], again_z_BK[others])
+        assert torch.equal(indices_BK[others], again_indices_BK[others])
+        expected_BK, expected_indices_BK = portable.top_k(x_BD[1:2], W_FD, b_F, k)
+        assert torch.equal(again_z_BK[1:2], expected_BK)
+        fires_BK = expected_BK > 0
+        assert torch.equal(again_indices_BK[1:2][fires_BK], expected_indices_BK[fires_BK])
+
     def test_top_k_in_small_pieces_gives_the_same_bits(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Memory is bounded by cutting tokens and features; neither cut is seen."""
         draw = Draw(self.device, 3)
@@ -193,7 +222,7 @@ class SearchContract:
     @pytest.mark.parametrize("S", [8, 16])
     def test_largest_keys_are_selected(self, S: int) -> None:
         """Of scores above zero, or of what is no number; a token has fewer, another one more equal ones than room."""
-        search = importlib.import_module("pipeline.dictionary.kernels.triton_search")
+        search = importlib.import_module("pipeline.dictionary.kernels.triton_keys")
         scores_BM = Draw("cpu", 6).normal(6, 50)
         scores_BM[1, 3:] = -1.0
         scores_BM[2] = 0.5
@@ -210,14 +239,20 @@ class SearchContract:
         # What is not above zero need not be there.
         assert torch.equal(found_BK.clamp_min(2**32), expected_BK.clamp_min(2**32))
 
-    def test_sort_of_keys_is_that_of_torch(self) -> None:
-        """An interpreter takes long for triton's sort at the size of a search: `largest` goes around it there."""
-        search = importlib.import_module("pipeline.dictionary.kernels.triton_search")
-        keys_BM = (Draw(self.device, 6).whole(2**62, 2, 16) - 2**61) * 2
-        keys_BM[0, 3:9] = -(2**63)
-        found_BK = torch.empty(2, 12, dtype=torch.int64, device=self.device)
-        search.largest[(2,)](keys_BM, found_BK, 12, ROOM=16, num_warps=1)
-        assert torch.equal(found_BK, keys_BM.topk(12).values)
+    def test_largest_keys_are_in_order_wherever_they_were_found(self) -> None:
+        """Among the candidates, or, for a token that was given up, in one of the parts of all features."""
+        search = importlib.import_module("pipeline.dictionary.kernels.triton_keys")
+        features_BN = torch.stack([torch.randperm(1000)[:64] for _ in range(3)]).to(self.device)
+        bits_BN = Draw(self.device, 6).uniform(3, 64).view(torch.int32).long()
+        keys_BPS = ((bits_BN << 32) | (0x7FFFFFFF - features_BN)).view(3, 4, 16)
+        sorted_BPS = keys_BPS.sort(dim=2, descending=True).values.contiguous()
+        counts_B = torch.tensor([5, -1, -1], dtype=torch.int32, device=self.device)
+        z_BK, indices_BK = torch.empty(3, 12, device=self.device), torch.empty(3, 12, device=self.device).long()
+        given = (counts_B, sorted_BPS, z_BK, indices_BK, 12, 3, 4)
+        search.name_largest[(2,)](keys_BPS[:, 1].clone(), *given, S=16, ROWS=2, FILL=True, num_warps=1)
+        expected_BK = torch.cat([keys_BPS[:1, 1].topk(12)[0], keys_BPS[1:].flatten(1).topk(12)[0]])
+        assert torch.equal(0x7FFFFFFF - indices_BK, expected_BK & 0xFFFFFFFF)
+        assert torch.equal(z_BK.view(torch.int32).long(), expected_BK >> 32)
 
 
 class RowsContract:

@@ -12,6 +12,7 @@ import triton
 
 from pipeline.dictionary.kernels import cuda_search, triton_rows, triton_tree
 from pipeline.dictionary.kernels.cuda_search import top_k as top_k
+from pipeline.dictionary.kernels.cuda_update import begun as begun
 from pipeline.dictionary.kernels.cuda_update import norm_bound as norm_bound
 from pipeline.dictionary.kernels.cuda_update import squares as squares
 from pipeline.dictionary.kernels.cuda_update import update as update
@@ -113,12 +114,8 @@ def children(
     for first in range(0, len(x_BD), scored):
         some = slice(first, first + scored)
         grouped = _turned((parents_BP[some] >= 0).float(), parents_BP[some].clamp_min(0), len(W_FD) // size)
-        keys_BK = cuda_search.largest(triton_tree.keys(x_BD[some], W_FD, b_F, grouped, parents, size), best)
-        # The bits of positive numbers, and of what is none, are as they were.
-        bits_BK = (keys_BK >> 32).int()
-        fires_BK = bits_BK > 0
-        z_BK[some, :best] = bits_BK.where(fires_BK, 0).view(torch.float32)
-        indices_BK[some, :best] = (0x7FFFFFFF - (keys_BK & 0xFFFFFFFF)).where(fires_BK, 0)
+        keys_BM = triton_tree.keys(x_BD[some], W_FD, b_F, grouped, parents, size)
+        z_BK[some, :best], indices_BK[some, :best] = cuda_search.largest(keys_BM, best)
     return z_BK, indices_BK
 
 

@@ -1,6 +1,7 @@
-"""The search for a token's k largest features on a GPU: `triton_search`, and what its programs are given.
+"""The search for a token's k largest features on a GPU: `triton_search` and `triton_keys`, and what they are given.
 
-Shapes: B tokens, D width, F features, N groups of features, K entries of a token's code, M candidates.
+Shapes: B tokens, D width, F features, N groups of features, K entries of a token's code, M candidates, S keys, P parts
+of all features.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from pipeline.dictionary.kernels import triton_search
+from pipeline.dictionary.kernels import triton_keys, triton_search
 from pipeline.dictionary.kernels.triton_tree import INTERPRETED
 
 # Bytes that the best scores of all groups take, for as many tokens as they have room for.
@@ -27,6 +28,9 @@ TOKENS, BLOCK = 1024, 4096
 SELECTED, SORTED = 4096, 32
 # Rows that a program scores at one time.
 SCORED = 256 if INTERPRETED else 16
+# Tokens that one program looks at for those of which a search could not say; parts of all features that are scored for
+# them at one time, as long as their keys are no more than so many.
+LOOKED, PARTS, FOUND = 64, 16, 2048
 UNIT = 2.0**-24
 
 
@@ -55,7 +59,7 @@ def tile(device: torch.device, width: int) -> Tile:
 
 
 def top_k(x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `portable.top_k`.
+    """See `portable.top_k`. The host does not wait for it, unless k is more than MOST.
 
     The matrix product is of rows rounded to bfloat16. Its error is at most |x - x'| |w| + |x'| |w - w'| for rounded x'
     and w' (Cauchy and Schwarz), plus what summing in float32 can lose, wherever bits are cut off rather than rounded.
@@ -66,25 +70,15 @@ def top_k(x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int) -> 
         return x_BD.new_zeros(len(x_BD), k), torch.zeros(len(x_BD), k, dtype=torch.int64, device=x_BD.device)
     x_BD, W_FD, b_F = _wide(x_BD), _wide(W_FD), b_F.contiguous()
     if k > MOST:
-        keys_BK = _all(x_BD, W_FD, b_F, k)
-        left_B = torch.zeros(len(x_BD), dtype=torch.bool, device=x_BD.device)
-    else:
-        group = _group(len(W_FD), W_FD.shape[1], k)
-        tokens = min(2**16, max(128, SCORES // (8 * _groups(len(W_FD), group))))
-        parts = [_searched(part_BD, W_FD, b_F, k, group) for part_BD in torch.split(x_BD, tokens)]
-        keys_BK, left_B = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
-    # The host waits, once.
-    some_left, some_short = torch.stack([left_B.any(), _short(keys_BK).any()]).tolist()
-    if some_left:
-        # What was not found is scored against everything.
-        keys_BK[left_B] = _all(x_BD[left_B], W_FD, b_F, k)
-        some_short = bool(_short(keys_BK).any())
-    return _code(keys_BK, some_short)
-
-
-def _short(keys_BK: torch.Tensor) -> torch.Tensor:
-    """Whether fewer than k features of a token fire. Shape (B,)."""
-    return keys_BK[:, -1] >> 32 <= 0
+        return _code(_all(x_BD, W_FD, b_F, k))
+    group = _group(len(W_FD), W_FD.shape[1], k)
+    tokens = min(2**16, max(128, SCORES // (8 * _groups(len(W_FD), group))))
+    largest_bias = b_F.abs().amax()
+    parts = [_searched(part_BD, W_FD, b_F, largest_bias, k, group) for part_BD in torch.split(x_BD, tokens)]
+    if len(parts) == 1:
+        return parts[0]
+    z_BK, indices_BK = map(torch.cat, zip(*parts, strict=True))
+    return z_BK, indices_BK
 
 
 def _wide(rows_ND: torch.Tensor) -> torch.Tensor:
@@ -109,9 +103,9 @@ def _groups(features: int, group: int) -> int:
 
 
 def _searched(
-    x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int, group: int
+    x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, largest_bias: torch.Tensor, k: int, group: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The keys of the k largest, in order, and for which tokens they are not known. Shapes (B, K), (B,)."""
+    """The k largest of some tokens: values and features. Shapes (B, K), (B, K)."""
     (tokens, width), features, device = x_BD.shape, len(W_FD), x_BD.device
     groups = _groups(features, group)
     half_BD, norm_B, lost_B = _halved(x_BD)
@@ -123,8 +117,10 @@ def _searched(
         half_fD, norm_F[block], error_F[block] = _halved(W_FD[block])
         left = best_BN[:, :, first // group :]
         _product(half_BD, half_fD, b_F[block], left, groups, group)
-    # Of a group's features the largest norms count for all.
-    most = [_most(each, group, groups) for each in (norm_F, error_F, b_F.abs())]
+    # Of a group's features the largest norms count for all; rows in bfloat16 have lost nothing.
+    rounded = W_FD.dtype != torch.bfloat16
+    norm_N = _most(norm_F, group, groups)
+    error_N = _most(error_F, group, groups) if rounded else norm_N
     room = max(512, triton.next_power_of_2(8 * k))
     candidates_BM = torch.empty(tokens, room, dtype=torch.int32, device=device)
     counts_B = torch.empty(tokens, dtype=torch.int32, device=device)
@@ -133,10 +129,11 @@ def _searched(
     gamma, relative = 2.5 * (width + 64) * UNIT, (2 * group + 8) * 2 * UNIT
     block = min(256 if groups <= 1024 else 512, triton.next_power_of_2(groups))
     triton_search.sift[(tokens,)](
-        best_BN[0], best_BN[1], *most, norm_B + lost_B, lost_B, candidates_BM, counts_B, k, groups, features, gamma,
-        relative, ROOM=room, GROUP=group, PASSES=9, BLOCK=block, num_warps=1,
+        best_BN[0], best_BN[1], norm_N, error_N, largest_bias, norm_B + lost_B, lost_B, candidates_BM, counts_B, k,
+        groups, features, gamma, relative, ROOM=room, GROUP=group, PASSES=9, ROUNDED=rounded, BLOCK=block, num_warps=1,
     )  # fmt: skip
-    return largest(_keys(x_BD, W_FD, b_F, candidates_BM, counts_B), k), counts_B < 0
+    found_BS = _selected(_keys(x_BD, W_FD, b_F, candidates_BM, counts_B), k)
+    return _named(found_BS, counts_B, _rescued(x_BD, W_FD, b_F, counts_B, best_BN, found_BS.shape[1]), k, fill=True)
 
 
 def _product(
@@ -184,36 +181,81 @@ def _most(values_F: torch.Tensor, group: int, groups: int) -> torch.Tensor:
 def _keys(
     x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, candidates_BM: torch.Tensor, counts_B: torch.Tensor
 ) -> torch.Tensor:
-    """Candidates' exact scores, as `triton_search.score` has them. Shape (B, M)."""
+    """Candidates' exact scores, as `triton_keys.keyed` has them. Shape (B, M)."""
     (tokens, width), room = x_BD.shape, candidates_BM.shape[1]
     keys_BM = torch.full((tokens, room), -(2**63), dtype=torch.int64, device=x_BD.device)
-    block = min(256, triton.next_power_of_2(width))
     # Few programs have little to do where there are few candidates; where there are few tokens, they are all that is.
     programs = min(room // SCORED, max(2, 4096 // max(1, tokens)))
-    # One way of summing for every D, whoever asks.
-    triton_search.score[(tokens, programs)](
-        x_BD, W_FD, b_F, candidates_BM, counts_B, keys_BM, room, WIDTH=width, ROWS=SCORED, BLOCK=block, num_warps=4
-    )
+    triton_keys.score[(tokens, programs)](
+        x_BD, W_FD, b_F, candidates_BM, counts_B, keys_BM, room, WIDTH=width, ROWS=SCORED, BLOCK=_columns(width),
+        num_warps=4,
+    )  # fmt: skip
     return keys_BM
 
 
-def largest(keys_BM: torch.Tensor, k: int) -> torch.Tensor:
-    """The k largest of keys, in order; of those of scores that are not above zero none need be there. Shape (B, K)."""
+def _columns(width: int) -> int:
+    """Columns that are added up in one lane each: one way of summing for every D, whoever asks."""
+    return min(256, int(triton.next_power_of_2(width)))
+
+
+def _selected(keys_BM: torch.Tensor, k: int) -> torch.Tensor:
+    """The k largest of keys, in no order, among others; of scores not above zero none need be there. Shape (B, S)."""
     tokens, room = keys_BM.shape
     sorted_ = max(SORTED, triton.next_power_of_2(k))
     held = max(sorted_, triton.next_power_of_2(room))
     if held > SELECTED or not tokens:
         # No two keys of features are equal, and it does not matter which of the others are taken.
-        return keys_BM.topk(k).values
+        found_BS = torch.full((tokens, sorted_), -(2**63), dtype=torch.int64, device=keys_BM.device)
+        found_BS[:, :k] = keys_BM.topk(k).values
+        return found_BS
     found_BS = torch.empty(tokens, sorted_, dtype=torch.int64, device=keys_BM.device)
     warps = max(1, min(8, held // 256))
-    triton_search.select[(tokens,)](keys_BM, found_BS, k, room, ROOM=held, S=sorted_, num_warps=warps)
-    # Triton's sort is hundreds of programs of their own to an interpreter: tests have it to themselves.
-    if INTERPRETED:
-        return found_BS.topk(k).values
-    found_BK = torch.empty(tokens, k, dtype=torch.int64, device=keys_BM.device)
-    triton_search.largest[(tokens,)](found_BS, found_BK, k, ROOM=sorted_, num_warps=max(1, min(4, sorted_ // 128)))
-    return found_BK
+    triton_keys.select[(tokens,)](keys_BM, found_BS, k, room, ROOM=held, S=sorted_, num_warps=warps)
+    return found_BS
+
+
+def _rescued(
+    x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, counts_B: torch.Tensor, free: torch.Tensor, count: int
+) -> torch.Tensor:
+    """For tokens whose count is below zero, the largest keys of parts of all features. Shape (B, P, S).
+
+    They lie in memory that nobody needs any more, where it has room for them.
+    """
+    (tokens, width), features = x_BD.shape, len(W_FD)
+    parts = max(1, min(PARTS, FOUND // count, free.nbytes // (8 * tokens * count)))
+    if free.nbytes >= 8 * tokens * parts * count:
+        found_BPS = free.view(-1).view(torch.int64)[: tokens * parts * count].view(tokens, parts, count)
+    else:
+        found_BPS = torch.empty(tokens, parts, count, dtype=torch.int64, device=x_BD.device)
+    triton_keys.score_all[(triton.cdiv(tokens, LOOKED), parts)](
+        x_BD, W_FD, b_F, counts_B, found_BPS, tokens, features, WIDTH=width, ROWS=min(SCORED, count),
+        BLOCK=_columns(width), TOKENS=LOOKED, S=count, num_warps=4,
+    )  # fmt: skip
+    return found_BPS
+
+
+def _named(
+    found_BS: torch.Tensor, counts_B: torch.Tensor, found_BPS: torch.Tensor, k: int, fill: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `triton_keys.name_largest`. Shapes (B, K), (B, K)."""
+    tokens, count = found_BS.shape
+    z_BK = torch.empty(tokens, k, device=found_BS.device)
+    indices_BK = torch.empty(tokens, k, dtype=torch.int64, device=found_BS.device)
+    # An interpreter takes the same time for a program whatever its size.
+    rows = 64 if INTERPRETED else 1
+    if tokens:
+        triton_keys.name_largest[(triton.cdiv(tokens, rows),)](
+            found_BS, counts_B, found_BPS, z_BK, indices_BK, k, tokens, found_BPS.shape[1], S=count, ROWS=rows,
+            FILL=fill, num_warps=max(1, min(4, count // 128)),
+        )  # fmt: skip
+    return z_BK, indices_BK
+
+
+def largest(keys_BM: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and features of the k largest keys, in order; what is not above zero is 0. Shapes (B, K), (B, K)."""
+    found_BS = _selected(keys_BM, k)
+    nobody_B = torch.zeros(len(keys_BM), dtype=torch.int32, device=keys_BM.device)
+    return _named(found_BS, nobody_B, found_BS.unsqueeze(1), k, fill=False)
 
 
 def _all(x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int) -> torch.Tensor:
@@ -232,7 +274,7 @@ def _all(x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int) -> t
     return torch.cat(made)
 
 
-def _code(keys_BK: torch.Tensor, some_short: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _code(keys_BK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Values and features of keys; the rest is filled with the lowest features that are not there, at zero."""
     k = keys_BK.shape[1]
     # The bits of positive numbers, and of what is none, are as they were.
@@ -240,12 +282,11 @@ def _code(keys_BK: torch.Tensor, some_short: bool) -> tuple[torch.Tensor, torch.
     fires_BK = bits_BK > 0
     z_BK = bits_BK.where(fires_BK, 0).view(torch.float32)
     indices_BK = 0x7FFFFFFF - (keys_BK & 0xFFFFFFFF)
-    if some_short:
-        short = _short(keys_BK).nonzero().squeeze(1)
-        place_K = torch.arange(k, device=keys_BK.device)
-        # Ascending, less as many as come before: how many features are missing below each.
-        taken = indices_BK[short].where(fires_BK[short], 2**40).sort(dim=1).values
-        rank = (place_K - fires_BK[short].sum(1, keepdim=True)).clamp_min(0)
-        missing = rank + torch.searchsorted(taken - place_K, rank, right=True)
-        indices_BK[short] = indices_BK[short].where(fires_BK[short], missing)
+    short = (~fires_BK[:, -1]).nonzero().squeeze(1)
+    place_K = torch.arange(k, device=keys_BK.device)
+    # Ascending, less as many as come before: how many features are missing below each.
+    taken = indices_BK[short].where(fires_BK[short], 2**40).sort(dim=1).values
+    rank = (place_K - fires_BK[short].sum(1, keepdim=True)).clamp_min(0)
+    missing = rank + torch.searchsorted(taken - place_K, rank, right=True)
+    indices_BK[short] = indices_BK[short].where(fires_BK[short], missing)
     return z_BK, indices_BK

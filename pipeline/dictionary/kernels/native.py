@@ -232,16 +232,22 @@ def norm_bound(gradient: RowGradient, rows: Rows) -> torch.Tensor:
     return torch.tensor(bound, dtype=torch.float64)
 
 
-def squares(gradient: RowGradient, rows: Rows) -> torch.Tensor:
+def begun(gradient: RowGradient, rows: Rows) -> None:
+    """See `portable.begun`: nothing, because an update is one pass."""
+
+
+def squares(gradient: RowGradient, rows: Rows, ahead: None = None) -> torch.Tensor:
     """See `portable.squares`."""
+    del ahead
     loaded, update, _kept = _update(gradient, rows, None)
     made_F = torch.empty(len(rows.W_enc), dtype=torch.float64)
     loaded.kilobasis_squares(ctypes.byref(update), made_F.data_ptr())
     return made_F
 
 
-def update(gradient: RowGradient, rows: Rows, adam: Adam) -> torch.Tensor:
+def update(gradient: RowGradient, rows: Rows, adam: Adam, ahead: None = None) -> torch.Tensor:
     """See `portable.update`."""
+    del ahead
     loaded, update, _kept = _update(gradient, rows, adam)
     made_F = torch.empty(len(rows.W_enc), dtype=torch.float64)
     loaded.kilobasis_update(ctypes.byref(update), made_F.data_ptr())

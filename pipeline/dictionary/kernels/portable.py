@@ -338,12 +338,18 @@ def norm_bound(gradient: RowGradient, rows: Rows) -> torch.Tensor:
     return squares(gradient, rows).sum().sqrt() * 1.001
 
 
-def squares(gradient: RowGradient, rows: Rows) -> torch.Tensor:
+def begun(gradient: RowGradient, rows: Rows) -> _Touched:
+    """What of an update depends on no norm, for `squares` and `update`: a GPU makes it while a host waits for one."""
+    del rows
+    return _touched(gradient)
+
+
+def squares(gradient: RowGradient, rows: Rows, ahead: _Touched | None = None) -> torch.Tensor:
     """Squared norm of each feature's gradient, encoder, decoder and bias together, in float64. Shape (F,)."""
-    return _touched(gradient).squares(len(rows.W_enc))
+    return (ahead or _touched(gradient)).squares(len(rows.W_enc))
 
 
-def update(gradient: RowGradient, rows: Rows, adam: Adam) -> torch.Tensor:
+def update(gradient: RowGradient, rows: Rows, adam: Adam, ahead: _Touched | None = None) -> torch.Tensor:
     """Move the rows that fired; returns `squares`.
 
     Adam with beta1 = 0: a row without a gradient does not move, its second moment only decays. So visiting a row when
@@ -354,7 +360,7 @@ def update(gradient: RowGradient, rows: Rows, adam: Adam) -> torch.Tensor:
     A first moment decays when its row fires, not by the step: it is a mean over the last gradients that there were, as
     torch's SparseAdam has it. By the step, nothing would be left of it where features fire seldom.
     """
-    touched = _touched(gradient)
+    touched = ahead or _touched(gradient)
     measured_F, touched_U = touched.squares(len(rows.W_enc)), touched.features_U
     age_U = adam.step - rows.stamps_F[touched_U]
     decay_U = torch.pow(adam.beta2, age_U.double()).float()

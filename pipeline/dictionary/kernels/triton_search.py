@@ -19,8 +19,6 @@ import triton.language as tl
 LANES = tl.constexpr(8)
 # Score of what is no feature. Finite, because a place is written into its last bits.
 LOWEST = tl.constexpr(-3.0e38)
-# Below all keys, see `score`.
-NO_KEY = tl.constexpr(-(2**63))
 
 
 @triton.jit
@@ -173,7 +171,7 @@ def search_in_turns(
 def margin(
     norm_N: tl.tensor,
     error_N: tl.tensor,
-    bias_N: tl.tensor,
+    bias: tl.tensor,
     score_N: tl.tensor,
     reach: tl.tensor,
     lost: tl.tensor,
@@ -183,7 +181,7 @@ def margin(
     """How far scores can be from what float32 makes of them, see `cuda_search.top_k`; not finite if that is unknown."""
     own_N = (lost + gamma * reach) * norm_N * 1.01 + reach * (1.01 + gamma) * error_N
     # The last is for numbers so small that their squares vanish from norms.
-    return own_N + relative * tl.abs(score_N) + relative * bias_N + 1e-18
+    return own_N + relative * tl.abs(score_N) + relative * bias + 1e-18
 
 
 @triton.jit
@@ -192,7 +190,7 @@ def sift(
     second_BN: tl.tensor,
     norm_N: tl.tensor,
     error_N: tl.tensor,
-    bias_N: tl.tensor,
+    largest_bias: tl.tensor,
     reach_B: tl.tensor,
     lost_B: tl.tensor,
     candidates_BM: tl.tensor,
@@ -205,6 +203,7 @@ def sift(
     ROOM: tl.constexpr,
     GROUP: tl.constexpr,
     PASSES: tl.constexpr,
+    ROUNDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Which features may be among a token's k largest. One program per token.
@@ -212,13 +211,13 @@ def sift(
     A floor is found that is not above the k-th largest score: that of k groups, each of which has a feature that is not
     below it. A group's best feature is a candidate where its upper bound reaches the floor; where the second one's
     does, a third's may as well, and all of the group are. A count below zero says that candidates have no room, or that
-    a score may be no number.
+    a score may be no number. ROUNDED says that rows were rounded.
     """
     token = tl.program_id(0).to(tl.int64)
     best_BN += token * groups
     second_BN += token * groups
     candidates_BM += token * ROOM
-    reach, lost = tl.load(reach_B + token), tl.load(lost_B + token)
+    reach, lost, bias = tl.load(reach_B + token), tl.load(lost_B + token), tl.load(largest_bias)
 
     # Bits of positive numbers are in the order of the numbers. The k-th largest is within [low, high).
     high_N = tl.full((BLOCK,), 0.0, tl.float32)
@@ -256,14 +255,13 @@ def sift(
         own_N = at_N < groups
         score_N = tl.load(best_BN + at_N, mask=own_N, other=LOWEST)
         norms_N = tl.load(norm_N + at_N, mask=own_N, other=0.0)
-        errors_N = tl.load(error_N + at_N, mask=own_N, other=0.0)
-        biases_N = tl.load(bias_N + at_N, mask=own_N, other=0.0)
-        margin_N = margin(norms_N, errors_N, biases_N, score_N, reach, lost, relative, gamma)
+        errors_N = tl.load(error_N + at_N, mask=own_N & ROUNDED, other=0.0)
+        margin_N = margin(norms_N, errors_N, bias, score_N, reach, lost, relative, gamma)
         chosen_N = score_N.to(tl.int32, bitcast=True) >= tl.maximum(low, 1)
         least_N = tl.where(chosen_N, tl.minimum(least_N, score_N - margin_N), least_N)
         above_N += chosen_N.to(tl.int32)
         # Also where the product might have overflowed. Not "at least": what is no number is unknown.
-        known_N = reach * norms_N + biases_N < 1e38
+        known_N = reach * norms_N + bias < 1e38
         unknown_N += (~known_N & own_N).to(tl.int32)
     floor = tl.where(tl.sum(above_N, 0) >= k, tl.maximum(tl.min(least_N, 0), 0.0), 0.0)
 
@@ -272,13 +270,13 @@ def sift(
         at_N = start + tl.arange(0, BLOCK)
         own_N = at_N < groups
         score_N = tl.load(best_BN + at_N, mask=own_N, other=LOWEST)
-        second_N = tl.load(second_BN + at_N, mask=own_N, other=LOWEST)
         norms_N = tl.load(norm_N + at_N, mask=own_N, other=0.0)
-        errors_N = tl.load(error_N + at_N, mask=own_N, other=0.0)
-        biases_N = tl.load(bias_N + at_N, mask=own_N, other=0.0)
-        upper_N = score_N + margin(norms_N, errors_N, biases_N, score_N, reach, lost, relative, gamma)
-        next_N = second_N + margin(norms_N, errors_N, biases_N, second_N, reach, lost, relative, gamma)
+        errors_N = tl.load(error_N + at_N, mask=own_N & ROUNDED, other=0.0)
+        upper_N = score_N + margin(norms_N, errors_N, bias, score_N, reach, lost, relative, gamma)
         one_N = own_N & (upper_N >= floor) & (upper_N > 0)
+        # Few second ones have to be looked at.
+        second_N = tl.load(second_BN + at_N, mask=one_N, other=LOWEST)
+        next_N = second_N + margin(norms_N, errors_N, bias, second_N, reach, lost, relative, gamma)
         # Where the second is no feature there is no third.
         all_N = one_N & (next_N >= floor) & (next_N > 0) & (second_N > LOWEST / 2)
         size_N = tl.where(all_N, GROUP, one_N.to(tl.int32))
@@ -294,94 +292,3 @@ def sift(
         count += tl.sum(size_N, 0)
     lost_count = (tl.sum(unknown_N, 0) > 0) | (count > ROOM) | ~(reach < 1e38)
     tl.store(counts_B + token, tl.where(lost_count, -1, count))
-
-
-@triton.jit
-def score(
-    x_BD: tl.tensor,
-    W_FD: tl.tensor,
-    b_F: tl.tensor,
-    candidates_BM: tl.tensor,
-    counts_B: tl.tensor,
-    keys_BM: tl.tensor,
-    room: tl.tensor,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Scores of candidates in float32, summed in an order that depends on D alone, as keys to sort.
-
-    The upper half of a key has the bits of a score, so that keys are in the order of scores and what is no number comes
-    first; the lower half prefers lower features. No candidate, no key: NO_KEY, which is written only among others. Some
-    programs per token, and ROWS candidates at a time.
-    """
-    token = tl.program_id(0).to(tl.int64)
-    count = tl.load(counts_B + token)
-    for start in range(tl.program_id(1) * ROWS, count, tl.num_programs(1) * ROWS):
-        at_M = start + tl.arange(0, ROWS)
-        feature_M = tl.load(candidates_BM + token * room + at_M, mask=at_M < count, other=-1)
-        there_M = feature_M >= 0
-        sums_MD = tl.full((ROWS, BLOCK), 0.0, tl.float32)
-        for first in range(0, WIDTH, BLOCK):
-            at_D = first + tl.arange(0, BLOCK)
-            inside_D = at_D < WIDTH
-            x_D = tl.load(x_BD + token * WIDTH + at_D, mask=inside_D, other=0.0)
-            rows = W_FD + feature_M.to(tl.int64)[:, None] * WIDTH + at_D[None, :]
-            W_MD = tl.load(rows, mask=there_M[:, None] & inside_D[None, :], other=0.0)
-            sums_MD += W_MD.to(tl.float32) * x_D[None, :]
-        score_M = tl.sum(sums_MD, 1) + tl.load(b_F + feature_M, mask=there_M, other=0.0)
-        # One zero, one that is no number.
-        bits_M = tl.where(score_M == 0, 0.0, score_M).to(tl.int32, bitcast=True)
-        bits_M = tl.where(score_M != score_M, 0x7FC00000, bits_M)
-        # Numbers below zero are in the order of their bits turned over, but for the sign.
-        order_M = tl.where(bits_M < 0, bits_M ^ 0x7FFFFFFF, bits_M)
-        key_M = (order_M.to(tl.int64) << 32) | (0x7FFFFFFF - feature_M).to(tl.int64)
-        tl.store(keys_BM + token * room + at_M, tl.where(there_M, key_M, NO_KEY))
-
-
-@triton.jit(do_not_specialize=["k"])
-def select(keys_BM: tl.tensor, found_BS: tl.tensor, k: tl.tensor, room: tl.tensor, ROOM: tl.constexpr, S: tl.constexpr):
-    """Of a token's keys the k largest of scores above zero, as far as there are so many, among S of them at most.
-
-    What is no number counts as above zero. Where there are fewer, NO_KEY fills up. S is at least k. One program per
-    token.
-    """
-    token, at_M, at_S = tl.program_id(0).to(tl.int64), tl.arange(0, ROOM), tl.arange(0, S)
-    key_M = tl.load(keys_BM + token * room + at_M, mask=at_M < room, other=NO_KEY)
-    score_M = (key_M >> 32).to(tl.int32)
-    # The k-th largest is within [low, high), or there are fewer above zero.
-    low, high = tl.program_id(0) * 0 + 1, tl.max(score_M, 0)
-    high = tl.where(high < 0x7FFFFFFF, high + 1, high)
-    for _ in range(17):
-        quarter = tl.maximum((high - low) // 4, 1)
-        # One sum of three counts, of 21 bits each; they fall.
-        counts = tl.sum(
-            (score_M >= low + quarter).to(tl.int64)
-            | ((score_M >= low + 2 * quarter).to(tl.int64) << 21)
-            | ((score_M >= low + 3 * quarter).to(tl.int64) << 42),
-            0,
-        )
-        steps = (
-            (counts & 0x1FFFFF >= k).to(tl.int32)
-            + (counts >> 21 & 0x1FFFFF >= k).to(tl.int32)
-            + (counts >> 42 >= k).to(tl.int32)
-        )
-        high = tl.where(steps == 3, high, low + (steps + 1) * quarter)
-        low += steps * quarter
-    chosen_M = score_M >= low
-    place_M = tl.cumsum(chosen_M.to(tl.int32), 0) - 1
-    count = tl.sum(chosen_M.to(tl.int32), 0)
-    if count <= S:
-        tl.store(found_BS + token * S + place_M, key_M, mask=chosen_M)
-        tl.store(found_BS + token * S + at_S, tl.full((S,), NO_KEY, tl.int64), mask=at_S >= count)
-    else:
-        # More are equal than there is room for.
-        tl.store(found_BS + token * S + at_M, tl.sort(key_M, descending=True), mask=at_M < S)
-
-
-@triton.jit(do_not_specialize=["k"])
-def largest(keys_BM: tl.tensor, found_BK: tl.tensor, k: tl.tensor, ROOM: tl.constexpr):
-    """The k largest keys, in order. One program per token."""
-    token, at_M = tl.program_id(0).to(tl.int64), tl.arange(0, ROOM)
-    key_M = tl.sort(tl.load(keys_BM + token * ROOM + at_M), descending=True)
-    tl.store(found_BK + token * k + at_M, key_M, mask=at_M < k)

@@ -23,7 +23,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 def keys(
     x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, grouped: Grouped, parents: int, size: int
 ) -> torch.Tensor:
-    """The keys of all children of each token's parents, see `triton_search.score`. Shape (B, P (size - 1)).
+    """The keys of all children of each token's parents, see `triton_keys.keyed`. Shape (B, P (size - 1)).
 
     Args:
         x_BD: What is encoded.
@@ -68,7 +68,7 @@ def score_children(
     HALF: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Keys (see `triton_search.score`) of some children of a parent, for some of the tokens that it is routed to.
+    """Keys (see `triton_keys.keyed`) of some children of a parent, for some of the tokens that it is routed to.
 
     `starts_S` and `order_N` are tokens by parent, `ends_S` the number of tiles up to and with each parent's. One
     program per tile of tokens and of children; those behind the last tile have nothing to do.

@@ -65,7 +65,9 @@ def test_row_adam_equals_dense_adam_without_a_first_moment(
             made.total.backward()
             expected.total.backward()
             norm = torch.nn.utils.get_total_norm([each.grad for each in theirs.parameters()])
-            assert row_adam.norm_bound() >= 0.999 * float(norm)
+            bound, loss = row_adam.norm_bound(made.total)
+            assert bound >= 0.999 * float(norm)
+            assert loss == float(made.total.detach())
             if clip:
                 torch.nn.utils.clip_grads_with_norm_(theirs.parameters(), clip, norm)
             row_adam.step()

@@ -69,7 +69,7 @@ import re
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from pipeline.dictionary.kernels import triton_rows, triton_search, triton_tree, triton_update
+from pipeline.dictionary.kernels import triton_keys, triton_rows, triton_search, triton_tree, triton_update
 
 def made(kernel, types, constants, warps):
     types, names = iter(types), kernel.arg_names
@@ -109,8 +109,10 @@ parts = made(
     dict(shape, ROWS=4, SHARE=128), 8,
 )
 made(triton_search.sift, [*[single] * 7, whole, whole, *["i32"] * 3, "fp32", "fp32"],
-     dict(ROOM=256, GROUP=32, PASSES=9, BLOCK=512), 1)
-made(triton_search.score, [single, half, single, whole, whole, long, "i32"], dict(WIDTH=768, ROWS=16, BLOCK=256), 4)
+     dict(ROOM=256, GROUP=32, PASSES=9, ROUNDED=False, BLOCK=512), 1)
+everything = made(triton_keys.score_all, [single, half, single, whole, long, "i32", "i32"],
+                  dict(WIDTH=768, ROWS=16, BLOCK=256, TOKENS=64, S=64), 4)
+made(triton_keys.score, [single, half, single, whole, whole, long, "i32"], dict(WIDTH=768, ROWS=16, BLOCK=256), 4)
 made(triton_search.halve, [single, half, single, single, "i32"], dict(WIDTH=768, STORE=True, ROWS=4, BLOCK=1024), 4)
 made(triton_rows.explain, [single, long, half, *[single] * 4, double, "fp32", "i32", "i32"],
      dict(HAS_BIAS=True, HAS_TARGET=True, DOUBLE=False, ROWS=8, BLOCK=1024), 8)
@@ -126,10 +128,11 @@ made(triton_rows.mark, [single, long, "*u8", "i32"], dict(BLOCK=1024), 4)
 made(triton_rows.lengths, [single, double, "fp32"], dict(WIDTH=768, BLOCK=1024), 4)
 made(triton_update.bound, [long, long, whole, single, single, "*u8", double, double, single, double, "i32", "i32"],
      dict(PARTS=2, INPUTS=2, ROWS=32), 1)
-made(triton_search.select, [long, long, "i32", "i32"], dict(ROOM=256, S=32), 1)
-made(triton_search.largest, [long, long, "i32"], dict(ROOM=64), 1)
+made(triton_keys.select, [long, long, "i32", "i32"], dict(ROOM=256, S=32), 1)
+named = made(triton_keys.name_largest, [long, whole, long, single, long, "i32", "i32", "i32"],
+             dict(S=64, ROWS=1, FILL=True), 1)
 # No sum depends on who comes first.
-assert not any("atomic" in each.asm["ttgir"] for each in (search, turns, visit, parts, children))
+assert not any("atomic" in each.asm["ttgir"] for each in (search, turns, visit, parts, children, everything, named))
 print("compiled")
 """
 
