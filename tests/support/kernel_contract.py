@@ -139,6 +139,7 @@ class SearchContract:
         # No bound excludes anybody, and there is no room for all.
         monkeypatch.setattr(search, "UNIT", 2e-3)
         monkeypatch.setattr(search, "LOOKED", 2)
+        monkeypatch.setattr(search, "ROOM", 512)
         monkeypatch.setattr(search, "PARTS", 2)
         rescued = search._rescued
         monkeypatch.setattr(search, "_rescued", lambda *given: given_up.append(given[3]) or rescued(*given))
@@ -165,8 +166,9 @@ class SearchContract:
         assert torch.equal(whole[0], pieces[0])
         assert torch.equal(whole[1], pieces[1])
 
-    def test_top_k_of_equal_scores_takes_the_lower_features(self) -> None:
+    def test_top_k_of_equal_scores_takes_the_lower_features(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """More features tie than there is room for, so the search has to give the token up."""
+        monkeypatch.setattr(cuda("_search"), "ROOM", 512)
         row_D = Draw(self.device, 1).normal(32)
         W_FD = row_D.repeat(1000, 1)
         W_FD[500] *= 2
@@ -233,7 +235,12 @@ class SearchContract:
         bits_BM = torch.where(scores_BM.isnan(), 0x7FC00000, bits_BM.where(bits_BM >= 0, bits_BM ^ 0x7FFFFFFF))
         keys_BM = ((bits_BM.long() << 32) | (0x7FFFFFFF - torch.arange(50))).to(self.device)
         found_BS = torch.zeros(6, S, dtype=torch.int64, device=self.device)
-        search.select[(6,)](keys_BM, found_BS, 8, 50, ROOM=64, S=S, num_warps=1)
+        counts_B = torch.full((6,), 50, dtype=torch.int32, device=self.device)
+        # Another kernel's: one that has fewer keys, and one that has been given up.
+        counts_B[3:5], before = torch.tensor([40, -1]), found_BS.clone()
+        search.select[(6,)](keys_BM, counts_B, found_BS, 8, 50, LEAST=41, ROOM=64, S=S, num_warps=1)
+        assert torch.equal(found_BS[3:5], before[3:5])
+        search.select[(6,)](keys_BM, counts_B.fill_(50), found_BS, 8, 50, LEAST=0, ROOM=64, S=S, num_warps=1)
         expected_BK = keys_BM.topk(8).values
         found_BK = found_BS.topk(8).values
         # What is not above zero need not be there.

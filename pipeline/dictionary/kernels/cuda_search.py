@@ -7,6 +7,7 @@ of all features.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,8 @@ MOST = 1024
 TOKENS, BLOCK = 1024, 4096
 # Most keys of which a program finds the largest, and fewest that are sorted: every size is a kernel of its own.
 SELECTED, SORTED = 4096, 32
+# Candidates that there is room for at least; most tokens have no more than FEW. Rows that are much alike have many.
+ROOM, FEW = 2048, 512
 # Rows that a program scores at one time.
 SCORED = 256 if INTERPRETED else 16
 # Tokens that one program looks at for those of which a search could not say; parts of all features that are scored for
@@ -121,7 +124,7 @@ def _searched(
     rounded = W_FD.dtype != torch.bfloat16
     norm_N = _most(norm_F, group, groups)
     error_N = _most(error_F, group, groups) if rounded else norm_N
-    room = max(512, triton.next_power_of_2(8 * k))
+    room = max(ROOM, triton.next_power_of_2(8 * k))
     candidates_BM = torch.empty(tokens, room, dtype=torch.int32, device=device)
     counts_B = torch.empty(tokens, dtype=torch.int32, device=device)
     # Tensor cores add up 16 products and the sum so far at once, and of each may cut off what is below the last bit of
@@ -132,7 +135,9 @@ def _searched(
         best_BN[0], best_BN[1], norm_N, error_N, largest_bias, norm_B + lost_B, lost_B, candidates_BM, counts_B, k,
         groups, features, gamma, relative, ROOM=room, GROUP=group, PASSES=9, ROUNDED=rounded, BLOCK=block, num_warps=1,
     )  # fmt: skip
-    found_BS = _selected(_keys(x_BD, W_FD, b_F, candidates_BM, counts_B), k)
+    keys_BM = _borrowed(best_BN, tokens, room)
+    _keys(x_BD, W_FD, b_F, candidates_BM, counts_B, keys_BM)
+    found_BS = _selected(keys_BM, counts_B, k)
     return _named(found_BS, counts_B, _rescued(x_BD, W_FD, b_F, counts_B, best_BN, found_BS.shape[1]), k, fill=True)
 
 
@@ -178,19 +183,29 @@ def _most(values_F: torch.Tensor, group: int, groups: int) -> torch.Tensor:
     return filled_F.view(-1, group, 8).amax(1).reshape(-1)
 
 
+def _borrowed(free: torch.Tensor, *shape: int) -> torch.Tensor:
+    """Room for keys, in memory that nobody needs any more if that is enough."""
+    if free.nbytes >= 8 * math.prod(shape):
+        return free.view(-1).view(torch.int64)[: math.prod(shape)].view(shape)
+    return torch.empty(shape, dtype=torch.int64, device=free.device)
+
+
 def _keys(
-    x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, candidates_BM: torch.Tensor, counts_B: torch.Tensor
-) -> torch.Tensor:
-    """Candidates' exact scores, as `triton_keys.keyed` has them. Shape (B, M)."""
+    x_BD: torch.Tensor,
+    W_FD: torch.Tensor,
+    b_F: torch.Tensor,
+    candidates_BM: torch.Tensor,
+    counts_B: torch.Tensor,
+    keys_BM: torch.Tensor,
+) -> None:
+    """Write candidates' exact scores, as `triton_keys.keyed` has them; behind a token's last one may be anything."""
     (tokens, width), room = x_BD.shape, candidates_BM.shape[1]
-    keys_BM = torch.full((tokens, room), -(2**63), dtype=torch.int64, device=x_BD.device)
     # Few programs have little to do where there are few candidates; where there are few tokens, they are all that is.
     programs = min(room // SCORED, max(2, 4096 // max(1, tokens)))
     triton_keys.score[(tokens, programs)](
         x_BD, W_FD, b_F, candidates_BM, counts_B, keys_BM, room, WIDTH=width, ROWS=SCORED, BLOCK=_columns(width),
         num_warps=4,
     )  # fmt: skip
-    return keys_BM
 
 
 def _columns(width: int) -> int:
@@ -198,35 +213,37 @@ def _columns(width: int) -> int:
     return min(256, int(triton.next_power_of_2(width)))
 
 
-def _selected(keys_BM: torch.Tensor, k: int) -> torch.Tensor:
-    """The k largest of keys, in no order, among others; of scores not above zero none need be there. Shape (B, S)."""
+def _selected(keys_BM: torch.Tensor, counts_B: torch.Tensor, k: int) -> torch.Tensor:
+    """The k largest of a token's keys, in no order, among others; of scores not above zero none need be there.
+
+    Shape (B, S). Tokens whose count is below zero have none.
+    """
     tokens, room = keys_BM.shape
     sorted_ = max(SORTED, triton.next_power_of_2(k))
     held = max(sorted_, triton.next_power_of_2(room))
-    if held > SELECTED or not tokens:
-        # No two keys of features are equal, and it does not matter which of the others are taken.
-        found_BS = torch.full((tokens, sorted_), -(2**63), dtype=torch.int64, device=keys_BM.device)
-        found_BS[:, :k] = keys_BM.topk(k).values
-        return found_BS
     found_BS = torch.empty(tokens, sorted_, dtype=torch.int64, device=keys_BM.device)
-    warps = max(1, min(8, held // 256))
-    triton_keys.select[(tokens,)](keys_BM, found_BS, k, room, ROOM=held, S=sorted_, num_warps=warps)
+    if held > SELECTED or not tokens:
+        is_key_BM = torch.arange(room, device=keys_BM.device) < counts_B.unsqueeze(1)
+        # No two keys of features are equal, and it does not matter which of the others are taken.
+        found_BS.fill_(-(2**63))[:, :k] = keys_BM.where(is_key_BM, -(2**63)).topk(k).values
+        return found_BS
+    least = 0
+    for most in sorted({min(max(FEW, sorted_), held), held}):
+        triton_keys.select[(tokens,)](
+            keys_BM, counts_B, found_BS, k, room, LEAST=least, ROOM=most, S=sorted_,
+            num_warps=max(1, min(8, most // 256)),
+        )  # fmt: skip
+        least = most + 1
     return found_BS
 
 
 def _rescued(
     x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, counts_B: torch.Tensor, free: torch.Tensor, count: int
 ) -> torch.Tensor:
-    """For tokens whose count is below zero, the largest keys of parts of all features. Shape (B, P, S).
-
-    They lie in memory that nobody needs any more, where it has room for them.
-    """
+    """For tokens whose count is below zero, the largest keys of parts of all features. Shape (B, P, S)."""
     (tokens, width), features = x_BD.shape, len(W_FD)
     parts = max(1, min(PARTS, FOUND // count, free.nbytes // (8 * tokens * count)))
-    if free.nbytes >= 8 * tokens * parts * count:
-        found_BPS = free.view(-1).view(torch.int64)[: tokens * parts * count].view(tokens, parts, count)
-    else:
-        found_BPS = torch.empty(tokens, parts, count, dtype=torch.int64, device=x_BD.device)
+    found_BPS = _borrowed(free, tokens, parts, count)
     triton_keys.score_all[(triton.cdiv(tokens, LOOKED), parts)](
         x_BD, W_FD, b_F, counts_B, found_BPS, tokens, features, WIDTH=width, ROWS=min(SCORED, count),
         BLOCK=_columns(width), TOKENS=LOOKED, S=count, num_warps=4,
@@ -242,7 +259,7 @@ def _named(
     z_BK = torch.empty(tokens, k, device=found_BS.device)
     indices_BK = torch.empty(tokens, k, dtype=torch.int64, device=found_BS.device)
     # An interpreter takes the same time for a program whatever its size.
-    rows = 64 if INTERPRETED else 1
+    rows = min(64, triton.next_power_of_2(tokens)) if INTERPRETED and tokens else 1
     if tokens:
         triton_keys.name_largest[(triton.cdiv(tokens, rows),)](
             found_BS, counts_B, found_BPS, z_BK, indices_BK, k, tokens, found_BPS.shape[1], S=count, ROWS=rows,
@@ -253,9 +270,9 @@ def _named(
 
 def largest(keys_BM: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Values and features of the k largest keys, in order; what is not above zero is 0. Shapes (B, K), (B, K)."""
-    found_BS = _selected(keys_BM, k)
-    nobody_B = torch.zeros(len(keys_BM), dtype=torch.int32, device=keys_BM.device)
-    return _named(found_BS, nobody_B, found_BS.unsqueeze(1), k, fill=False)
+    counts_B = torch.full((len(keys_BM),), keys_BM.shape[1], dtype=torch.int32, device=keys_BM.device)
+    found_BS = _selected(keys_BM, counts_B, k)
+    return _named(found_BS, counts_B, found_BS.unsqueeze(1), k, fill=False)
 
 
 def _all(x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int) -> torch.Tensor:
@@ -268,7 +285,8 @@ def _all(x_BD: torch.Tensor, W_FD: torch.Tensor, b_F: torch.Tensor, k: int) -> t
             room = -(-count // SCORED) * SCORED
             at_M = torch.arange(first, first + room, dtype=torch.int32, device=x_BD.device)
             counts_B = torch.full((len(part_BD),), count, dtype=torch.int32, device=x_BD.device)
-            keys_BM = _keys(part_BD, W_FD, b_F, at_M.expand(len(part_BD), -1).contiguous(), counts_B)
+            keys_BM = torch.empty(len(part_BD), room, dtype=torch.int64, device=x_BD.device)
+            _keys(part_BD, W_FD, b_F, at_M.expand(len(part_BD), -1).contiguous(), counts_B, keys_BM)
             best_BK = torch.cat([best_BK, keys_BM], 1).topk(k).values
         made.append(best_BK)
     return torch.cat(made)

@@ -113,15 +113,11 @@ def score_all(
                 tl.store(found_S + at_S, best_S)
 
 
-@triton.jit(do_not_specialize=["k"])
-def select(keys_BM: tl.tensor, found_BS: tl.tensor, k: tl.tensor, room: tl.tensor, ROOM: tl.constexpr, S: tl.constexpr):
-    """Of a token's keys the k largest of scores above zero, as far as there are so many, among S of them at most.
-
-    What is no number counts as above zero. Where there are fewer, NO_KEY fills up. S is at least k. One program per
-    token.
-    """
-    token, at_M, at_S = tl.program_id(0).to(tl.int64), tl.arange(0, ROOM), tl.arange(0, S)
-    key_M = tl.load(keys_BM + token * room + at_M, mask=at_M < room, other=NO_KEY)
+@triton.jit
+def choose(keys_M: tl.tensor, found_S: tl.tensor, keys: tl.tensor, k: tl.tensor, ROOM: tl.constexpr, S: tl.constexpr):
+    """See `select`; one token's, of so many keys."""
+    at_M, at_S = tl.arange(0, ROOM), tl.arange(0, S)
+    key_M = tl.load(keys_M + at_M, mask=at_M < keys, other=NO_KEY)
     score_M = (key_M >> 32).to(tl.int32)
     # The k-th largest is within [low, high), or there are fewer above zero.
     low, high = tl.program_id(0) * 0 + 1, tl.max(score_M, 0)
@@ -146,11 +142,33 @@ def select(keys_BM: tl.tensor, found_BS: tl.tensor, k: tl.tensor, room: tl.tenso
     place_M = tl.cumsum(chosen_M.to(tl.int32), 0) - 1
     count = tl.sum(chosen_M.to(tl.int32), 0)
     if count <= S:
-        tl.store(found_BS + token * S + place_M, key_M, mask=chosen_M)
-        tl.store(found_BS + token * S + at_S, tl.full((S,), NO_KEY, tl.int64), mask=at_S >= count)
+        tl.store(found_S + place_M, key_M, mask=chosen_M)
+        tl.store(found_S + at_S, tl.full((S,), NO_KEY, tl.int64), mask=at_S >= count)
     else:
         # More are equal than there is room for.
-        tl.store(found_BS + token * S + at_M, tl.sort(key_M, descending=True), mask=at_M < S)
+        tl.store(found_S + at_M, tl.sort(key_M, descending=True), mask=at_M < S)
+
+
+@triton.jit(do_not_specialize=["k"])
+def select(
+    keys_BM: tl.tensor,
+    counts_B: tl.tensor,
+    found_BS: tl.tensor,
+    k: tl.tensor,
+    room: tl.tensor,
+    LEAST: tl.constexpr,
+    ROOM: tl.constexpr,
+    S: tl.constexpr,
+):
+    """Of a token's keys the k largest of scores above zero, as far as there are so many, among S of them at most.
+
+    What is no number counts as above zero. Where there are fewer, NO_KEY fills up. S is at least k. One program per
+    token; those whose keys are not LEAST to ROOM are another kernel's.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    keys = tl.load(counts_B + token)
+    if (keys >= LEAST) & (keys <= ROOM):
+        choose(keys_BM + token * room, found_BS + token * S, keys, k, ROOM, S)
 
 
 @triton.jit(do_not_specialize=["k", "tokens", "parts"])

@@ -53,11 +53,20 @@ def run(arguments: list[str], folder: Path, **environment: str) -> str:
 
 
 @needs_triton
-@pytest.mark.parametrize("part", ["TestSearch", "TestRows", "TestTree", "TestStep"])
-def test_interpreted_kernels_keep_the_contract(part: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("part", "which"),
+    [
+        ("TestSearch", "exact or company"),
+        ("TestSearch", "not exact and not company"),
+        ("TestRows", ""),
+        ("TestTree", ""),
+        ("TestStep", ""),
+    ],
+)
+def test_interpreted_kernels_keep_the_contract(part: str, which: str, tmp_path: Path) -> None:
     """In another process: triton decides once in each whether it interprets, and this one may have others for it."""
     script = "tests/pipeline/dictionary/interpreted_kernels.py"
-    arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"{script}::{part}"]
+    arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"{script}::{part}", "-k", which]
     # The interpreter multiplies tiles by numpy. What OpenBLAS has for AVX2 adds up a row's products otherwise where the
     # row lies elsewhere in its tile, which a GPU does not; what it has for older machines does not either.
     alike = {"OPENBLAS_CORETYPE": "Sandybridge"}
@@ -128,7 +137,8 @@ made(triton_rows.mark, [single, long, "*u8", "i32"], dict(BLOCK=1024), 4)
 made(triton_rows.lengths, [single, double, "fp32"], dict(WIDTH=768, BLOCK=1024), 4)
 made(triton_update.bound, [long, long, whole, single, single, "*u8", double, double, single, double, "i32", "i32"],
      dict(PARTS=2, INPUTS=2, ROWS=32), 1)
-made(triton_keys.select, [long, long, "i32", "i32"], dict(ROOM=256, S=32), 1)
+for room in (256, 2048):
+    made(triton_keys.select, [long, whole, long, "i32", "i32"], dict(LEAST=0, ROOM=room, S=32), room // 256)
 named = made(triton_keys.name_largest, [long, whole, long, single, long, "i32", "i32", "i32"],
              dict(S=64, ROWS=1, FILL=True), 1)
 # No sum depends on who comes first.
