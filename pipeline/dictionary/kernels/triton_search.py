@@ -171,7 +171,6 @@ def search_in_turns(
 def margin(
     norm_N: tl.tensor,
     error_N: tl.tensor,
-    bias: tl.tensor,
     score_N: tl.tensor,
     reach: tl.tensor,
     lost: tl.tensor,
@@ -180,8 +179,9 @@ def margin(
 ):
     """How far scores can be from what float32 makes of them, see `cuda_search.top_k`; not finite if that is unknown."""
     own_N = (lost + gamma * reach) * norm_N * 1.01 + reach * (1.01 + gamma) * error_N
-    # The last is for numbers so small that their squares vanish from norms.
-    return own_N + relative * tl.abs(score_N) + relative * bias + 1e-18
+    # Of a score and of its bias, which is no larger than the score and the product together. The last is for numbers so
+    # small that their squares vanish from norms.
+    return own_N + (2 * relative) * tl.abs(score_N) + relative * reach * norm_N * 1.01 + 1e-18
 
 
 @triton.jit
@@ -256,7 +256,7 @@ def sift(
         score_N = tl.load(best_BN + at_N, mask=own_N, other=LOWEST)
         norms_N = tl.load(norm_N + at_N, mask=own_N, other=0.0)
         errors_N = tl.load(error_N + at_N, mask=own_N & ROUNDED, other=0.0)
-        margin_N = margin(norms_N, errors_N, bias, score_N, reach, lost, relative, gamma)
+        margin_N = margin(norms_N, errors_N, score_N, reach, lost, relative, gamma)
         chosen_N = score_N.to(tl.int32, bitcast=True) >= tl.maximum(low, 1)
         least_N = tl.where(chosen_N, tl.minimum(least_N, score_N - margin_N), least_N)
         above_N += chosen_N.to(tl.int32)
@@ -272,11 +272,11 @@ def sift(
         score_N = tl.load(best_BN + at_N, mask=own_N, other=LOWEST)
         norms_N = tl.load(norm_N + at_N, mask=own_N, other=0.0)
         errors_N = tl.load(error_N + at_N, mask=own_N & ROUNDED, other=0.0)
-        upper_N = score_N + margin(norms_N, errors_N, bias, score_N, reach, lost, relative, gamma)
+        upper_N = score_N + margin(norms_N, errors_N, score_N, reach, lost, relative, gamma)
         one_N = own_N & (upper_N >= floor) & (upper_N > 0)
         # Few second ones have to be looked at.
         second_N = tl.load(second_BN + at_N, mask=one_N, other=LOWEST)
-        next_N = second_N + margin(norms_N, errors_N, bias, second_N, reach, lost, relative, gamma)
+        next_N = second_N + margin(norms_N, errors_N, second_N, reach, lost, relative, gamma)
         # Where the second is no feature there is no third.
         all_N = one_N & (next_N >= floor) & (next_N > 0) & (second_N > LOWEST / 2)
         size_N = tl.where(all_N, GROUP, one_N.to(tl.int32))
