@@ -217,7 +217,7 @@ class Trainer:
         """No less than the gradient's norm, as far as that is known before the step; and the loss. Collective."""
         if isinstance(self.optimizer, RowAdam):
             return self.optimizer.norm_bound(loss)
-        return 0.0 if self.engine.shards else self.engine.gradient_norm(), float(loss)
+        return 0.0 if self.engine.shards else self.engine.gradient_norm(), float(loss.detach())
 
     def _refuse_unless_finite(self, loss: float, norm: float, index: int) -> None:
         """Decided together: whoever left alone would leave the others in a collective."""
