@@ -209,7 +209,7 @@ class Trainer:
         """
         if self._spared >= 0:
             return None
-        longest = int(self.since_fired_F.max()) if len(self.since_fired_F) else 0
+        longest = int(self.since_fired_F.max())
         self._spared = self.settings.dead_after + int(self.ranks.least(-float(longest)))
         return None if self._spared >= 0 else self.since_fired_F > self.settings.dead_after
 

@@ -232,10 +232,6 @@ def norm_bound(gradient: RowGradient, rows: Rows) -> torch.Tensor:
     return torch.tensor(bound, dtype=torch.float64)
 
 
-def begun(gradient: RowGradient, rows: Rows) -> None:
-    """See `portable.begun`: nothing, because an update is one pass."""
-
-
 def squares(gradient: RowGradient, rows: Rows, ahead: None = None) -> torch.Tensor:
     """See `portable.squares`."""
     del ahead

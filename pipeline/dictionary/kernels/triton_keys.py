@@ -114,6 +114,21 @@ def score_all(
 
 
 @triton.jit
+def narrowed(counts: tl.tensor, low: tl.tensor, high: tl.tensor, quarter: tl.tensor, k: tl.tensor):
+    """The quarter of [low, high) that the k-th largest is in.
+
+    `counts` has how many are not below the first three borders, 21 bits each. They fall, so it is told by how many of
+    the three are at least k.
+    """
+    steps = (
+        (counts & 0x1FFFFF >= k).to(tl.int32)
+        + (counts >> 21 & 0x1FFFFF >= k).to(tl.int32)
+        + (counts >> 42 >= k).to(tl.int32)
+    )
+    return low + steps * quarter, tl.where(steps == 3, high, low + (steps + 1) * quarter)
+
+
+@triton.jit
 def choose(keys_M: tl.tensor, found_S: tl.tensor, keys: tl.tensor, k: tl.tensor, ROOM: tl.constexpr, S: tl.constexpr):
     """See `select`; one token's, of so many keys."""
     at_M, at_S = tl.arange(0, ROOM), tl.arange(0, S)
@@ -124,20 +139,14 @@ def choose(keys_M: tl.tensor, found_S: tl.tensor, keys: tl.tensor, k: tl.tensor,
     high = tl.where(high < 0x7FFFFFFF, high + 1, high)
     for _ in range(17):
         quarter = tl.maximum((high - low) // 4, 1)
-        # One sum of three counts, of 21 bits each; they fall.
+        # One sum of three counts.
         counts = tl.sum(
             (score_M >= low + quarter).to(tl.int64)
             | ((score_M >= low + 2 * quarter).to(tl.int64) << 21)
             | ((score_M >= low + 3 * quarter).to(tl.int64) << 42),
             0,
         )
-        steps = (
-            (counts & 0x1FFFFF >= k).to(tl.int32)
-            + (counts >> 21 & 0x1FFFFF >= k).to(tl.int32)
-            + (counts >> 42 >= k).to(tl.int32)
-        )
-        high = tl.where(steps == 3, high, low + (steps + 1) * quarter)
-        low += steps * quarter
+        low, high = narrowed(counts, low, high, quarter, k)
     chosen_M = score_M >= low
     place_M = tl.cumsum(chosen_M.to(tl.int32), 0) - 1
     count = tl.sum(chosen_M.to(tl.int32), 0)

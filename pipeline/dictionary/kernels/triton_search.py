@@ -15,6 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from pipeline.dictionary.kernels.triton_keys import narrowed
+
 # Features next to each other that belong to different groups: a thread has the same of these columns in each eight.
 LANES = tl.constexpr(8)
 # Score of what is no feature. Finite, because a place is written into its last bits.
@@ -236,15 +238,9 @@ def sift(
             first_N += (bits_N >= low + quarter).to(tl.int32)
             second_N += (bits_N >= low + 2 * quarter).to(tl.int32)
             third_N += (bits_N >= low + 3 * quarter).to(tl.int32)
-        # One sum of three counts, of 21 bits each. They fall, so this is how many of the three are at least k.
+        # One sum of three counts.
         counts = tl.sum(first_N.to(tl.int64) | (second_N.to(tl.int64) << 21) | (third_N.to(tl.int64) << 42), 0)
-        steps = (
-            (counts & 0x1FFFFF >= k).to(tl.int32)
-            + (counts >> 21 & 0x1FFFFF >= k).to(tl.int32)
-            + (counts >> 42 >= k).to(tl.int32)
-        )
-        high = tl.where(steps == 3, high, low + (steps + 1) * quarter)
-        low += steps * quarter
+        low, high = narrowed(counts, low, high, quarter, k)
 
     # The least lower bound of those at or above `low`; all that is known is zero where they are fewer than k.
     least_N = tl.full((BLOCK,), 3.0e38, tl.float32)
