@@ -23,6 +23,7 @@ from pipeline.activations.source import open_store
 from pipeline.dictionary.firings import by_feature, statistics
 from pipeline.dictionary.stored import open_dictionary
 from pipeline.generate import truth_bytes
+from pipeline.matching import Counterparts, searched
 from pipeline.profiles import (
     ENCODE_ROWS,
     densest,
@@ -34,6 +35,7 @@ from pipeline.profiles import (
     weights_table,
 )
 from pipeline.recovery.neighbours import neighbours
+from pipeline.recovery.search import Searched
 from pipeline.report.known import Known
 from pipeline.report.page import render
 from pipeline.stage import Committed, Estimate, Out, Params, Sources, Task
@@ -77,6 +79,7 @@ class WeightsTask(Task):
 
     harvest: Committed
     train: Committed
+    evaluated: Committed
     params: IdentifyParams
 
 
@@ -121,7 +124,7 @@ def run(inputs: Mapping[str, Committed], params: IdentifyParams, out: Out) -> Ou
     """Collect every unit, merge, write the tables and the report."""
     harvest, train = inputs["harvest"], inputs["train"]
     resources = Resources(threads=out.compute.threads)
-    alone = WeightsTask(unit="weights", harvest=harvest, train=train, params=params)
+    alone = WeightsTask(unit="weights", harvest=harvest, train=train, evaluated=inputs["evaluate"], params=params)
     weights = out.map(describe_weights, [alone], resources)["weights"].made
     cut = open_store(harvest).layout.geometry
     tasks = [
@@ -161,10 +164,16 @@ def describe_weights(task: WeightsTask, path: StoragePath) -> Unit:
     nothing: list[list[int]] = [[] for _ in range(dictionary.features)]
     represented_R = torch.nonzero(truth.represented_M).squeeze(1)
     known_FX, cosine_FX = torch.zeros((dictionary.features, 0), dtype=torch.int64), torch.zeros(dictionary.features, 0)
+    twins: tuple[torch.Tensor, torch.Tensor] | None = None
     if len(represented_R):
-        unit_FD = normalize(dictionary.W_dec.detach(), dim=1)
-        near = neighbours(unit_FD, truth.directions_MD[represented_R], task.params.examples)
-        known_FX, cosine_FX = represented_R[near.indices_QM], near.cosines_QM
+        found, examples = _searched(task.evaluated), task.params.examples
+        near = found.near
+        if min(examples, len(represented_R)) > near.indices_QM.shape[1]:
+            unit_FD = normalize(dictionary.W_dec.detach(), dim=1)
+            near = neighbours(unit_FD, truth.directions_MD[represented_R], examples)
+        known_FX, cosine_FX = represented_R[near.indices_QM[:, :examples]], near.cosines_QM[:, :examples]
+        if found.decoder_twin is not None and dictionary.features > 1:
+            twins = found.decoder_twin.indices_QM[:, 0], found.decoder_twin.cosines_QM[:, 0]
     features, ranks = known_FX.shape
     columns = {
         "feature": np.repeat(np.arange(features), ranks),
@@ -174,12 +183,19 @@ def describe_weights(task: WeightsTask, path: StoragePath) -> Unit:
         "known_fires": truth.fires_M[known_FX.reshape(-1)].numpy(),
     }
     bodies = {
-        WEIGHTS: parquet_body(weights_table(dictionary, nothing, nothing)),
+        WEIGHTS: parquet_body(weights_table(dictionary, nothing, nothing, twins)),
         f"nearest/{MATCHES}": parquet_body(pa.Table.from_pydict(columns, MATCHES_SCHEMA)),
     }
     for key, body in bodies.items():
         create_or_adopt(path / key, body)
     return Unit(objects=tuple(ObjectEntry.of(key, body) for key, body in bodies.items()))
+
+
+def _searched(evaluated: Committed) -> Searched:
+    """What every feature found when it was judged."""
+    with parsing(evaluated.path, "judgement of a synthetic harvest"):
+        found = Counterparts.model_validate(evaluated.facts["counterparts"])
+    return searched(found.learned, evaluated.path)
 
 
 def _report(

@@ -42,11 +42,22 @@ def norm_counts(norms_N: torch.Tensor) -> dict[str, Any]:
     return {"first": float(edges[0]), "step": 0.01, "counts": counts.tolist()}
 
 
-def weights_table(dictionary: TopKDictionary, promoted: list[list[int]], suppressed: list[list[int]]) -> pa.Table:
-    """Norms, nearest neighbours, and the output tokens that a feature promotes, one row a feature."""
+def weights_table(
+    dictionary: TopKDictionary,
+    promoted: list[list[int]],
+    suppressed: list[list[int]],
+    near: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> pa.Table:
+    """Norms, nearest neighbours, and the output tokens that a feature promotes, one row a feature.
+
+    Args:
+        dictionary: Whose features.
+        promoted: Output tokens of each.
+        suppressed: Output tokens of each.
+        near: What `nearest` gives, where somebody has searched already.
+    """
     W_enc_FD, W_dec_FD = dictionary.W_enc, dictionary.W_dec
-    unit_FD = torch.nn.functional.normalize(W_dec_FD, dim=1)
-    neighbour_F, cosine_F = nearest(unit_FD)
+    neighbour_F, cosine_F = near or nearest(torch.nn.functional.normalize(W_dec_FD, dim=1))
     return pa.Table.from_pydict(
         {
             "decoder_norm": W_dec_FD.norm(dim=1).cpu().numpy(),

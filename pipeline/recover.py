@@ -1,9 +1,9 @@
 """recover: judges a dictionary of a synthetic harvest, on rows of a stream that nothing was trained on.
 
-It stands in evaluate's place, under its name. First the dictionary's directions are matched with the true ones. Then a
-unit is a span of held-out rows: they are made, the dictionary and the baselines encode them, and only sums are kept, of
-what fired together with its match among them. What was recovered is decided at the end, once for all rows: by
-`pipeline.truth` of what is alive, and by `pipeline.recovery` as SynthSAEBench has it.
+It stands in evaluate's place, under its name. First the dictionary's directions are matched with the true ones (see
+`pipeline.matching`). Then a unit is a span of held-out rows: they are made, the dictionary and the baselines encode
+them, and only sums are kept, of what fired together with its match among them. What was recovered is decided at the
+end, once for all rows: by `pipeline.truth` of what is alive, and by `pipeline.recovery` as SynthSAEBench has it.
 
 Beside the usual baselines stands an oracle, which encodes with the true directions, k of them: what the best dictionary
 would reach with an encoder as simple as a dictionary's.
@@ -23,7 +23,6 @@ import torch
 from cluster.pool import Resources
 from cluster.storage.create import create_or_adopt
 from cluster.storage.formats import read_tensors
-from cluster.storage.parsing import parsing
 from cluster.storage.path import StoragePath
 from pipeline import metrics
 from pipeline.activations.source import open_store
@@ -32,15 +31,16 @@ from pipeline.dictionary import baselines
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.stored import open_dictionary
 from pipeline.generate import truth_bytes
+from pipeline.matching import FEATURE_BYTES, Counterparts, counterparts, matches, searched, units
 from pipeline.metrics import Moments
 from pipeline.recovery import kept, summary
 from pipeline.recovery.firings import Firings
-from pipeline.recovery.matches import Links, Matches, links, match
+from pipeline.recovery.matches import Links, Matches, links
 from pipeline.stage import Committed, Estimate, Out, Params, Sources, Task
 from pipeline.synthetic.draws import Split
 from pipeline.synthetic.rows import Active, Source, rows
 from pipeline.tokenize import parquet_body
-from pipeline.truth import Represented, Tally, Truth, open_rows, open_truth, recovery, represented
+from pipeline.truth import Represented, Tally, Truth, open_rows, open_truth, recovery, represented, resemblance
 from schemas.layouts import KNOWN, METRICS
 from schemas.manifest import Dictionary, Manifest
 from schemas.records import ObjectEntry, Outputs, Unit
@@ -49,7 +49,6 @@ from schemas.tables import KNOWN as KNOWN_SCHEMA
 UNIT_ROWS = 16_384
 OURS = "dictionary"
 ORACLE = "oracle"
-MATCHED = "matches.safetensors"
 # Of all features, dead ones too, as SynthSAEBench has them.
 BENCHMARK = ("mcc", "f1", "uniqueness")
 DETECTION = ("precision", "recall", "f1")
@@ -80,14 +79,6 @@ class BaselineTask(Task):
     params: RecoverParams
 
 
-class MatchTask(Task):
-    """Match the dictionary's directions with the true ones."""
-
-    harvest: Committed
-    train: Committed
-    params: RecoverParams
-
-
 class SpanTask(Task):
     """One span of held-out rows."""
 
@@ -106,7 +97,7 @@ class RecoveryTask(Task):
 
     harvest: Committed
     train: Committed
-    matches: ObjectEntry | None
+    counterparts: Counterparts
     sums: tuple[ObjectEntry, ...]
     baselines: ObjectEntry | None
     params: RecoverParams
@@ -135,18 +126,18 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
     assert manifest.synthetic is not None
     settings = params(manifest, dictionary, sources)
     width, known = sources.model.widths[settings.hook_point], manifest.synthetic.features
-    units = -(-settings.tokens // UNIT_ROWS)
+    spans, searches = -(-settings.tokens // UNIT_ROWS), units(settings.features, known)
     weights = (2 * width + 1) * settings.features * 4 * 2 * (1 + len(settings.baselines))
     truth = truth_bytes(manifest.synthetic) * (5 if known <= ORACLE_FEATURES else 3)
     batch = settings.batch_tokens * (width * 4 * 16 + max(settings.features, min(known, ORACLE_FEATURES)) * 8)
-    spans = min(UNIT_ROWS, settings.tokens) * (width * 8 + 4096)
+    span = min(UNIT_ROWS, settings.tokens) * (width * 8 + 4096)
     return Estimate(
-        units=units + 2 + bool(settings.baselines),
+        units=spans + searches + 1 + bool(settings.baselines),
         rows=settings.tokens,
-        stored_bytes=units * (settings.features + known) * 32 + settings.features * 32 + known * 64,
-        objects=2 * units + 10,
+        stored_bytes=(spans * 32 + FEATURE_BYTES) * (settings.features + known) + known * 64,
+        objects=2 * (spans + searches) + 8,
         # Matching has candidates of both sides beside both sides' directions.
-        memory=WORKER_MEMORY + truth + weights + batch + spans + (known + settings.features) * 1024,
+        memory=WORKER_MEMORY + truth + weights + batch + span + (known + settings.features) * 1024,
         workers=manifest.compute.workers,
         gpus=manifest.compute.gpus,
     )
@@ -160,8 +151,7 @@ def run(inputs: Mapping[str, Committed], params: RecoverParams, out: Out) -> Out
     if params.baselines:
         fitting = BaselineTask(unit="baselines", harvest=harvest, params=params)
         (fitted,) = out.map(fit_baselines, [fitting], resources)["baselines"].made.objects
-    beside = MatchTask(unit="matches", harvest=harvest, train=train, params=params)
-    matches = next(iter(out.map(match_features, [beside], resources)["matches"].made.objects), None)
+    found = counterparts(harvest, train, params.hook_point, params.features, params.seed, out)
     tasks = [
         SpanTask(
             unit=f"{index:06d}",
@@ -169,7 +159,7 @@ def run(inputs: Mapping[str, Committed], params: RecoverParams, out: Out) -> Out
             end=min(first + UNIT_ROWS, params.tokens),
             harvest=harvest,
             train=train,
-            matches=matches,
+            matches=found.matches,
             baselines=fitted,
             params=params,
             gpus=out.compute.gpus,
@@ -182,19 +172,23 @@ def run(inputs: Mapping[str, Committed], params: RecoverParams, out: Out) -> Out
         unit="recovery",
         harvest=harvest,
         train=train,
-        matches=matches,
+        counterparts=found,
         sums=tuple(unit.objects[0] for unit in spans),
         baselines=fitted,
         params=params,
     )
-    found = out.map(judge_features, [matching], resources)["recovery"].made
-    judged = summarize(params, train, out.path, spans, found.facts["recovery"])
-    judged |= {name: found.facts[name] for name in ("benchmark", "by_fires") if name in found.facts}
+    recovered = out.map(judge_features, [matching], resources)["recovery"].made
+    judged = summarize(params, train, out.path, spans, recovered.facts["recovery"])
+    judged |= {name: recovered.facts[name] for name in ("benchmark", "by_fires") if name in recovered.facts}
     body = json.dumps(judged, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
-    # The table belongs to its unit; the stage names it as well, so that whoever reads the stage finds it.
+    # These belong to their units; the stage names them as well, so that whoever reads the stage finds them.
     return Outputs(
         objects=(out.write(METRICS, body),),
-        facts={"metrics": judged[OURS], "known": found.objects[0].model_dump(mode="json")},
+        facts={
+            "metrics": judged[OURS],
+            "known": recovered.objects[0].model_dump(mode="json"),
+            "counterparts": found.model_dump(mode="json"),
+        },
     )
 
 
@@ -207,25 +201,12 @@ def fit_baselines(task: BaselineTask, path: StoragePath) -> Unit:
     return Unit(objects=(ObjectEntry.of(BASELINES, body),))
 
 
-def match_features(task: MatchTask, path: StoragePath) -> Unit:
-    """Whose best is whose, among all of the dictionary's features and the true ones that have a direction."""
-    dictionary = open_dictionary(task.train).dictionary
-    known = represented(open_truth(task.harvest, task.params.hook_point))
-    if known is None:
-        return Unit(objects=())
-    found = match(dictionary.W_dec.detach(), known.directions_RD, dictionary.W_enc.detach(), task.params.seed)
-    body = safetensors.torch.save(kept.tensors(found))
-    create_or_adopt(path / MATCHED, body)
-    return Unit(objects=(ObjectEntry.of(MATCHED, body),))
-
-
 def _links(entry: ObjectEntry | None, truth: Truth, path: StoragePath) -> tuple[Represented, Matches, Links] | None:
     """What firings are counted by; None where there is nothing to count."""
     known = represented(truth)
     if entry is None or known is None:
         return None
-    with parsing(path / entry.key, "matches"):
-        found = kept.matches_of(read_tensors(path, entry))
+    found = matches(entry, path)
     return known, found, links(found, known.parents_R)
 
 
@@ -292,17 +273,16 @@ def judge_features(task: RecoveryTask, path: StoragePath) -> Unit:
         sums = read_tensors(path, entry)
         tally.fires_F += sums["fires"]
         tally.known_fires_M += sums["known_fires"]
-        if task.matches is not None:
+        if task.counterparts.matches is not None:
             more = kept.firings_of(sums)
             firings = more if firings is None else firings + more
     tally.rows = settings.tokens
-    found = recovery(dictionary.W_dec.detach(), truth, tally)
+    learned, true = task.counterparts.learned, task.counterparts.true
+    both = (searched(learned, path), searched(true, path)) if learned else None
+    found = recovery(dictionary.W_dec.detach(), truth, tally, both)
     judged = {OURS: found.metrics}
     if task.baselines is not None and "random" in settings.baselines:
-        always = Tally(dictionary.features, len(truth))
-        always.fires_F += 1
-        random = recovery(read_tensors(path, task.baselines)["random.W_dec"], truth, always).metrics
-        judged["random"] = {name: random[name] for name in ("mmcs_found", "mmcs_true", "found") if name in random}
+        judged["random"] = resemblance(read_tensors(path, task.baselines)["random.W_dec"], truth)
     columns = {
         "feature": range(len(truth)),
         "represented": truth.represented_M.numpy(),
@@ -314,10 +294,10 @@ def judge_features(task: RecoveryTask, path: StoragePath) -> Unit:
         **{name: pa.nulls(len(truth), KNOWN_SCHEMA.field(name).type) for name in ("matched", *DETECTION)},
     }
     facts: dict[str, Any] = {"recovery": judged}
-    counting = _links(task.matches, truth, path)
+    counting = _links(task.counterparts.matches, truth, path)
     if counting is not None and firings is not None:
-        known, matches, linked = counting
-        whole = summary.recovery(matches, linked, firings, tally.fires_F > 0, known.fires_R)
+        known, by_weights, linked = counting
+        whole = summary.recovery(by_weights, linked, firings, tally.fires_F > 0, known.fires_R)
         facts |= {"benchmark": whole.metrics, "by_fires": whole.bins}
         judged[OURS] |= {name: whole.metrics[name] for name in BENCHMARK}
         columns |= {"matched": _spread(whole.true["feature"], known)}

@@ -27,8 +27,8 @@ STAGES: tuple[Stage, ...] = (
 SYNTHETIC_STAGES: tuple[Stage, ...] = (
     Stage(steps.GENERATE, 1, generate.params, generate.run, generate.estimate, generate.check),
     *(stage for stage in STAGES if stage.step is steps.TRAIN),
-    Stage(steps.RECOVER, 1, recover.params, recover.run, recover.estimate, recover.check),
-    Stage(steps.IDENTIFY, 2, identify.params, identify.run, identify.estimate, identify.check),
+    Stage(steps.RECOVER, 2, recover.params, recover.run, recover.estimate, recover.check),
+    Stage(steps.IDENTIFY, 3, identify.params, identify.run, identify.estimate, identify.check),
     *(stage for stage in STAGES if stage.step is steps.EXPORT),
 )
 

@@ -18,7 +18,8 @@ from torch.nn.functional import normalize
 from cluster.storage.formats import read_tensors
 from cluster.storage.parsing import parsing
 from cluster.storage.path import StoragePath
-from pipeline.recovery.neighbours import neighbours
+from pipeline.recovery.neighbours import Neighbours, neighbours
+from pipeline.recovery.search import Searched
 from pipeline.stage import Committed
 from pipeline.synthetic.features import parents
 from pipeline.synthetic.rows import Active, Source
@@ -31,6 +32,8 @@ from schemas.synthetic import Toy, World
 REPRESENTED_NORM = 0.5
 # A true feature is found if a feature of the dictionary is so near.
 FOUND = 0.9
+# Rows of each side that speak for all of a baseline's: the mean of so many cosines is sure to three digits.
+SAMPLE = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +188,9 @@ class Recovery:
     cosine_M: torch.Tensor
 
 
-def recovery(W_dec_FD: torch.Tensor, truth: Truth, tally: Tally) -> Recovery:
+def recovery(
+    W_dec_FD: torch.Tensor, truth: Truth, tally: Tally, searched: tuple[Searched, Searched] | None = None
+) -> Recovery:
     """Hold a dictionary against the truth.
 
     `mmcs_found` is the mean over represented known features of the largest cosine with a feature that fired on held-out
@@ -198,6 +203,13 @@ def recovery(W_dec_FD: torch.Tensor, truth: Truth, tally: Tally) -> Recovery:
     >>> found = recovery(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), truth, tally)
     >>> found.metrics["mmcs_found"], found.metrics["mmcs_true"], found.metrics["found"], found.nearest_M.tolist()
     (0.5, 1.0, 0.5, [0, 0])
+
+    Args:
+        W_dec_FD: Decoder rows.
+        truth: Of the hook point that they explain.
+        tally: What fired.
+        searched: What all learned features have found among the represented known ones, and the other way round:
+            then only those are searched for again whose neighbours are all dead.
     """
     alive_A = torch.nonzero(tally.fires_F).squeeze(1)
     known_R = torch.nonzero(truth.represented_M).squeeze(1)
@@ -210,10 +222,48 @@ def recovery(W_dec_FD: torch.Tensor, truth: Truth, tally: Tally) -> Recovery:
     }
     if len(alive_A) and len(known_R):
         alive_AD = normalize(W_dec_FD[alive_A].float(), dim=1)
-        found = neighbours(truth.directions_MD, alive_AD, 1)
-        nearest_M, cosine_M = alive_A[found.indices_QM[:, 0]], found.cosines_QM[:, 0]
-        cosines_A1 = neighbours(alive_AD, truth.directions_MD[known_R], 1).cosines_QM
-        metrics["mmcs_found"] = float(cosine_M[known_R].double().mean())
-        metrics["mmcs_true"] = float(cosines_A1.double().mean())
-        metrics["found"] = float((cosine_M[known_R] >= FOUND).double().mean())
+        if searched is None:
+            cosine_A = neighbours(alive_AD, truth.directions_MD[known_R], 1).cosines_QM[:, 0]
+        else:
+            cosine_A = searched[0].near.cosines_QM[alive_A, 0]
+            nearest_M[known_R], cosine_M[known_R] = _first_alive(searched[1].near, tally.fires_F > 0)
+        lacking_L = torch.nonzero(nearest_M < 0).squeeze(1)
+        if len(lacking_L):
+            found = neighbours(truth.directions_MD[lacking_L], alive_AD, 1)
+            nearest_M[lacking_L], cosine_M[lacking_L] = alive_A[found.indices_QM[:, 0]], found.cosines_QM[:, 0]
+        metrics |= _resemblance(cosine_M[known_R], cosine_A)
     return Recovery(metrics, nearest_M, cosine_M)
+
+
+def resemblance(W_dec_FD: torch.Tensor, truth: Truth, most: int = SAMPLE) -> dict[str, float]:
+    """`mmcs_found`, `mmcs_true` and `found` of rows that nobody has learned, all of which count as alive.
+
+    Args:
+        W_dec_FD: Rows.
+        truth: What they are held against; empty-handed where nothing is represented.
+        most: So many rows of each side look at all of the other's: what is the mean of very many needs no more.
+    """
+    known_RD, rows_FD = truth.directions_MD[truth.represented_M], normalize(W_dec_FD.float(), dim=1)
+    if not len(known_RD):
+        return {}
+    known_SD, rows_SD = (side[:: -(-len(side) // most)] for side in (known_RD, rows_FD))
+    return _resemblance(
+        neighbours(known_SD, rows_FD, 1).cosines_QM[:, 0], neighbours(rows_SD, known_RD, 1).cosines_QM[:, 0]
+    )
+
+
+def _resemblance(cosine_R: torch.Tensor, cosine_A: torch.Tensor) -> dict[str, float]:
+    return {
+        "mmcs_found": float(cosine_R.double().mean()),
+        "mmcs_true": float(cosine_A.double().mean()),
+        "found": float((cosine_R >= FOUND).double().mean()),
+    }
+
+
+def _first_alive(near: Neighbours, alive_F: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The nearest that is alive, or -1, and its cosine, or 0. Shapes (R,), (R,)."""
+    alive_RC = alive_F[near.indices_QM]
+    at_R1 = alive_RC.to(torch.uint8).argmax(1, keepdim=True)
+    none_R = ~alive_RC.any(1)
+    nearest_R, cosine_R = (each_RC.gather(1, at_R1)[:, 0] for each_RC in (near.indices_QM, near.cosines_QM))
+    return nearest_R.masked_fill(none_R, -1), cosine_R.masked_fill(none_R, 0.0)

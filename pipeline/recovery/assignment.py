@@ -115,7 +115,7 @@ def _cosines(
     first_AD: torch.Tensor, second_BD: torch.Tensor, first: torch.Tensor, second: torch.Tensor
 ) -> torch.Tensor:
     parts = zip(torch.split(first, 65_536), torch.split(second, 65_536), strict=True)
-    return torch.cat([(first_AD[a] * second_BD[b]).sum(1) for a, b in parts])
+    return torch.cat([(first_AD[a] * second_BD[b]).sum(1).cpu() for a, b in parts])
 
 
 def _swapped(pairs: Pairs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

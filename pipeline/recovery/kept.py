@@ -1,4 +1,4 @@
-"""Matches as they are written between the task that finds them and those that count by them."""
+"""What one task finds and others count by, as it is written between them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from pipeline.recovery.assignment import Pairs
 from pipeline.recovery.firings import Firings
 from pipeline.recovery.matches import Best, Matches
+from pipeline.recovery.neighbours import Neighbours
+from pipeline.recovery.search import Searched
 
 PREFIX = "firings."
 
@@ -38,6 +40,32 @@ def matches_of(kept: Mapping[str, torch.Tensor]) -> Matches:
     )
     pairs = Pairs(**{field.name: kept[f"pairs.{field.name}"] for field in fields(Pairs)})
     return Matches(learned, true, pairs, kept["decoder_twins_F"], kept.get("encoder_twins_F"))
+
+
+def found(searched: Searched) -> dict[str, torch.Tensor]:
+    """What a span found by name, for safetensors."""
+    parts = {field.name: getattr(searched, field.name) for field in fields(searched)}
+    return {
+        f"{name}.{field.name}": getattr(part, field.name).contiguous()
+        for name, part in parts.items()
+        if part is not None
+        for field in fields(part)
+    }
+
+
+def searched_of(kept: Mapping[str, torch.Tensor]) -> Searched:
+    """`found`, read back.
+
+    Raises:
+        KeyError: something is missing.
+    """
+    names = {key.partition(".")[0] for key in kept}
+    return Searched(
+        **{
+            name: Neighbours(**{field.name: kept[f"{name}.{field.name}"] for field in fields(Neighbours)})
+            for name in names
+        }
+    )
 
 
 def counted(firings: Firings) -> dict[str, torch.Tensor]:

@@ -13,11 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.recovery.assignment import Pairs, assign
-from pipeline.recovery.neighbours import Neighbours, either, neighbours, opposites, unit
-from schemas.errors import NonFiniteError
+from pipeline.recovery.neighbours import unit
+from pipeline.recovery.search import Searched, search_learned, search_true
 
-# Neighbours of each side that take part in a large one-to-one matching.
-CANDIDATES = 8
 # A learned feature stands for its best true one from this |cosine| on: of two orthogonal features that were learned as
 # one direction (0.71 each) it then stands for the nearer, and what is there by chance (0.2 among 10^6 directions of
 # width 768) stands for nothing.
@@ -75,14 +73,10 @@ class Links:
 def match(
     W_dec_FD: torch.Tensor, true_MD: torch.Tensor, W_enc_FD: torch.Tensor | None = None, seed: int = 0
 ) -> Matches:
-    """Compare a dictionary with the true directions. Lengths of rows do not matter.
-
-    Costs two searches of each side in the other, near rows and opposite ones, and one of each of the dictionary's
-    matrices in itself: six at the most, of which `neighbours` says what one takes. At 10^6 by 10^6 rows of width 768
-    17 GiB, the arguments' own 9 GiB included.
+    """Compare a dictionary with the true directions, all at once; see `pipeline.recovery.search` for what that costs.
 
     Args:
-        W_dec_FD: Decoder rows.
+        W_dec_FD: Decoder rows. Lengths do not matter.
         true_MD: True directions.
         W_enc_FD: Encoder rows, for their duplicates.
         seed: Of what is approximate at large sizes.
@@ -91,20 +85,28 @@ def match(
         ValueError: there are no rows, or widths differ.
         NonFiniteError: a row is not finite.
     """
-    learned_FD, true_MD = (_parsed(name, rows) for name, rows in (("W_dec", W_dec_FD), ("true directions", true_MD)))
-    if learned_FD.shape[1] != true_MD.shape[1]:
-        raise ValueError(
-            f"W_dec has width {learned_FD.shape[1]}, the true directions {true_MD.shape[1]} -> compare a dictionary "
-            "with the world whose hook point it explains"
-        )
-    near_F, either_F = _found(learned_FD, true_MD, seed)
-    near_M, either_M = _found(true_MD, learned_FD, seed)
+    learned = search_learned(W_dec_FD, true_MD, W_enc_FD, seed=seed)
+    return matched(W_dec_FD, true_MD, learned, search_true(W_dec_FD, true_MD, seed=seed), seed)
+
+
+def matched(W_dec_FD: torch.Tensor, true_MD: torch.Tensor, learned: Searched, true: Searched, seed: int = 0) -> Matches:
+    """What the weights say, from what has been searched of all learned and of all true features.
+
+    Args:
+        W_dec_FD: Decoder rows, on the device that searches for what the one-to-one matching leaves over.
+        true_MD: True directions, there as well.
+        learned: Of `search_learned`, with the decoder's twins.
+        true: Of `search_true`.
+        seed: Of what is approximate at large sizes.
+    """
+    assert learned.decoder_twin is not None
+    encoder = learned.encoder_twin
     return Matches(
-        learned=_best(near_F, either_F),
-        true=_best(near_M, either_M),
-        pairs=assign(learned_FD, true_MD, either_F, either_M, seed),
-        decoder_twins_F=twins(learned_FD, seed),
-        encoder_twins_F=None if W_enc_FD is None else twins(_parsed("W_enc", W_enc_FD), seed),
+        learned=_best(learned),
+        true=_best(true),
+        pairs=assign(unit(W_dec_FD), unit(true_MD), learned.either, true.either, seed),
+        decoder_twins_F=learned.decoder_twin.cosines_QM[:, 0],
+        encoder_twins_F=None if encoder is None else encoder.cosines_QM[:, 0],
     )
 
 
@@ -142,30 +144,6 @@ def links(matches: Matches, parents_M: torch.Tensor | None = None) -> Links:
     )
 
 
-def twins(rows_FD: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """Of every unit row the largest cosine with another one of the same matrix; -1 where there is no other. (F,).
-
-    >>> twins(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])).tolist()
-    [1.0, 1.0, 0.0]
-    """
-    found = neighbours(rows_FD, rows_FD, 2, seed)
-    others_F2 = found.indices_QM != torch.arange(len(rows_FD), device=rows_FD.device)[:, None]
-    return found.cosines_QM.where(others_F2, -1.0).max(1).values
-
-
-def _parsed(name: str, rows_ND: torch.Tensor) -> torch.Tensor:
-    if rows_ND.ndim != 2 or not rows_ND.numel():
-        raise ValueError(f"{name} has shape {tuple(rows_ND.shape)}, expected rows by width -> give at least one row")
-    bad = int((~rows_ND.isfinite().all(1)).sum())
-    if bad:
-        raise NonFiniteError(f"{bad} of {len(rows_ND)} rows of {name} are not finite", "train again from a checkpoint")
-    return unit(rows_ND)
-
-
-def _found(queries_ND: torch.Tensor, rows_RD: torch.Tensor, seed: int) -> tuple[Neighbours, Neighbours]:
-    near = neighbours(queries_ND, rows_RD, CANDIDATES, seed)
-    return near, either(near, opposites(queries_ND, rows_RD, CANDIDATES, seed))
-
-
-def _best(near: Neighbours, both: Neighbours) -> Best:
-    return Best(both.indices_QM[:, 0], both.cosines_QM[:, 0], near.cosines_QM[:, 0])
+def _best(found: Searched) -> Best:
+    both = found.either
+    return Best(both.indices_QM[:, 0], both.cosines_QM[:, 0], found.near.cosines_QM[:, 0])

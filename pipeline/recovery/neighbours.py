@@ -17,6 +17,7 @@ Shapes: Q queries, R rows, D width, M neighbours of each query, S entries of the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +54,9 @@ def unit(rows_RD: torch.Tensor) -> torch.Tensor:
     return rows_RD / norm_R.clamp_min(LEAST_NORM)
 
 
-def neighbours(queries_QD: torch.Tensor, rows_RD: torch.Tensor, count: int, seed: int = 0) -> Neighbours:
+def neighbours(
+    queries_QD: torch.Tensor, rows_RD: torch.Tensor, count: int, seed: int = 0, of: int | None = None
+) -> Neighbours:
     """The `count` rows with the largest inner products, exact or approximate by what the exact search would cost.
 
     Args:
@@ -61,8 +64,12 @@ def neighbours(queries_QD: torch.Tensor, rows_RD: torch.Tensor, count: int, seed
         rows_RD: Unit rows, float32.
         count: Neighbours wanted; as many as there are rows, if those are fewer.
         seed: Of the approximate search's random directions.
+        of: How many queries these are some of; all are searched the same way.
     """
-    multiplications = len(queries_QD) * len(rows_RD) * rows_RD.shape[1]
+    if not len(queries_QD):
+        nothing_QM = queries_QD.new_zeros((0, min(count, len(rows_RD))))
+        return Neighbours(nothing_QM.long(), nothing_QM)
+    multiplications = (of or len(queries_QD)) * len(rows_RD) * rows_RD.shape[1]
     if rows_RD.is_cuda or multiplications <= (EXACT_IN_HALF if _fast_in_half(rows_RD) else EXACT):
         return exact(queries_QD, rows_RD, count)
     return approximate(queries_QD, rows_RD, count, seed)
@@ -72,13 +79,15 @@ def _fast_in_half(rows_RD: torch.Tensor) -> bool:
     return native.fits(rows_RD) and searches_in_half()
 
 
-def opposites(queries_QD: torch.Tensor, rows_RD: torch.Tensor, count: int, seed: int = 0) -> Neighbours:
+def opposites(
+    queries_QD: torch.Tensor, rows_RD: torch.Tensor, count: int, seed: int = 0, of: int | None = None
+) -> Neighbours:
     """The `count` rows with the most negative inner products, most negative first. See `neighbours`.
 
     >>> opposites(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8], [-1.0, 0.0]]), 1).cosines_QM.tolist()
     [[-1.0]]
     """
-    found = neighbours(-queries_QD, rows_RD, count, seed)
+    found = neighbours(-queries_QD, rows_RD, count, seed, of)
     return Neighbours(found.indices_QM, -found.cosines_QM)
 
 
@@ -115,7 +124,7 @@ def exact(queries_QD: torch.Tensor, rows_RD: torch.Tensor, count: int) -> Neighb
     for part_QD in torch.split(queries_QD, BLOCK):
         _, indices_QM = top_k(part_QD, rows_RD, bias_R, min(count, len(rows_RD)))
         parts.append(_scored(part_QD, rows_RD, indices_QM, count))
-    return _joined(parts)
+    return together(parts)
 
 
 def approximate(queries_QD: torch.Tensor, rows_RD: torch.Tensor, count: int, seed: int = 0) -> Neighbours:
@@ -141,7 +150,7 @@ def approximate(queries_QD: torch.Tensor, rows_RD: torch.Tensor, count: int, see
     for part_QD in torch.split(queries_QD, BLOCK):
         _, indices_QS = index.search(_packed_signs(part_QD @ directions_DN).numpy(), listed)
         parts.append(_scored(part_QD, rows_RD, torch.from_numpy(indices_QS), count))
-    return _joined(parts)
+    return together(parts)
 
 
 def _packed_signs(values_RN: torch.Tensor) -> torch.Tensor:
@@ -159,5 +168,6 @@ def _scored(queries_QD: torch.Tensor, rows_RD: torch.Tensor, indices_QS: torch.T
     return Neighbours(indices_QS.gather(1, order_QM), cosines_QS.gather(1, order_QM))
 
 
-def _joined(parts: list[Neighbours]) -> Neighbours:
+def together(parts: Sequence[Neighbours]) -> Neighbours:
+    """What parts of the queries found, as one; in the order of the parts."""
     return Neighbours(torch.cat([part.indices_QM for part in parts]), torch.cat([part.cosines_QM for part in parts]))

@@ -19,6 +19,7 @@ from jobs.fingerprint import fingerprint, spec
 from jobs.plan import instances
 from jobs.sources import survey
 from jobs.workspace import label
+from pipeline import matching
 from pipeline.dictionary.stored import from_bytes
 from pipeline.synthetic.directions import random_directions
 from pipeline.synthetic.draws import Split
@@ -127,6 +128,23 @@ def test_run_of_a_synthetic_manifest_is_skipped_verified_and_told(world: SimpleN
 def test_run_twice_makes_the_same_digests(world: SimpleNamespace, tmp_path: Path) -> None:
     tree = manifest_tree(world_tree(hierarchy={"roots": 4, "branching": 3, "depth": 1}, bias=0.5), tmp_path / "root")
     assert runs.run_inline(write_manifest(tmp_path / "m.yaml", tree)) == runs.digests(world.root)
+
+
+def test_recovery_searched_in_many_spans_is_that_of_one(
+    world: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matching, "SPAN", 7)
+    manifest = written(tmp_path, world_tree(hierarchy={"roots": 4, "branching": 3, "depth": 1}, bias=0.5))
+    planned = {each["stage"]: each["units"] for each in json.loads(invoke("plan", manifest, "--json").out)}
+    assert invoke("run", manifest).code == 0
+    root = tmp_path / "root"
+    units = [path.stem for path in root.glob("dictionaries/small/evaluate/*/units/*.json")]
+    assert len(units) == planned["evaluate/small"]
+    assert [len([unit for unit in units if unit.startswith(side)]) for side in ("learned", "true")] == [10, 9]
+    assert metrics_of(root) == metrics_of(world.root)
+    for place in ("evaluate/*/known.parquet", "catalog/*/matches.parquet", "catalog/*/features.parquet"):
+        ours, theirs = (pq.read_table(only(each, f"dictionaries/small/{place}")) for each in (root, world.root))
+        assert ours.equals(theirs), place
 
 
 def test_metrics_are_those_of_held_out_rows(world: SimpleNamespace) -> None:

@@ -5,8 +5,10 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from pipeline.recovery.search import search_learned, search_true
 from pipeline.synthetic.rows import Active
-from pipeline.truth import Tally, Truth, recovery
+from pipeline.truth import Tally, Truth, recovery, resemblance
+from tests.pipeline.recovery.worlds import directions, near
 
 
 def truth_of(directions_MD: torch.Tensor, represented: list[bool] | None = None) -> Truth:
@@ -61,6 +63,45 @@ def test_recovery_where_there_is_nothing_to_compare_has_no_mean(none: str) -> No
     found = recovery(torch.eye(2), truth, Tally(2, 2) if none == "fired" else always(2, 2))
     assert not {"mmcs_found", "mmcs_true", "found"} & found.metrics.keys()
     assert found.nearest_M.tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize("alive", [0.9, 0.1])
+def test_recovery_by_what_was_searched_is_that_of_a_search_among_the_living(alive: float) -> None:
+    """Of ten learned features one lives, so that the neighbours of many a known one are all dead; or most live."""
+    true_MD = directions(60, 12, 0)
+    truth = truth_of(true_MD, [m % 3 > 0 for m in range(60)])
+    draws = torch.Generator().manual_seed(1)
+    W_dec_FD = 2.0 * torch.cat([near(true_MD, 0.6 + 0.39 * torch.rand(60, generator=draws), seed) for seed in range(3)])
+    tally = Tally(180, 60)
+    tally.fires_F += torch.rand(180, generator=draws) < alive
+    known_RD = true_MD[truth.represented_M]
+    both = search_learned(W_dec_FD, known_RD), search_true(W_dec_FD, known_RD)
+    whole, found = recovery(W_dec_FD, truth, tally), recovery(W_dec_FD, truth, tally, both)
+    dead_RC = tally.fires_F[both[1].near.indices_QM] == 0
+    assert bool(dead_RC.all(1).any()) is (alive < 0.5)
+    assert bool(dead_RC.any())
+    assert torch.equal(found.nearest_M, whole.nearest_M)
+    torch.testing.assert_close(found.cosine_M, whole.cosine_M)
+    assert found.metrics == pytest.approx(whole.metrics, abs=1e-6)
+
+
+def test_resemblance_of_rows_that_nobody_learned_is_that_of_living_features() -> None:
+    truth = truth_of(directions(50, 12, 0), [m % 5 > 0 for m in range(50)])
+    W_dec_FD = 3.0 * directions(80, 12, 1)
+    whole = recovery(W_dec_FD, truth, always(80, 50)).metrics
+    made = resemblance(W_dec_FD, truth)
+    assert made == pytest.approx({name: whole[name] for name in ("mmcs_found", "mmcs_true", "found")}, abs=1e-6)
+    assert resemblance(W_dec_FD, truth_of(torch.eye(2, 12), [False, False])) == {}
+
+
+def test_resemblance_of_very_many_rows_is_that_of_some_of_them() -> None:
+    truth, W_dec_FD = truth_of(directions(3_000, 12, 0)), directions(2_000, 12, 1)
+    whole, some = resemblance(W_dec_FD, truth), resemblance(W_dec_FD, truth, most=500)
+    assert some != whole
+    assert some == pytest.approx(whole, abs=0.02)
+    product_MF = truth.directions_MD @ W_dec_FD.T
+    assert some["mmcs_found"] == pytest.approx(float(product_MF[::6].max(1).values.mean()), abs=1e-6)
+    assert some["mmcs_true"] == pytest.approx(float(product_MF[:, ::4].max(0).values.mean()), abs=1e-6)
 
 
 def test_tally_counts_what_fired_on_both_sides_and_adds_up() -> None:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pipeline.recovery.matches import links, match, twins
+from pipeline.recovery.matches import links, match
 from schemas.errors import NonFiniteError
 from tests.pipeline.recovery.worlds import directions, near
 
@@ -38,10 +38,6 @@ def test_match_any_rows_agrees_with_the_whole_product() -> None:
         unit = torch.nn.functional.normalize(rows, dim=1)
         assert found_F is not None
         torch.testing.assert_close(found_F, (unit @ unit.T).fill_diagonal_(-1.0).max(1).values)
-
-
-def test_twins_row_of_its_own_has_none() -> None:
-    assert twins(torch.eye(1)).tolist() == [-1.0]
 
 
 @pytest.mark.parametrize(
