@@ -19,6 +19,7 @@ from cluster.storage.formats import read_tensors
 from cluster.storage.parsing import parsing
 from cluster.storage.path import StoragePath
 from pipeline.recovery.neighbours import Neighbours, neighbours
+from pipeline.recovery.scores import mmcs
 from pipeline.recovery.search import Searched
 from pipeline.stage import Committed
 from pipeline.synthetic.features import parents
@@ -254,8 +255,8 @@ def resemblance(W_dec_FD: torch.Tensor, truth: Truth, most: int = SAMPLE) -> dic
 
 def _resemblance(cosine_R: torch.Tensor, cosine_A: torch.Tensor) -> dict[str, float]:
     return {
-        "mmcs_found": float(cosine_R.double().mean()),
-        "mmcs_true": float(cosine_A.double().mean()),
+        "mmcs_found": mmcs(cosine_R),
+        "mmcs_true": mmcs(cosine_A),
         "found": float((cosine_R >= FOUND).double().mean()),
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.recovery.neighbours import neighbours
+from pipeline.recovery.search import twins
 
 BLOCK = 1024
 
@@ -20,11 +20,8 @@ def nearest(unit_FD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     if len(unit_FD) == 1:
         return torch.tensor([-1]), torch.zeros(1)
-    found = neighbours(unit_FD, unit_FD, 2)
-    # A row is the first or the second of its own.
-    others_F2 = found.indices_QM != torch.arange(len(unit_FD), device=unit_FD.device).unsqueeze(1)
-    at_F1 = others_F2.to(torch.uint8).argmax(1, keepdim=True)
-    return found.indices_QM.gather(1, at_F1).squeeze(1), found.cosines_QM.gather(1, at_F1).squeeze(1)
+    found = twins(unit_FD, where=unit_FD.device)
+    return found.indices_QM[:, 0], found.cosines_QM[:, 0]
 
 
 def direct_effect(

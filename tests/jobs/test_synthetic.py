@@ -197,6 +197,17 @@ def test_catalog_names_the_nearest_known_features(world: SimpleNamespace) -> Non
     assert features["top_tokens"] == [[]] * 64
 
 
+def test_catalog_names_more_known_features_than_were_kept_when_it_was_judged(tmp_path: Path) -> None:
+    tree = manifest_tree(world_tree(), tmp_path / "root")
+    tree["dictionaries"][0]["catalog"]["examples"] = 12
+    assert invoke("run", write_manifest(tmp_path / "m.yaml", tree)).code == 0
+    matches = pq.read_table(only(tmp_path / "root", "dictionaries/small/catalog/*/matches.parquet")).to_pydict()
+    unit_FD = torch.nn.functional.normalize(dictionary_of(tmp_path / "root").W_dec.detach(), dim=1)
+    best_FX = (unit_FD @ random_directions(60, 12, 0).T).topk(12, 1)
+    assert matches["known"] == best_FX.indices.reshape(-1).tolist()
+    np.testing.assert_allclose(matches["cosine"], best_FX.values.reshape(-1).numpy(), atol=1e-6)
+
+
 def test_table_of_known_features_says_how_often_each_fired_and_which_is_nearest(world: SimpleNamespace) -> None:
     known = pq.read_table(only(world.root, "dictionaries/small/evaluate/*/known.parquet")).to_pydict()
     section = World.model_validate(world_tree(hierarchy={"roots": 4, "branching": 3, "depth": 1}, bias=0.5))
