@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.runs import ROOT
+from tests.support.runs import PATIENCE, ROOT
 
 ON_GPU = torch.cuda.is_available()
 
@@ -55,7 +55,7 @@ def run_quick(script: str, arguments: list[str], out: Path, kept: Path) -> list[
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=PATIENCE,
     )
     # 1 says that a mark was missed, which a busy machine can do.
     assert finished.returncode in (0, 1), finished.stderr[-2000:]

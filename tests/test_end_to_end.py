@@ -47,7 +47,7 @@ def test_gang_of_two_killed_in_training_resumes_to_the_same_bits(
     runs.kill_tree(process)
     assert not list((tmp_path / "root").glob("dictionaries/tiny/train/*/COMMITTED.json"))
     process = runs.start("resume", str(manifest), *TWO_RANKS, log=tmp_path / "log")
-    assert process.wait(timeout=240) == 0, (tmp_path / "log").read_text()
+    assert process.wait(timeout=runs.PATIENCE) == 0, (tmp_path / "log").read_text()
     assert runs.contents(tmp_path / "root") == runs.contents(two_ranks)
 
 
@@ -68,7 +68,7 @@ def test_run_killed_at_random_moments_resumes_to_the_same_digests(
         runs.kill_tree(process)
     verb = "resume" if (tmp_path / "root" / "runs").exists() else "run"
     process = runs.start(verb, str(manifest), log=tmp_path / "log")
-    assert process.wait(timeout=240) == 0, (tmp_path / "log").read_text()
+    assert process.wait(timeout=runs.PATIENCE) == 0, (tmp_path / "log").read_text()
     assert runs.digests(tmp_path / "root") == runs.digests(one_rank)
     assert sorted(runs.contents(tmp_path / "root")) == sorted(runs.contents(one_rank))
     assert runs.contents(tmp_path / "root") == runs.contents(one_rank)
@@ -158,7 +158,7 @@ def test_run_on_an_existing_cluster_joins_it_and_leaves_it_running(
 
         address = ray.get_runtime_context().gcs_address
         process = runs.start("run", str(manifest), "--set", f"compute.address={address}", log=tmp_path / "log")
-        assert process.wait(timeout=240) == 0, (tmp_path / "log").read_text()
+        assert process.wait(timeout=runs.PATIENCE) == 0, (tmp_path / "log").read_text()
         assert runs.digests(tmp_path / "on_ray") == expected
         assert ray.cluster_resources()["CPU"] == 2
     assert "compute.address" not in (tmp_path / "log").read_text()
@@ -167,7 +167,7 @@ def test_run_on_an_existing_cluster_joins_it_and_leaves_it_running(
 def test_cluster_that_does_not_answer_ends_with_75_and_one_line(long_tree: dict[str, Any], tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path / "m.yaml", {**long_tree, "root": str(tmp_path / "root")})
     process = runs.start("run", str(manifest), "--set", "compute.address=127.0.0.1:9", log=tmp_path / "log")
-    assert process.wait(timeout=240) == 75, (tmp_path / "log").read_text()
+    assert process.wait(timeout=runs.PATIENCE) == 75, (tmp_path / "log").read_text()
     last = (tmp_path / "log").read_text().strip().splitlines()[-1]
     assert last.startswith("kilobasis: compute.address 127.0.0.1:9: no Ray cluster answers")
     assert "Traceback" not in (tmp_path / "log").read_text()

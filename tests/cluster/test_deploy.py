@@ -217,7 +217,6 @@ def test_script_for_slurm_starts_ray_on_all_nodes_and_ends_as_the_run_ends(told:
 
 @pytest.mark.ray
 @pytest.mark.chaos
-@pytest.mark.timeout(600)
 @pytest.mark.skipif(sys.platform != "linux", reason="Slurm is Linux'")
 def test_job_of_slurm_makes_what_a_run_here_makes(tiny_model: Path, tiny_corpus: Path, tmp_path: Path) -> None:
     tree = manifest_tree(tiny_model, tiny_corpus, tmp_path / "root")

@@ -21,7 +21,7 @@ from cluster.pool import Rank, Resources
 from cluster.rendezvous import parsed
 from schemas import events
 from tests.support import clusters
-from tests.support.runs import ROOT
+from tests.support.runs import PATIENCE, ROOT
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ray]
 
@@ -165,7 +165,7 @@ def test_node_that_goes_down_costs_no_unit_and_leaves_no_process(verb: str, tmp_
         env={**os.environ, **QUICK},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PATIENCE,
     )
     print(process.stdout)
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]

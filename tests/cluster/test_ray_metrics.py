@@ -31,7 +31,6 @@ def test_gauge_without_a_ray_does_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(300)
 def test_scalars_of_a_run_can_be_scraped_from_its_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_metrics_report_interval_ms", "1000")
     watcher, found = Prometheus("mine"), dict[str, str]()

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.runs import PATIENCE
+
 PYTHON = Path(__file__).resolve().parents[2] / ".venv-peers" / "bin" / "python"
 
 
@@ -27,7 +29,7 @@ def run(script: Path, *arguments: Path) -> None:
         check=False,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PATIENCE,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "CUDA_VISIBLE_DEVICES": ""},
     )
     assert done.returncode == 0, done.stderr[-4000:]

@@ -25,9 +25,6 @@ from tests.interop import peers
 PROBE = Path(__file__).with_name("saelens_probe.py")
 TOLERANCE = 1e-5
 
-# SAELens takes longer to import for the first time than most tests may run.
-pytestmark = pytest.mark.timeout(300)
-
 
 @dataclass(frozen=True)
 class Seen:

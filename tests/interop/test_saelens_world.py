@@ -24,6 +24,7 @@ from pipeline.synthetic.firing import loadings
 from pipeline.synthetic.rows import rows
 from pipeline.synthetic.world import WorldSource
 from schemas.synthetic import World
+from tests.support.runs import PATIENCE
 from tests.support.synthetic import dense, world_tree
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,9 +32,6 @@ PEERS = ROOT / ".venv-peers" / "bin" / "python"
 PROBE = Path(__file__).with_name("saelens_world_probe.py")
 FEATURES, WIDTH, ROWS = 160, 24, 120_000
 FIRING = {"exponent": 0.5, "max_probability": 0.4, "min_probability": 0.01}
-
-# SAELens takes longer to import for the first time than most tests may run.
-pytestmark = pytest.mark.timeout(300)
 
 
 def world_of(correlated: bool) -> World:
@@ -99,7 +97,7 @@ def sampled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         [str(PEERS), str(PROBE), str(out)],
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        timeout=280,
+        timeout=PATIENCE,
     )
     return world, np.load(out / "seen.npz"), out
 

@@ -21,9 +21,6 @@ TOLERANCE = 1e-5
 TOKENS = 600
 PUBLISHED = ("mcc", "uniqueness", "precision", "recall", "f1", "accuracy")
 
-# SAELens takes longer to import for the first time than most tests may run.
-pytestmark = pytest.mark.timeout(300)
-
 
 @dataclass(frozen=True)
 class Case:

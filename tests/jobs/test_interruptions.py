@@ -33,7 +33,7 @@ from schemas.compute import Compute, Sharding
 from schemas.events import Event, WorkerLost
 from schemas.records import Outputs
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.ray
 
 SEED = int(os.environ.get("KILOBASIS_CHAOS_SEED", "20261122"))
 STEPS = 40

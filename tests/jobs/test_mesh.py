@@ -74,7 +74,6 @@ def test_auto_and_a_mesh_exclude_each_other(tiny_tree: dict[str, Any], tmp_path:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(300)
 def test_cluster_is_asked_what_it_has(tiny_tree: dict[str, Any], tmp_path: Path) -> None:
     """A real one, whose GPUs are only said to be there."""
     port = free_port()

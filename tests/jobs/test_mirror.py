@@ -99,7 +99,6 @@ def until(true: Callable[[], bool], seconds: float = 60.0) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.timeout(240)
 def test_live_run_is_followed_through_a_kill_and_a_stop(kind: str, tmp_path: Path) -> None:
     told, step = Told(tmp_path), 0
 

@@ -162,7 +162,7 @@ def test_run_on_ray_with_secrets_around_stores_and_prints_none(
     tiny_tree["compute"] |= {"pool": "ray", "workers": 2}
     log = tmp_path / "log"
     process = runs.start("run", str(write_manifest(tmp_path / "m.yaml", tiny_tree)), log=log)
-    assert process.wait(timeout=280) == 0, log.read_text()
+    assert process.wait(timeout=runs.PATIENCE) == 0, log.read_text()
     assert secrets.leaked(log.read_text()) == []
     assert secrets.leaked_below(tmp_path / "root") == []
 

@@ -248,7 +248,6 @@ def test_catalog_of_a_toy_names_only_known_features_that_are_represented(tmp_pat
     np.testing.assert_allclose(matches["cosine"], expected.numpy(), atol=1e-6)
 
 
-@pytest.mark.timeout(600)
 def test_manifest_of_toy_models_recovers_their_features_where_they_are_sparse(tmp_path: Path) -> None:
     """`toy.yaml`, reduced: the paper's figure rises, and MMCS is at least 0.95 in the sparse regime."""
     overrides = [

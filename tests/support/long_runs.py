@@ -18,7 +18,7 @@ def long_tree(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     made = manifest_tree(tiny_model, corpus, Path("unset"))
     made["harvest"] |= {"unit_rows": 1536, "chunk_rows": 256, "tokens": UNITS * 1536}
     made["dictionaries"][0]["features"] = 256
-    made["dictionaries"][0]["train"] |= {"tokens": 200_000, "batch": 256}
+    made["dictionaries"][0]["train"] |= {"tokens": 140_000, "batch": 256}
     made["compute"] = {
         "pool": "ray", "workers": 2, "threads": 1, "rank_threads": 1, "checkpoint_seconds": 0.5, "lease_seconds": 15,
     }  # fmt: skip
@@ -28,7 +28,7 @@ def long_tree(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 def _run(tree: dict[str, Any], ranks: int, folder: Path) -> Path:
     manifest = write_manifest(folder / "m.yaml", {**tree, "root": str(folder / "root")})
     process = runs.start("run", str(manifest), "--set", f"compute.sharding.data={ranks}", log=folder / "log")
-    assert process.wait(timeout=280) == 0, (folder / "log").read_text()
+    assert process.wait(timeout=runs.PATIENCE) == 0, (folder / "log").read_text()
     return folder / "root"
 
 

@@ -12,6 +12,9 @@ from jobs import manifest as manifests
 from jobs.runner import run
 
 ROOT = Path(__file__).parents[2]
+# Seconds that a process of a test may take: it hangs, or is on a machine that works for others as well, where a run of
+# two minutes was seen to take more than five. Below pytest's own bound, so that the log is shown.
+PATIENCE = 800.0
 
 
 def run_inline(manifest: Path, *overrides: str) -> dict[str, str]:

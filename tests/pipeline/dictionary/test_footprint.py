@@ -3,7 +3,6 @@
 import gc
 from pathlib import Path
 
-import pytest
 import safetensors.torch
 import torch
 
@@ -75,7 +74,6 @@ def measured(folder: Path) -> list[int]:
     return [max(seen) for seen in zip(*(torch.load(folder / f"{index}.pt") for index in range(2)), strict=True)]
 
 
-@pytest.mark.timeout(900)
 def test_footprint_is_no_less_than_what_a_rank_was_seen_to_keep(tmp_path: Path) -> None:
     wrong: dict[str, list[float]] = {}
     # Heaps of threads that have ended come and go between two ways, a few matrices at times: what is counted against

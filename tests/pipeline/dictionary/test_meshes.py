@@ -118,7 +118,6 @@ def go_on(
     return last.step
 
 
-@pytest.mark.timeout(600)
 def test_training_goes_on_with_any_mesh_to_the_same_weights(tmp_path: Path) -> None:
     whole, changed = tmp_path / "whole", tmp_path / "changed"
     assert go_on(Sharding(), STEPS, whole) == STEPS
@@ -135,7 +134,6 @@ def test_training_goes_on_with_any_mesh_to_the_same_weights(tmp_path: Path) -> N
         torch.testing.assert_close(made[name], value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.timeout(600)
 def test_training_goes_on_at_any_stage_of_zero_to_the_same_losses(tmp_path: Path) -> None:
     """A checkpoint knows nothing of the stage and the ranks that made it."""
     settings = SETTINGS.model_copy(update={"optimizer": "adam"})
@@ -154,7 +152,6 @@ def test_training_goes_on_at_any_stage_of_zero_to_the_same_losses(tmp_path: Path
         torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.timeout(600)
 def test_training_in_bfloat16_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     settings = SETTINGS.model_copy(update={"weights": "bfloat16"})
     whole, broken, exact = (tmp_path / name for name in ("whole", "broken", "exact"))
@@ -173,7 +170,6 @@ def test_training_in_bfloat16_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=0.03)
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("weights", ["float32", "bfloat16"])
 def test_tree_goes_on_with_any_mesh_to_the_same_bits(weights: str, tmp_path: Path) -> None:
     """Dead features start again on the way, parents and children exchange places, before and behind new meshes."""

@@ -12,7 +12,7 @@ import torch
 from pipeline.dictionary import topk
 from pipeline.dictionary.kernels import native, portable
 from tests.support.kernel_contract import RowsContract, SearchContract, StepContract, TreeContract
-from tests.support.runs import ROOT
+from tests.support.runs import PATIENCE, ROOT
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not there")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -45,7 +45,7 @@ class TestStepOnGpu(StepContract):
 def run(arguments: list[str], folder: Path, **environment: str) -> str:
     """What a Python process says, which knows triton in a way of its own."""
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=280,
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE,
         env={**os.environ, "TRITON_CACHE_DIR": str(folder), **environment},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

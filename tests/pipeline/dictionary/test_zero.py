@@ -82,7 +82,6 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, Dense]
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("dense", EXACT, ids=str)
-@pytest.mark.timeout(600)
 def test_zero_trains_the_weights_and_moments_of_stage_0_on_one_rank(
     dense: Dense, world_size: int, outcomes: dict[tuple[int, Dense], list[Found]]
 ) -> None:
