@@ -277,6 +277,7 @@ def _plan_json(made: Plan, cost: Mapping[str, Cost]) -> list[dict[str, Any]]:
             "stored_bytes": planned.estimate.stored_bytes,
             "objects": planned.estimate.objects,
             "memory_bytes": planned.estimate.memory,
+            "gpu_bytes": planned.estimate.card,
             "workers": planned.estimate.workers,
             "note": planned.estimate.note,
             "cost": dataclasses.asdict(cost[planned.label]) if planned.label in cost else None,
@@ -286,7 +287,7 @@ def _plan_json(made: Plan, cost: Mapping[str, Cost]) -> list[dict[str, Any]]:
 
 
 def _print_plan(made: Plan, parsed: Manifest) -> None:
-    from jobs.plan import memory_limit
+    from jobs.room import Room
 
     about = "" if made.sources.corpus.exact else "~"
     table = terminal.table(f"{parsed.name} -> {parsed.root}")
@@ -304,13 +305,15 @@ def _print_plan(made: Plan, parsed: Manifest) -> None:
             f"{about}{estimate.rows:,}",
             about + size(estimate.stored_bytes),
             f"{estimate.objects:,}",
-            f"{estimate.workers} x {size(estimate.memory)}",
+            f"{estimate.workers} x {size(estimate.memory)}"
+            + (f"\n+ {size(estimate.card)} GPU" if estimate.card else ""),
             terminal.text(planned.reason + (f"; {estimate.note}" if estimate.note else "")),
         )
     console = terminal.console()
     console.print(table)
-    limit = memory_limit(parsed)
-    memory = "what the cluster's machines have" if limit is None else size(limit)
+    room = Room.of(parsed.compute)
+    memory = "what the cluster's machines have" if room.memory is None else size(room.memory)
+    memory += "" if room.card is None else f", on a GPU {size(room.card)}"
     stored = sum(planned.estimate.stored_bytes for planned in made.stages)
     terminal.say(console, f"in all {about}{size(stored)} to store; memory to use: {memory}")
 

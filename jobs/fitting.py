@@ -19,6 +19,7 @@ LEVERS: dict[str, tuple[str, ...]] = {
     "train": (
         "harvest.loader_memory",
         "compute.sharding.features",
+        "compute.zero.offload",
         "compute.zero.stage",
         "compute.accumulate",
         ".train.second_moment",
@@ -29,9 +30,9 @@ LEVERS: dict[str, tuple[str, ...]] = {
         ".expansion",
     ),
     "tokenize": ("compute.workers",),
-    "harvest": ("compute.workers", "harvest.batch_tokens", "harvest.unit_rows"),
+    "harvest": ("compute.workers", "compute.gpus", "harvest.batch_tokens", "harvest.unit_rows"),
 }
-OTHERS = ("compute.workers", ".features", ".expansion")
+OTHERS = ("compute.workers", "compute.gpus", ".features", ".expansion")
 NAMED = 3
 
 
@@ -98,6 +99,11 @@ def _smaller(path: str, now: Any, parts: int) -> Iterator[Any]:
         yield "bfloat16"
     elif path.endswith("train.beta1"):
         yield 0.0
+    elif path.endswith("compute.gpus"):
+        # Fewer share one.
+        yield from (now * 2**power for power in range(1, 7) if 0 < now * 2**power <= 1)
+    elif path.endswith("zero.offload"):
+        yield "cpu"
     elif path.endswith("zero.stage"):
         yield from range(now + 1, 4)
     elif path.endswith(("sharding.features", "accumulate")):

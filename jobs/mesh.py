@@ -36,11 +36,11 @@ def resolved(manifest: Manifest, sources: Sources, devices: Callable[[Compute], 
             f"compute.sharding auto: nothing has {compute.rank_gpus:g} GPUs and {compute.rank_threads} CPUs for a rank",
             "set compute.gpus to 0 or lower compute.rank_threads",
         )
-    memory = compute.memory or found.memory
+    memory = (compute.gpu_memory if compute.gpus else compute.memory) or found.memory
     if memory is None:
         raise ManifestError(
             "compute.sharding auto: Ray does not say how much memory a GPU of the cluster has",
-            "set compute.memory to that of one, or compute.sharding.features and data",
+            "set compute.gpu_memory to that of one, or compute.sharding.features and data",
         )
     every = [_mesh(manifest, sources, parts, found.count) for parts in range(1, found.count + 1)]
     meshes = [mesh for mesh in every if mesh is not None]
@@ -50,6 +50,13 @@ def resolved(manifest: Manifest, sources: Sources, devices: Callable[[Compute], 
             return chosen
     # That it does not fit either is said where all sizes are compared.
     return with_mesh(manifest, meshes[-1])
+
+
+def largest(manifest: Manifest, sources: Sources, count: int) -> Sharding:
+    """The mesh nearest to the manifest's with at most so many ranks: as many of them share the features, if they can."""
+    wanted = manifest.compute.sharding.features
+    meshes = (_mesh(manifest, sources, parts, count) for parts in range(min(wanted, count), 0, -1))
+    return next(mesh for mesh in meshes if mesh is not None)
 
 
 def with_mesh(manifest: Manifest, mesh: Sharding) -> Manifest:
@@ -72,7 +79,8 @@ def _mesh(manifest: Manifest, sources: Sources, parts: int, count: int) -> Shard
 
 def _bytes_per_rank(manifest: Manifest, sources: Sources) -> int:
     (train,) = [stage for stage in STAGES if stage.name == "train"]
-    return max(train.estimate(manifest, dictionary, sources).memory for dictionary in manifest.wanted)
+    every = [train.estimate(manifest, dictionary, sources) for dictionary in manifest.wanted]
+    return max(each.card if manifest.compute.gpus else each.memory for each in every)
 
 
 def _found(compute: Compute) -> Devices:

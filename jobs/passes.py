@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from cluster.devices import machine_memory, of_machine
+from jobs.room import Room
+from pipeline.device import CARD_MEMORY
 from pipeline.stage import Estimate, Sources, Stage
-from schemas.compute import Compute
 from schemas.manifest import Dictionary, Manifest
-
-# Measured: the driver with torch, transformers and ray imported, and the processes of a local Ray.
-DRIVER_MEMORY = 900 * 2**20
-RAY_MEMORY = 700 * 2**20
 
 
 def companions(
@@ -33,14 +29,14 @@ def companions(
     """
     if stage.together is None or dictionary is None or not manifest.compute.share_reads:
         return []
-    room = _room(manifest.compute)
+    room = Room.of(manifest.compute)
     key = stage.together.key(stage.params(manifest, dictionary, sources))
     taken, estimate = list[Dictionary](), stage.estimate(manifest, dictionary, sources)
     for other in manifest.wanted[manifest.wanted.index(dictionary) + 1 :]:
         if stage.together.key(stage.params(manifest, other, sources)) != key or not is_open(other):
             continue
         both = joint(estimate, stage.estimate(manifest, other, sources))
-        if room is not None and needed(both, manifest) <= room:
+        if _is_known(room, manifest) and room.holds(both, manifest):
             taken.append(other)
             estimate = both
     return taken
@@ -48,24 +44,10 @@ def companions(
 
 def joint(one: Estimate, other: Estimate) -> Estimate:
     """What `one` takes when `other` runs together with it."""
-    return replace(one, memory=one.memory + other.memory - other.shared)
+    card = one.card + other.card - min(CARD_MEMORY, other.card)
+    return replace(one, memory=one.memory + other.memory - other.shared, card=card)
 
 
-def needed(estimate: Estimate, manifest: Manifest) -> int:
-    """Bytes on one machine: here all workers are, on a cluster every one may have its own."""
-    workers = estimate.workers if manifest.compute.address is None else 1
-    return estimate.memory * workers + overhead(manifest)
-
-
-def overhead(manifest: Manifest) -> int:
-    """Bytes that everything but the workers takes on this machine."""
-    return (DRIVER_MEMORY + RAY_MEMORY) if manifest.compute.address is None and manifest.compute.pool == "ray" else 0
-
-
-def _room(compute: Compute) -> int | None:
-    """Bytes that what runs together may take; None where nobody knows how much there is."""
-    if compute.memory is not None:
-        return compute.memory
-    if compute.address is not None:
-        return None
-    return of_machine(compute.rank_gpus).memory if compute.gpus else machine_memory()
+def _is_known(room: Room, manifest: Manifest) -> bool:
+    """Whether anybody knows how much there is where the ranks compute: what may not fit is not added."""
+    return (room.card if manifest.compute.gpus else room.memory) is not None

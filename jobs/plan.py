@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from cluster.devices import machine_memory
 from cluster.storage.objects import free_bytes
 from jobs.fingerprint import differences, fingerprint, spec
 from jobs.fitting import nearest
 from jobs.log import TrainingLog
-from jobs.passes import companions, joint, needed, overhead
+from jobs.mesh import largest
+from jobs.passes import companions, joint
+from jobs.room import Room, needed, overhead
 from jobs.state import StageFolder
 from jobs.workspace import Workspace, label
 from pipeline.stage import Committed, Estimate, Params, Sources, Stage
@@ -218,12 +219,12 @@ def refuse(plan: Plan, manifest: Manifest, workspace: Workspace, started: bool =
         started: Something was written already, and the disk held enough when it was.
 
     Raises:
-        ManifestError: the memory or the disk is too small; with the numbers.
+        ManifestError: the memory, a GPU or the disk is too small, or GPUs are too few; with the numbers.
         StorageError: the disk has become too small since.
     """
-    limit = memory_limit(manifest)
-    if limit is not None:
-        _refuse_memory(plan, manifest, limit)
+    room = Room.of(manifest.compute)
+    _refuse_ranks(plan, manifest, room)
+    _refuse_memory(plan, manifest, room)
     free = free_bytes(workspace.root)
     stored = sum(planned.estimate.stored_bytes for planned in plan.open)
     if free is not None and stored > free:
@@ -233,26 +234,41 @@ def refuse(plan: Plan, manifest: Manifest, workspace: Workspace, started: bool =
         raise ManifestError(what, "lower harvest.tokens, choose another root, or make room")
 
 
-def _refuse_memory(plan: Plan, manifest: Manifest, limit: int) -> None:
+def _refuse_memory(plan: Plan, manifest: Manifest, room: Room) -> None:
     for planned in plan.open:
-        estimate, beside, wanted = planned.estimate, overhead(manifest), needed(planned.estimate, manifest)
-        if wanted > limit:
-            raise ManifestError(
-                f"{planned.label} needs {size(wanted)} of memory ({estimate.workers} x {size(estimate.memory)} and "
-                f"{size(beside)} for the driver and Ray), there are {size(limit)}",
-                nearest(
-                    planned.stage,
-                    planned.dictionary,
-                    manifest,
-                    plan.sources,
-                    lambda other, of: needed(other, of) <= limit,
-                ),
+        estimate, beside = planned.estimate, overhead(manifest)
+        if room.holds(estimate, manifest):
+            continue
+        if not room.holds_card(estimate):
+            assert room.card is not None
+            there = f"{estimate.gpus:g} x {size(room.card)}" if estimate.gpus != 1 else size(room.card)
+            what = f"{planned.label} needs {size(estimate.card)} on a GPU for each of {estimate.workers}, there are {there}"
+        else:
+            assert room.memory is not None
+            what = (
+                f"{planned.label} needs {size(needed(estimate, manifest))} of memory ({estimate.workers} x "
+                f"{size(estimate.memory)} and {size(beside)} for the driver and Ray), there are {size(room.memory)}"
             )
+        raise ManifestError(
+            what,
+            nearest(
+                planned.stage,
+                planned.dictionary,
+                manifest,
+                plan.sources,
+                lambda other, of: room.seats(of) and room.holds(other, of),
+            ),
+        )
 
 
-def memory_limit(manifest: Manifest) -> int | None:
-    """Bytes that the run may take on a machine; None where those of a cluster say so themselves, once it is joined."""
-    compute = manifest.compute
-    if compute.memory is None and (compute.address is None or compute.pool == "inline"):
-        return machine_memory()
-    return compute.memory
+def _refuse_ranks(plan: Plan, manifest: Manifest, room: Room) -> None:
+    mesh = manifest.compute.sharding
+    if room.seats(manifest) or not any(each.stage.name == "train" for each in plan.open):
+        return
+    assert room.ranks is not None
+    fits = largest(manifest, plan.sources, room.ranks)
+    raise ManifestError(
+        f"compute.sharding {mesh.features} x {mesh.data} has {mesh.ranks} ranks with a GPU each, this machine has "
+        f"{room.ranks}",
+        f"set compute.sharding.features to {fits.features} and data to {fits.data}, or sharding to auto",
+    )

@@ -30,7 +30,7 @@ NAMED = 3
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a stage asks Ray for: `count` processes, each with so many CPUs, GPUs and bytes of memory.
+    """What a stage asks Ray for: `count` processes, each with so many CPUs, GPUs, and bytes of memory and of its GPUs.
 
     A gang cannot begin before there is room for all of it.
     """
@@ -41,6 +41,7 @@ class Need:
     threads: int
     gpus: float
     memory: int
+    card: int = 0
 
     @property
     def who(self) -> str:
@@ -108,7 +109,8 @@ def needs(plan: Plan, manifest: Manifest) -> list[Need]:
         if not estimate.units:
             continue
         threads = compute.rank_threads if gang else compute.threads
-        found.append(Need(planned.label, gang, estimate.workers, threads, estimate.gpus, estimate.memory))
+        takes = estimate.gpus, estimate.memory, estimate.card
+        found.append(Need(planned.label, gang, estimate.workers, threads, *takes))
     return found
 
 
@@ -193,23 +195,24 @@ def _gpus(answer: Answer, machine: Machine, wanted: Sequence[Need]) -> Iterator[
 def _memory(answer: Answer, machine: Machine, wanted: Sequence[Need]) -> Iterator[Finding]:
     """Of several stages that have too little, the one that has least of what it wants."""
     here = [need for need in wanted if need.places(answer)]
-    smallest = min((gpu.memory for gpu in machine.gpus), default=0)
-    hopeless = [need for need in here if need.memory > machine.memory + int(smallest * need.gpus)]
+    hopeless = [need for need in here if need.memory > machine.memory]
     if hopeless:
         need = max(hopeless, key=lambda need: need.memory)
-        room = machine.memory + int(smallest * need.gpus)
-        what = f"has {size(room)} of memory, {need.who} needs {size(need.memory)}"
-        advised = f"`kilobasis plan --set compute.memory={room // 2**20}MiB`"
+        what = f"has {size(machine.memory)} of memory, {need.who} needs {size(need.memory)}"
+        advised = f"`kilobasis plan --set compute.memory={machine.memory // 2**20}MiB`"
         remedy = f"start its Ray with --num-cpus 0, or see what {advised} advises"
         yield Finding(answer.name, what, remedy, refused=True)
         return
-    tight = [need for need in here if smallest and need.gpus and need.memory > smallest * need.gpus]
+    smallest = min((gpu.memory for gpu in machine.gpus if not gpu.wrong), default=0)
+    tight = [need for need in here if smallest and need.card > smallest * need.gpus]
     if tight:
-        need = max(tight, key=lambda need: need.memory / need.gpus)
-        what = f"has {size(smallest)} on a GPU, {need.who} takes {size(need.memory)} by the plan's reckoning"
-        remedy = "more of compute.gpus for each, or more compute.sharding.features, if it does not fit"
-        yield Finding(answer.name, what, remedy, refused=False)
-    crowded = [need for need in here if not need.gpus and need.memory * need.places(answer) > machine.free_memory]
+        need = max(tight, key=lambda need: need.card / need.gpus)
+        what = f"has {size(smallest)} on a GPU, {need.who} needs {size(need.card)} of {need.gpus:g}"
+        advised = f"`kilobasis plan --set compute.gpu_memory={smallest // 2**20}MiB`"
+        remedy = f"start its Ray with --num-gpus 0, or see what {advised} advises"
+        yield Finding(answer.name, what, remedy, refused=True)
+        return
+    crowded = [need for need in here if need.memory * need.places(answer) > machine.free_memory]
     if crowded:
         need = max(crowded, key=lambda need: need.memory * need.places(answer))
         given, together = f"{need.places(answer)} x {need.who}", size(need.memory * need.places(answer))

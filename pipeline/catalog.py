@@ -22,8 +22,9 @@ from cluster.storage.formats import read_document, read_table
 from cluster.storage.path import StoragePath
 from pipeline.activations.layout import planned_layout
 from pipeline.activations.source import open_store
-from pipeline.device import device
+from pipeline.device import CARD_MEMORY, device
 from pipeline.dictionary.firings import by_feature, statistics
+from pipeline.dictionary.footprint import coding
 from pipeline.dictionary.model import DictionaryConfig
 from pipeline.dictionary.stored import open_dictionary
 from pipeline.dictionary.weights import direct_effect
@@ -116,15 +117,19 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
     span = 2 * dictionary.catalog.window + 1
     examples = features * dictionary.catalog.examples * (span * 8 + 32)
     weights = (2 * width + 1) * features * 4
-    unit = layout.unit_rows * (width * 12 + dictionary.k * 64) + ENCODE_ROWS * features * 8
+    unit = layout.unit_rows * (width * 12 + dictionary.k * 64)
+    encoding = coding(dictionary.activation, dictionary.k, features, ENCODE_ROWS)
+    on_card = bool(manifest.compute.gpus)
+    held = 3 * weights + unit + 4 * examples + sources.model.parameters * 8
     return Estimate(
         units=units + 1,
         rows=rows,
         stored_bytes=(units + 2) * examples // 2,
         objects=3 * units + 8,
-        memory=WORKER_MEMORY + 3 * weights + unit + 4 * examples + sources.model.parameters * 8,
+        memory=WORKER_MEMORY + held + (0 if on_card else encoding),
         workers=manifest.compute.workers,
         gpus=manifest.compute.gpus,
+        card=CARD_MEMORY + sources.model.parameters * 4 + 2 * weights + unit + encoding if on_card else 0,
     )
 
 

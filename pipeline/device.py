@@ -6,6 +6,9 @@ import torch
 
 HOST = torch.device("cpu")
 
+# Of a GPU, for each process that computes there: the context, kernels, and workspaces of libraries.
+CARD_MEMORY = 2**30
+
 
 def device(gpus: float) -> torch.device:
     """The first GPU that a worker sees, if it was given any; otherwise the CPU.

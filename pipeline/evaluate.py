@@ -22,9 +22,10 @@ from cluster.storage.formats import read_tensors
 from cluster.storage.path import StoragePath
 from pipeline import metrics
 from pipeline.activations.source import open_store
-from pipeline.device import device
+from pipeline.device import CARD_MEMORY, device
 from pipeline.dictionary import baselines
 from pipeline.dictionary.audit import audit
+from pipeline.dictionary.footprint import coding
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.refit import refit
 from pipeline.dictionary.stored import open_dictionary
@@ -115,6 +116,7 @@ def check(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -
 def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -> Estimate:
     """See `Stage.estimate`. Logits of one batch, thrice, are the largest thing in a language model."""
     assert manifest.corpus is not None
+    assert dictionary is not None
     settings = params(manifest, dictionary, sources)
     rows = max(1, min(sources.corpus.heldout_rows, settings.tokens))
     width = sources.model.widths[settings.hook_point]
@@ -122,15 +124,18 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
     weights = (2 * width + 1) * settings.features * 4
     contenders = 1 + len(settings.baselines)
     forward = settings.batch_tokens * (width * 4 * 32 + manifest.corpus.context * 64)
-    sample = 3 * 2**20 + settings.batch_tokens * settings.features * 4 * 2
+    encoding = coding(dictionary.activation, settings.k, settings.features, settings.batch_tokens)
+    loaded, step = weights * 2 * contenders, logits + forward + encoding
+    on_card = bool(manifest.compute.gpus)
     return Estimate(
         units=-(-rows // UNIT_ROWS) + bool(settings.baselines),
         rows=rows,
         stored_bytes=-(-rows // UNIT_ROWS) * settings.features * 8,
         objects=2 * -(-rows // UNIT_ROWS) + 6,
-        memory=WORKER_MEMORY + sources.model.parameters * 8 + weights * 2 * contenders + logits + forward + sample,
+        memory=WORKER_MEMORY + sources.model.parameters * 8 + loaded + (0 if on_card else step),
         workers=manifest.compute.workers,
         gpus=manifest.compute.gpus,
+        card=CARD_MEMORY + sources.model.parameters * 4 + weights * contenders + step if on_card else 0,
     )
 
 

@@ -18,13 +18,16 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from cluster.storage.create import LARGEST_OBJECT
 from cluster.storage.formats import read_table
+from cluster.storage.path import StoragePath
 from pipeline.dictionary.model import DictionaryConfig, TopKDictionary
 from pipeline.dictionary.stored import open_dictionary
 from pipeline.stage import Committed, Estimate, Out, Params, Sources
 from schemas.errors import ManifestError
 from schemas.layouts import FEATURES
 from schemas.manifest import Dictionary, Manifest
+from schemas.quantities import size
 from schemas.records import Outputs
 from schemas.tables import FEATURE_STATISTICS
 
@@ -65,14 +68,25 @@ def check(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -
             f"dictionary {dictionary.name!r}: SAELens has no transcoder with activation topk",
             "set activation to batch_topk, or export to []",
         )
+    largest = _weights(dictionary, sources) // (1 if dictionary.tree is None else dictionary.tree.children + 1)
+    if dictionary.export and largest > LARGEST_OBJECT and not StoragePath.parse(manifest.root).is_local:
+        raise ManifestError(
+            f"dictionary {dictionary.name!r}: SAELens has all weights in one file, here of {size(largest)}; a bucket "
+            f"takes at most {size(LARGEST_OBJECT)} in one object",
+            "set export to [], or root to a folder; what was trained is kept in several files by itself",
+        )
+
+
+def _weights(dictionary: Dictionary, sources: Sources) -> int:
+    """Bytes of a dictionary's weights."""
+    width, target = sources.model.widths[dictionary.encoded], sources.model.widths[dictionary.explained]
+    return (width + target + 1) * dictionary.size(width) * 4
 
 
 def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -> Estimate:
     """See `Stage.estimate`. Runs in the driver."""
     assert dictionary is not None
-    width, target = sources.model.widths[dictionary.encoded], sources.model.widths[dictionary.explained]
-    weights = (width + target + 1) * dictionary.size(width) * 4
-    count = len(dictionary.export)
+    weights, count = _weights(dictionary, sources), len(dictionary.export)
     return Estimate(0, 0, count * weights, 3 * count + 2, 600 * 2**20 + 5 * weights, 1)
 
 

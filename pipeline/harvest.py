@@ -26,6 +26,7 @@ from cluster.storage.path import StoragePath
 from cluster.storage.zarr_store import metadata
 from pipeline.activations.layout import StoreLayout, choose_layout
 from pipeline.activations.write import ROUNDING, read_back, write_unit
+from pipeline.device import CARD_MEMORY
 from pipeline.sources import models
 from pipeline.sources.forward import Forward
 from pipeline.sources.hooks import capture
@@ -126,9 +127,10 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
         rows=layout.rows,
         stored_bytes=cut.units * cut.unit_rows * stored,
         objects=cut.units * (2 * len(layout.widths) + 4) + 2 * len(layout.widths) + 6,
-        memory=WORKER_MEMORY + model.parameters * 8 + unit + batch + attention,
+        memory=WORKER_MEMORY + model.parameters * 8 + unit + (0 if manifest.compute.gpus else batch + attention),
         workers=manifest.compute.workers,
         gpus=manifest.compute.gpus,
+        card=CARD_MEMORY + model.parameters * 4 + batch + attention if manifest.compute.gpus else 0,
         note=f"{cut.units} units of {cut.unit_rows} rows, {cut.slabs} slabs of {layout.rows // cut.slabs} rows",
     )
 

@@ -21,6 +21,7 @@ from cluster.storage.path import StoragePath
 from pipeline.activations.layout import planned_layout
 from pipeline.activations.source import open_store
 from pipeline.dictionary.firings import by_feature, statistics
+from pipeline.dictionary.footprint import coding
 from pipeline.dictionary.stored import open_dictionary
 from pipeline.generate import truth_bytes
 from pipeline.matching import Counterparts, searched
@@ -108,8 +109,9 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
     rows = min(layout.rows, dictionary.catalog.tokens)
     units = -(-rows // layout.unit_rows)
     matches = features * dictionary.catalog.examples * 32
-    unit = layout.unit_rows * (width * 12 + dictionary.k * 64) + ENCODE_ROWS * features * 8
-    beside = truth_bytes(manifest.synthetic) * 3 + manifest.synthetic.features * ENCODE_ROWS * 2
+    encoding = coding(dictionary.activation, dictionary.k, features, ENCODE_ROWS)
+    unit = layout.unit_rows * (width * 12 + dictionary.k * 64) + encoding
+    beside = truth_bytes(manifest.synthetic) * 3
     return Estimate(
         units=units + 1,
         rows=rows,

@@ -26,8 +26,9 @@ from cluster.storage.formats import read_tensors
 from cluster.storage.path import StoragePath
 from pipeline import metrics
 from pipeline.activations.source import open_store
-from pipeline.device import device
+from pipeline.device import CARD_MEMORY, device
 from pipeline.dictionary import baselines
+from pipeline.dictionary.footprint import coding
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.stored import open_dictionary
 from pipeline.generate import truth_bytes
@@ -124,22 +125,26 @@ def check(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -
 def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -> Estimate:
     """See `Stage.estimate`. A worker holds the true directions, also as an oracle, and every contender."""
     assert manifest.synthetic is not None
+    assert dictionary is not None
     settings = params(manifest, dictionary, sources)
     width, known = sources.model.widths[settings.hook_point], manifest.synthetic.features
     spans, searches = -(-settings.tokens // UNIT_ROWS), units(settings.features, known)
     weights = (2 * width + 1) * settings.features * 4 * 2 * (1 + len(settings.baselines))
     truth = truth_bytes(manifest.synthetic) * (5 if known <= ORACLE_FEATURES else 3)
-    batch = settings.batch_tokens * (width * 4 * 16 + max(settings.features, min(known, ORACLE_FEATURES)) * 8)
+    batch = settings.batch_tokens * (width * 4 * 16 + min(known, ORACLE_FEATURES) * 8)
+    batch += coding(dictionary.activation, settings.k, settings.features, settings.batch_tokens)
     span = min(UNIT_ROWS, settings.tokens) * (width * 8 + 4096)
+    on_card = bool(manifest.compute.gpus)
     return Estimate(
         units=spans + searches + 1 + bool(settings.baselines),
         rows=settings.tokens,
         stored_bytes=(spans * 32 + FEATURE_BYTES) * (settings.features + known) + known * 64,
         objects=2 * (spans + searches) + 8,
         # Matching has candidates of both sides beside both sides' directions.
-        memory=WORKER_MEMORY + truth + weights + batch + span + (known + settings.features) * 1024,
+        memory=WORKER_MEMORY + truth + weights + (0 if on_card else batch) + span + (known + settings.features) * 1024,
         workers=manifest.compute.workers,
         gpus=manifest.compute.gpus,
+        card=CARD_MEMORY + truth + weights + batch + span if on_card else 0,
     )
 
 

@@ -66,8 +66,9 @@ class Estimate:
     """What a stage will take, as `plan` prints it.
 
     `memory` is the peak of one worker or rank, in bytes; `shared` is the part of it that stages which run together need
-    only once. `gpus` are those of one worker or rank, `lost_seconds` the most of a gang's work that is gone with a
-    machine, where it is not a unit.
+    only once. Where it computes on a GPU, `memory` is what it takes of the machine's, and `card` what it takes there.
+    `gpus` are those of one worker or rank, `lost_seconds` the most of a gang's work that is gone with a machine, where
+    it is not a unit.
     """
 
     units: int
@@ -79,6 +80,7 @@ class Estimate:
     note: str = ""
     shared: int = 0
     gpus: float = 0.0
+    card: int = 0
     lost_seconds: float | None = None
 
 

@@ -13,15 +13,16 @@ from cluster.storage.create import create_or_adopt
 from pipeline.activations.layout import StoreLayout, planned_layout
 from pipeline.activations.read import Stream
 from pipeline.activations.source import open_store
+from pipeline.device import CARD_MEMORY
 from pipeline.dictionary import loop, parallel
-from pipeline.dictionary.footprint import footprint
+from pipeline.dictionary.footprint import SEARCH_MEMORY, footprint
 from pipeline.dictionary.model import DictionaryConfig, TreeShape
-from pipeline.dictionary.stored import to_bytes
+from pipeline.dictionary.stored import files
 from pipeline.stage import Committed, Estimate, Gang, Job, Member, Out, Params, Sources, Task
 from pipeline.tokenize import parquet_body
 from schemas.compute import Zero
 from schemas.errors import KilobasisError, ManifestError
-from schemas.layouts import CURVES, DICTIONARY, DICTIONARY_CONFIG
+from schemas.layouts import CURVES, DICTIONARY_CONFIG
 from schemas.manifest import Dictionary, Manifest
 from schemas.records import ObjectEntry, Outputs
 from schemas.tables import CURVES as CURVES_SCHEMA
@@ -32,8 +33,6 @@ from schemas.tree import Tree, require_parents
 RANK_MEMORY = 750 * 2**20
 # Measured: what DeepSpeed imports for ZeRO alone, torch's compiler among it.
 ZERO_MEMORY = 200 * 2**20
-# Scores of a block of features for a block of tokens, where torch alone searches.
-SEARCH_MEMORY = 2**27
 
 
 class TrainParams(Params):
@@ -123,7 +122,7 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
 
     A rank holds weights and what the optimizer adds to them, and a checkpoint being packed, see `footprint`; three
     slabs (one streamed, one read ahead, one being permuted); and the step: scores of a block of features, candidates,
-    the gather, and the tokens of a pass in a few forms.
+    the gather, and the tokens of a pass in a few forms. On a GPU are weights, the optimizer's memory and the step.
     """
     assert dictionary is not None
     settings = params(manifest, dictionary, sources)
@@ -156,12 +155,15 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
     how = f", ZeRO {manifest.compute.zero.stage}" if manifest.compute.zero.stage else ""
     mesh = f", mesh {sharding.features} x {sharding.data}" if sharding.ranks > 1 else ""
     once = rank + 3 * slab + 3 * sample
+    on_card = bool(manifest.compute.gpus)
     return Estimate(
         units=1,
         rows=settings.settings.tokens,
         stored_bytes=held.weights + held.state,
         objects=5,
-        memory=once + held.peak + step,
+        memory=once + (held.host if on_card else held.peak + step),
+        # Where it begins, the sample is there as well.
+        card=CARD_MEMORY + held.card + max(step, 3 * sample) if on_card else 0,
         shared=once,
         workers=sharding.ranks,
         gpus=manifest.compute.rank_gpus,
@@ -264,17 +266,20 @@ def _written(member: Member[TrainTask], wanted: loop.Wanted, trained: loop.Train
     """Write a dictionary and its curves."""
     columns = dict(zip(CURVES_SCHEMA.names, zip(*trained.curves, strict=True), strict=True))
     table = pa.Table.from_pydict({name: list(values) for name, values in columns.items()}).cast(CURVES_SCHEMA)
-    bodies = {
-        DICTIONARY: to_bytes(trained.dictionary),
-        DICTIONARY_CONFIG: wanted.shape.model_dump_json(indent=1).encode(),
-        CURVES: parquet_body(table),
-    }
-    for key, body in bodies.items():
+    entries = []
+
+    def write(key: str, body: bytes) -> None:
         create_or_adopt(member.path / key, body)
+        entries.append(ObjectEntry.of(key, body))
+
+    for key, body in files(trained.dictionary):
+        write(key, body)
+    write(DICTIONARY_CONFIG, wanted.shape.model_dump_json(indent=1).encode())
+    write(CURVES, parquet_body(table))
     facts: dict[str, Any] = {
         **loop.describe(trained.dictionary, trained.since_fired_F, wanted.settings),
         "steps": trained.progress.step,
         "tokens": trained.progress.tokens,
         "scale": trained.progress.scale,
     }
-    return Outputs(objects=tuple(ObjectEntry.of(key, body) for key, body in bodies.items()), facts=facts)
+    return Outputs(objects=tuple(entries), facts=facts)

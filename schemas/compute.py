@@ -76,7 +76,10 @@ class Compute(Section):
     )
     rank_threads: Processes = Field(default=2, description="CPU threads of each training rank.")
     memory: Bytes | None = Field(
-        default=None, description="Memory that the run may take; that of the machine if left out."
+        default=None, description="Memory that the run may take on a machine; that of the machine if left out."
+    )
+    gpu_memory: Bytes | None = Field(
+        default=None, description="Memory of one GPU; asked of the machines that have them if left out."
     )
     attempts: int = Field(
         default=3,

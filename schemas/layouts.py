@@ -14,6 +14,8 @@ checkpoints/                             train only
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 SPEC = "SPEC.json"
 COMMITTED = "COMMITTED.json"
 UNITS = "units"
@@ -40,6 +42,29 @@ REPORT = "report.html"
 FIRES = "fires.safetensors"
 KNOWN = "known.parquet"
 MATCHES = "matches.parquet"
+
+
+def dictionary_key(piece: int, pieces: int) -> str:
+    """Key of a dictionary's weights, or of a piece of them where one file would be too large.
+
+    >>> dictionary_key(0, 1), dictionary_key(1, 3)
+    ('dictionary.safetensors', 'dictionary-00002-of-00003.safetensors')
+    """
+    if pieces == 1:
+        return DICTIONARY
+    stem, _, suffix = DICTIONARY.partition(".")
+    return f"{stem}-{piece + 1:05d}-of-{pieces:05d}.{suffix}"
+
+
+def dictionary_keys(keys: Iterable[str]) -> list[str]:
+    """Those of a stage's keys that are a dictionary's weights, in order; the one key where it is in one file.
+
+    >>> dictionary_keys(["curves.parquet", "dictionary-00002-of-00002.safetensors",
+    ...     "dictionary-00001-of-00002.safetensors", "dictionary.json"])
+    ['dictionary-00001-of-00002.safetensors', 'dictionary-00002-of-00002.safetensors']
+    """
+    stem, _, suffix = DICTIONARY.partition(".")
+    return sorted(key for key in keys if key.startswith(f"{stem}-") and key.endswith(suffix)) or [DICTIONARY]
 
 
 def unit_key(unit: str) -> str:

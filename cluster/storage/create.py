@@ -32,7 +32,7 @@ from cluster.storage.objects import SECOND_LOOKS, forget, kept, once, read_at_mo
 from cluster.storage.path import StoragePath
 from schemas.errors import IntegrityError, InterruptedRunError, StorageError
 
-# The most that every store takes in one request, and only one request can be conditional.
+# The most that every bucket takes in one request, and only one request can be conditional.
 LARGEST_OBJECT = 5 * 10**9
 
 # How often to believe a store that contradicts itself.
@@ -100,10 +100,10 @@ def create(path: StoragePath, body: bytes) -> bool:
     """
     if not body:
         raise ValueError(f"refusing to create the empty object {path}")
-    if len(body) > LARGEST_OBJECT:
+    if len(body) > LARGEST_OBJECT and not path.is_local:
         raise StorageError(
-            f"cannot create {path}: {len(body)} bytes in one object, stores take at most {LARGEST_OBJECT}",
-            "use smaller units or a smaller dictionary",
+            f"cannot create {path}: {len(body)} bytes in one object, buckets take at most {LARGEST_OBJECT}",
+            "use smaller units, or a local root",
         )
     with _gate:
         if path.is_local:

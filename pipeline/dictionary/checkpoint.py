@@ -1,7 +1,8 @@
 """What training must remember to go on with the same bits: weights, moments, counters, curves, cursor.
 
 Every rank saves the state of a part of the features, those that hold the same ones as large a part each; the parts are
-read back by any number of ranks. A checkpoint is written behind training's back, from a copy of the state.
+read back by any number of ranks. A checkpoint is written behind training's back, from a copy of the state; a large
+part of it in several files.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import safetensors.torch
 import torch
 
 from pipeline.activations.read import Cursor
+from pipeline.dictionary import pieces
 from pipeline.dictionary.model import TopKDictionary
 from pipeline.dictionary.optimizer import DictionaryOptimizer
 from pipeline.dictionary.ranks import Ranks
@@ -23,7 +24,7 @@ from pipeline.stage import Checkpoints
 from schemas.errors import IntegrityError, OutrunError
 from schemas.records import CheckpointRecord, ObjectEntry
 
-STATE = "state.safetensors"
+STATE = "state"
 # Tensors with a row for every feature; dense Adam's are called after their weights.
 ROWS = ("model.W_enc", "model.W_dec", "model.b_enc", "adam.encoder_v", "adam.decoder_v", "adam.bias_v", "adam.stamps_F")
 FIRST_ROWS = ("adam.encoder_m", "adam.decoder_m", "adam.bias_m")
@@ -89,29 +90,11 @@ def read(bodies: Iterable[bytes], first: int, count: int, moments: bool = True) 
     Raises:
         IntegrityError: they are not there.
     """
-    made: dict[str, torch.Tensor] = {}
-    pieces: dict[str, list[torch.Tensor]] = {}
-    start = 0
-    for body in bodies:
-        part = safetensors.torch.load(body)
-        size = len(part[SINCE_FIRED])
-        wanted = slice(max(0, first - start), max(0, first + count - start))
-        for name, value in part.items():
-            if name.startswith("adam.") and not moments:
-                continue
-            if _has_rows(name):
-                rows = value[wanted]
-                pieces.setdefault(name, []).append(rows if len(rows) == size else rows.clone())
-            else:
-                made.setdefault(name, value)
-        start += size
-    if first + count > start:
+    made, there = pieces.join(bodies, _has_rows, first, count, lambda name: moments or not name.startswith("adam."))
+    if first + count > there:
         raise IntegrityError(
-            f"the checkpoint has {start} features, expected {first + count}", "delete the train stage's folder"
+            f"the checkpoint has {there} features, expected {first + count}", "delete the train stage's folder"
         )
-    for name in list(pieces):
-        few = pieces.pop(name)
-        made[name] = torch.cat(few) if len(few) > 1 else few[0]
     return made
 
 
@@ -166,6 +149,11 @@ def require_same(last: CheckpointRecord | None, ranks: Ranks, stage: str) -> Non
             f"{stage}: ranks found different newest checkpoints: one of an older gang came to light meanwhile",
             "run only one trainer of a stage, and resume",
         )
+
+
+def _place(entry: ObjectEntry) -> list[str]:
+    """Of a file among all of a checkpoint: by part, then by piece, of which the first one has no number."""
+    return entry.key.rsplit("/", 1)[-1].removesuffix(".safetensors").split(".")
 
 
 class Saver:
@@ -235,8 +223,12 @@ class Saver:
         ranks = self._ranks
         # In the order of features.
         part = ranks.feature_rank * ranks.data + ranks.data_rank
-        name = STATE if ranks.world_size == 1 else f"state-{part:05d}-of-{ranks.world_size:05d}.safetensors"
-        return self._checkpoints.write(step, name, safetensors.torch.save(tensors)).model_dump_json()
+        stem = STATE if ranks.world_size == 1 else f"{STATE}-{part:05d}-of-{ranks.world_size:05d}"
+        entries = []
+        for piece in pieces.cut(tensors, _has_rows):
+            name = f"{stem}.{piece.index:05d}.safetensors" if piece.index else f"{stem}.safetensors"
+            entries.append(self._checkpoints.write(step, name, piece.body).model_dump_json())
+        return "\n".join(entries)
 
     def _commit(self, progress: Progress, entries: list[ObjectEntry]) -> Progress:
         self._checkpoints.commit(progress.step, entries, facts(progress))
@@ -247,8 +239,9 @@ class Saver:
             done = wait or self._writing.done()
             said = self._writing.result() if done else ""
             if self._ranks.least(float(done)):
-                entries = [ObjectEntry.model_validate_json(each) for each in self._ranks.texts(said)]
-                entries.sort(key=lambda entry: entry.key.rsplit("/", 1)[-1])
+                # In the order of ranks, which is not that of features.
+                written = [line for text in self._ranks.texts(said) for line in text.splitlines()]
+                entries = sorted(map(ObjectEntry.model_validate_json, written), key=_place)
                 self._writing = None
                 if self._ranks.rank == 0:
                     assert self._progress is not None

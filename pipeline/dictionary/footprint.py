@@ -4,28 +4,50 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from pipeline.dictionary.pieces import PIECE_BYTES
 from schemas.compute import Compute
 from schemas.training import Train
+
+# Scores of a block of features for a block of tokens, where torch alone searches.
+SEARCH_MEMORY = 2**27
+# Times k: so many features of a row are reckoned with where all that are above a threshold fire.
+THRESHOLD_FACTOR = 64
+
+
+def coding(activation: str, k: int, features: int, rows: int) -> int:
+    """Bytes that encoding takes beside the dictionary: a block of the search, candidates and codes of the rows.
+
+    Args:
+        activation: The manifest's.
+        k: Active features, or where a threshold decides those that one begins with.
+        features: F.
+        rows: That are encoded at one time.
+    """
+    width = k if activation == "topk" else min(features, THRESHOLD_FACTOR * k)
+    return SEARCH_MEMORY + rows * width * 64
 
 
 class Footprint(NamedTuple):
     """Of weights and what belongs to them.
 
     `weights` are those of the whole dictionary as it is saved, `state` has the optimizer's memory as well, as a
-    checkpoint has it; `peak` is what a rank holds of both at once, at worst.
+    checkpoint has it; `peak` is what a rank holds of both at once, at worst. Where it has a GPU, `card` is what lies
+    there, and `host` what is in the machine's memory meanwhile.
     """
 
     weights: int
     state: int
     peak: int
+    card: int
+    host: int
 
 
 def footprint(train: Train, compute: Compute, features: int, width: int) -> Footprint:
     """What training takes.
 
-    A rank steps, while a checkpoint is packed (its part of the state, as tensors and as bytes, which safetensors has
-    twice for a moment); or it goes on from one that lies in a single object, which it has as bytes and as tensors
-    beside the dictionary; or it makes the first step behind that, and the engine takes over the optimizer's memory.
+    A rank steps, while a checkpoint is packed (its part of the state as tensors, and a piece of that as bytes, which
+    safetensors has twice for a moment); or it goes on from one, which it has as bytes and as tensors beside the
+    dictionary; or it makes the first step behind that, and the engine takes over the optimizer's memory.
 
     Args:
         train: The manifest's `train`.
@@ -45,19 +67,20 @@ def footprint(train: Train, compute: Compute, features: int, width: int) -> Foot
         moments += (low * width + 4) * features
     state = weights + moments
     parts = compute.sharding.features
-    kept = _dense(numbers, low, compute) if dense else state // parts
+    near, far = _dense(numbers, low, compute) if dense else (state // parts, 0)
+    kept = near + far
     gathered = 4 * numbers // 2 if dense and compute.zero.stage else 0
-    packing = kept + gathered + 3 * state // compute.sharding.ranks
+    part = state // compute.sharding.ranks
+    packed = part + 2 * min(part, PIECE_BYTES)
     resuming = weights // parts + 2 * state // parts
-    peak = max(packing, resuming, kept + state // parts)
-    if parts > 1:
-        # The dictionary is put together on rank 0, from one part of the checkpoint after the other.
-        peak += 3 * weights + 2 * (weights + state) // parts
-    return Footprint(weights, state, peak)
+    peak = max(kept + gathered + packed, resuming, kept + state // parts)
+    # The dictionary is put together on rank 0, from one part of the checkpoint after the other.
+    whole = 3 * weights + 2 * (weights + state) // parts if parts > 1 else 0
+    return Footprint(weights, state, peak + whole, near + gathered, far + max(packed, resuming) + whole)
 
 
-def _dense(numbers: int, low: int, compute: Compute) -> int:
-    """Weights, gradients and the optimizer's memory in a step.
+def _dense(numbers: int, low: int, compute: Compute) -> tuple[int, int]:
+    """Weights, gradients and the optimizer's memory in a step: where it computes, and what it offloads from there.
 
     Without ZeRO a rank has a gradient and two moments beside the weights, and sends a copy of the gradient. ZeRO
     keeps a share of weights, moments and gradients in float32, and a gradient that is being moved. In stage 1 a whole
@@ -68,9 +91,10 @@ def _dense(numbers: int, low: int, compute: Compute) -> int:
     stage, ranks = compute.zero.stage, compute.sharding.data
     whole = 4 * numbers
     if not stage:
-        return whole * (5 if ranks > 1 else 4)
+        return whole * (5 if ranks > 1 else 4), 0
     gradients = 4 * whole if stage == 1 else whole // 2
-    offloaded = 3 * whole if compute.zero.offload == "cpu" else 0
+    moved = 5 * whole // ranks
     # The weights as they were before they were rounded, until the first step, and float32 of what is bfloat16.
     rounded = 5 * whole // 2 if low == 2 else 0
-    return numbers * low + gradients + 5 * whole // ranks + offloaded + rounded
+    near = numbers * low + gradients + rounded
+    return (near, moved + 3 * whole) if compute.zero.offload == "cpu" else (near + moved, 0)

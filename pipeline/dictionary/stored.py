@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import safetensors.torch
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
@@ -13,12 +13,13 @@ from safetensors import SafetensorError
 from cluster.storage.objects import read_recorded
 from cluster.storage.path import StoragePath
 from pipeline.device import HOST
+from pipeline.dictionary import pieces
 from pipeline.dictionary.activation import kind
 from pipeline.dictionary.model import DictionaryConfig, TopKDictionary
 from pipeline.dictionary.tree import TreeDictionary
 from pipeline.stage import Committed
 from schemas.errors import IntegrityError
-from schemas.layouts import DICTIONARY, DICTIONARY_CONFIG
+from schemas.layouts import DICTIONARY_CONFIG, dictionary_key, dictionary_keys
 from schemas.records import ObjectEntry
 from schemas.training import Sparsity
 
@@ -48,23 +49,32 @@ class Saved:
     config: DictionaryConfig
 
 
-def to_bytes(dictionary: TopKDictionary) -> bytes:
-    """The tensors as safetensors."""
-    body: bytes = safetensors.torch.save(
-        {name: value.detach().contiguous() for name, value in dictionary.state_dict().items()}
-    )
-    return body
+# Tensors with a row for every feature.
+ROWS = ("W_enc", "W_dec", "b_enc", "threshold")
 
 
-def from_bytes(body: bytes, config_body: bytes) -> Saved:
+def files(dictionary: TopKDictionary) -> Iterator[tuple[str, bytes]]:
+    """The tensors as safetensors, by key: one file, or several that follow each other where it is large."""
+    tensors = {name: value.detach().contiguous() for name, value in dictionary.state_dict().items()}
+    for piece in pieces.cut(tensors, ROWS.__contains__):
+        yield dictionary_key(piece.index, piece.count), piece.body
+
+
+def from_files(bodies: Iterable[bytes], config_body: bytes) -> Saved:
     """Read a dictionary back.
 
+    Args:
+        bodies: Its files, in order.
+        config_body: What it is.
+
     Raises:
-        IntegrityError: the two files do not describe one dictionary.
+        IntegrityError: the files do not describe one dictionary.
     """
     try:
         config = DictionaryConfig.model_validate_json(config_body)
-        tensors = safetensors.torch.load(body)
+        tensors, there = pieces.join(bodies, ROWS.__contains__, 0, config.features)
+        if there != config.features:
+            raise RuntimeError(f"its files have {there} features, its description {config.features}")
         dictionary = empty(config, config.features)
         dictionary.load_state_dict(tensors)
     except (ValidationError, SafetensorError, RuntimeError) as error:
@@ -82,11 +92,12 @@ def open_dictionary(train: Committed, device: torch.device = HOST) -> Saved:
     Raises:
         IntegrityError: it is absent or not what was committed.
     """
-    return _open(train.path, train.entry(DICTIONARY), train.entry(DICTIONARY_CONFIG), device)
+    keys = dictionary_keys(entry.key for entry in train.record.outputs.objects)
+    return _open(train.path, tuple(map(train.entry, keys)), train.entry(DICTIONARY_CONFIG), device)
 
 
 @functools.lru_cache(maxsize=2)
-def _open(folder: StoragePath, weights: ObjectEntry, config: ObjectEntry, device: torch.device) -> Saved:
-    saved = from_bytes(read_recorded(folder, weights), read_recorded(folder, config))
+def _open(folder: StoragePath, weights: tuple[ObjectEntry, ...], config: ObjectEntry, device: torch.device) -> Saved:
+    saved = from_files((read_recorded(folder, piece) for piece in weights), read_recorded(folder, config))
     saved.dictionary.to(device)
     return saved

@@ -92,8 +92,8 @@ def test_cluster_is_asked_what_it_has(tiny_tree: dict[str, Any], tmp_path: Path)
             assert ranks_of(result.out) == 1
             result = invoke("plan", manifest, "--set", "compute.gpus=1")
             assert result.code == 2
-            assert "Ray does not say how much memory a GPU of the cluster has -> set compute.memory" in result.err
-            result = invoke("plan", manifest, "--json", "--set", "compute.gpus=1", "--set", "compute.memory=8GiB")
+            assert "Ray does not say how much memory a GPU of the cluster has -> set compute.gpu_memory" in result.err
+            result = invoke("plan", manifest, "--json", "--set", "compute.gpus=1", "--set", "compute.gpu_memory=8GiB")
             assert ranks_of(result.out) == 4
         finally:
             process.terminate()

@@ -20,7 +20,7 @@ from jobs.runner import run
 from pipeline.activations.read import Stream
 from pipeline.dictionary import loop
 from pipeline.dictionary.model import DictionaryConfig
-from pipeline.dictionary.stored import to_bytes
+from pipeline.dictionary.stored import files
 from pipeline.dictionary.trainer import Trainer
 from pipeline.stage import Gang
 from schemas.compute import Sharding
@@ -251,7 +251,8 @@ def train(rank: int, mesh: Sharding, init_method: str, shapes: tuple[DictionaryC
     gang = Gang(rank, mesh.ranks, init_method, lambda event: None, lambda at, phase: None, lambda: False)
 
     def done(index: int, trained: loop.Trained) -> None:
-        (folder / f"{shapes[index].k}.safetensors").write_bytes(to_bytes(trained.dictionary))
+        ((_, body),) = files(trained.dictionary)
+        (folder / f"{shapes[index].k}.safetensors").write_bytes(body)
 
     assert not loop.train(wanted, Batches(), 0.05, mesh.features, gang, done)  # type: ignore[arg-type]
 

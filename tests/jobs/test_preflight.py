@@ -46,7 +46,7 @@ def need(**changed: Any) -> Need:
     return Need(**{**usual, **changed})
 
 
-RANK = need(stage="train/a", gang=True, count=2, gpus=1.0)
+RANK = need(stage="train/a", gang=True, count=2, gpus=1.0, card=4 * GIB)
 
 
 def found(*answers: Answer, wanted: tuple[Need, ...] = (need(),)) -> list[Finding]:
@@ -71,7 +71,8 @@ def test_machines_that_agree_and_have_room_are_not_mentioned() -> None:
         ({"versions": dataclasses.replace(OURS, code="ffff")}, "machine a: has code of Kilobasis ffff, the driver has"),
         ({"gpus": ()}, "machine a: offers 1 GPUs, torch 2.13.0+cpu can use 0"),
         ({"gpus": (Gpu("K80", GIB, "no kernel image"),)}, "can use 0: K80: no kernel image"),
-        ({"memory": GIB // 2, "gpus": (Gpu("small", GIB // 4, ""),)}, "has 768.0 MiB of memory, a rank of train/a"),
+        ({"memory": GIB // 2}, "has 512.0 MiB of memory, a rank of train/a needs 1.0 GiB"),
+        ({"gpus": (Gpu("small", 3 * GIB, ""),)}, "has 3.0 GiB on a GPU, a rank of train/a needs 4.0 GiB of 1"),
     ],
 )
 def test_machine_that_cannot_do_its_part_is_refused_by_name(changed: dict[str, Any], said: str) -> None:
@@ -87,7 +88,6 @@ def test_machine_that_cannot_do_its_part_is_refused_by_name(changed: dict[str, A
         ({"silent": True}, need(count=1), "machine a: does not answer"),
         ({"free_memory": 3 * GIB}, need(memory=2 * GIB), "Ray may give it 2 x a worker of harvest, 4.0 GiB in all"),
         ({"free_scratch": 2**20}, need(), "has 1.0 MiB free in /tmp"),
-        ({"gpus": (Gpu("small", GIB, ""),)}, need(gpus=0.5, memory=GIB), "a worker of harvest takes 1.0 GiB by the"),
         ({}, need(threads=9), "harvest needs room for 1 x 9 CPUs and 0 GPUs, there is for 0"),
         ({}, dataclasses.replace(RANK, count=3), "needs room for 3 x 2 CPUs and 1 GPUs, there is for 2"),
         ({"silent": True}, RANK, "there is for 1"),
@@ -121,14 +121,23 @@ def test_gpus_of_a_run_that_wants_none_do_not_matter() -> None:
     assert found(answer("a", offered=4)) == []
 
 
-def test_more_room_on_a_gpu_counts_where_a_stage_computes_there() -> None:
-    large = need(stage="train/a", gang=True, count=1, gpus=1.0, memory=100 * GIB)
-    (told,) = found(answer("a"), wanted=(large,))
-    assert not told.refused
-    assert "takes 100.0 GiB" in told.what
-    (told,) = found(answer("a"), wanted=(dataclasses.replace(large, gpus=0.0),))
+def test_room_on_a_gpu_and_room_beside_it_are_two_things() -> None:
+    large = need(stage="train/a", gang=True, count=1, gpus=1.0, memory=60 * GIB, card=80 * GIB)
+    assert found(answer("a"), wanted=(large,)) == []
+    (told,) = found(answer("a"), wanted=(dataclasses.replace(large, card=80 * GIB + 1),))
+    assert told.refused
+    assert "plan --set compute.gpu_memory=81920MiB" in told.remedy
+    (told,) = found(answer("a"), wanted=(dataclasses.replace(large, memory=100 * GIB),))
     assert told.refused
     assert "plan --set compute.memory=65536MiB" in told.remedy
+
+
+def test_workers_that_share_a_gpu_have_a_part_of_it_each() -> None:
+    half = need(gpus=0.5, card=40 * GIB)
+    assert found(answer("a"), wanted=(half,)) == []
+    (told,) = found(answer("a"), wanted=(dataclasses.replace(half, card=41 * GIB),))
+    assert told.refused
+    assert "a worker of harvest needs 41.0 GiB of 0.5" in told.what
 
 
 def test_the_same_trouble_of_many_machines_is_one_line() -> None:
@@ -203,7 +212,7 @@ def test_plan_says_what_is_wanted_and_only_of_what_is_to_be_run(tiny_tree: dict[
 def test_plan_for_a_cluster_does_not_look_at_the_memory_of_this_machine(
     tiny_tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobs.plan.machine_memory", lambda: 2**20)
+    monkeypatch.setattr("jobs.room.machine_memory", lambda: 2**20)
     tiny_tree["compute"]["pool"] = "ray"
     manifest = write_manifest(tmp_path / "m.yaml", tiny_tree)
     assert "there are 1.0 MiB" in invoke("plan", manifest).err

@@ -20,7 +20,7 @@ from jobs.plan import instances
 from jobs.sources import survey
 from jobs.workspace import label
 from pipeline import matching
-from pipeline.dictionary.stored import from_bytes
+from pipeline.dictionary.stored import from_files
 from pipeline.synthetic.directions import random_directions
 from pipeline.synthetic.draws import Split
 from pipeline.synthetic.rows import rows
@@ -62,7 +62,7 @@ def metrics_of(root: Path) -> Any:
 def dictionary_of(root: Path) -> Any:
     folder = only(root, "dictionaries/small/train/*")
     bodies = [(folder / name).read_bytes() for name in ("dictionary.safetensors", "dictionary.json")]
-    return from_bytes(*bodies).dictionary
+    return from_files(bodies[:1], bodies[1]).dictionary
 
 
 def test_recovery_of_a_world_is_what_everything_beside_everything_says(world: SimpleNamespace) -> None:
@@ -152,7 +152,7 @@ def test_metrics_are_those_of_held_out_rows(world: SimpleNamespace) -> None:
     section = World.model_validate(world_tree(hierarchy={"roots": 4, "branching": 3, "depth": 1}, bias=0.5))
     train = only(world.root, "dictionaries/small/train/*/dictionary.safetensors").parent
     body = (train / "dictionary.safetensors").read_bytes()
-    saved = from_bytes(body, (train / "dictionary.json").read_bytes()).dictionary
+    saved = from_files([body], (train / "dictionary.json").read_bytes()).dictionary
     truth_FD = random_directions(60, 12, 0)
     made = rows(WorldSource(section, truth_FD), Split.HELDOUT, 0, 2000)
     with torch.inference_mode():
@@ -186,7 +186,7 @@ def test_catalog_names_the_nearest_known_features(world: SimpleNamespace) -> Non
     catalog = only(world.root, "dictionaries/small/catalog/*/matches.parquet").parent
     matches = pq.read_table(catalog / "matches.parquet").to_pydict()
     train = only(world.root, "dictionaries/small/train/*/dictionary.safetensors").parent
-    saved = from_bytes((train / "dictionary.safetensors").read_bytes(), (train / "dictionary.json").read_bytes())
+    saved = from_files([(train / "dictionary.safetensors").read_bytes()], (train / "dictionary.json").read_bytes())
     unit_FD = torch.nn.functional.normalize(saved.dictionary.W_dec.detach(), dim=1)
     cosine_FM = (unit_FD @ random_directions(60, 12, 0).T).numpy()
     order = np.argsort(-cosine_FM, axis=1, kind="stable")[:, :3]
@@ -242,7 +242,7 @@ def test_catalog_of_a_toy_names_only_known_features_that_are_represented(tmp_pat
     body = only(root, "harvest/*/truth/hidden.S0.5.safetensors").read_bytes()
     W_FM = torch.nn.functional.normalize(safetensors.torch.load(body)["W_FM"], dim=1)
     train = only(root, "dictionaries/small/train/*/dictionary.safetensors").parent
-    saved = from_bytes((train / "dictionary.safetensors").read_bytes(), (train / "dictionary.json").read_bytes())
+    saved = from_files([(train / "dictionary.safetensors").read_bytes()], (train / "dictionary.json").read_bytes())
     cosine_FM = torch.nn.functional.normalize(saved.dictionary.W_dec.detach(), dim=1) @ W_FM.T
     expected = cosine_FM[matches["feature"], matches["known"]]
     np.testing.assert_allclose(matches["cosine"], expected.numpy(), atol=1e-6)

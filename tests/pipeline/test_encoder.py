@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.dictionary.stored import from_bytes
+from pipeline.dictionary.stored import from_files
 from pipeline.sources import models
 from pipeline.sources.hooks import capture, spliced
 from schemas.manifest import Model
@@ -31,7 +31,7 @@ def test_encoder_is_judged_by_the_cosine_of_its_pooled_output(
     assert "ce_loss" not in judged["dictionary"]
 
     (weights,) = base.glob("train/*/dictionary.safetensors")
-    dictionary = from_bytes(weights.read_bytes(), (weights.parent / "dictionary.json").read_bytes()).dictionary
+    dictionary = from_files([weights.read_bytes()], (weights.parent / "dictionary.json").read_bytes()).dictionary
     model = models.load(Model(source=str(folder))).model
     cosines = []
     sequences = heldout_sequences(tmp_path / "root")

@@ -33,6 +33,11 @@ def weights(root: Path) -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(train_folder(root) / "dictionary.safetensors")
 
 
+def checkpoints(root: Path) -> int:
+    """How many were committed."""
+    return sum("checkpoint" in path.read_text() for path in (train_folder(root) / "log").iterdir())
+
+
 class DiesAtStepError(Exception):
     """Stands for a crash in the middle of training."""
 
@@ -79,6 +84,9 @@ def test_checkpoint_interval_does_not_change_the_result(tiny_tree: dict[str, Any
         "compute.checkpoint_seconds=1e9",
     )
     assert often == seldom
+    # The last one always; the others by time alone.
+    assert checkpoints(tmp_path / "b") == 1
+    assert checkpoints(tmp_path / "root") > 2
 
 
 def test_checkpoint_that_is_damaged_stops_the_resume(

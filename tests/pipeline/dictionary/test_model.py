@@ -3,7 +3,7 @@ import torch
 
 from pipeline.dictionary.model import DictionaryConfig, TopKDictionary
 from pipeline.dictionary.optimizer import SphereAdam, peak_rate, rate
-from pipeline.dictionary.stored import from_bytes, to_bytes
+from pipeline.dictionary.stored import files, from_files
 from schemas.errors import IntegrityError
 from schemas.training import Train
 
@@ -115,7 +115,7 @@ def test_saved_dictionary_reads_back_bit_for_bit() -> None:
     dictionary = TopKDictionary(8, 24, 3)
     dictionary.initialize(data(64, 8), 0)
     config = DictionaryConfig(width=8, features=24, k=3, hook_point="h", model="m", model_digest="d")
-    saved = from_bytes(to_bytes(dictionary), config.model_dump_json().encode())
+    saved = from_files(dict(files(dictionary)).values(), config.model_dump_json().encode())
     assert saved.config == config
     for name, value in dictionary.state_dict().items():
         assert torch.equal(saved.dictionary.state_dict()[name], value)
@@ -123,6 +123,7 @@ def test_saved_dictionary_reads_back_bit_for_bit() -> None:
 
 def test_saved_dictionary_of_another_shape_is_refused() -> None:
     dictionary = TopKDictionary(8, 24, 3)
-    config = DictionaryConfig(width=8, features=25, k=3, hook_point="h", model="m", model_digest="d")
-    with pytest.raises(IntegrityError, match="cannot be read"):
-        from_bytes(to_bytes(dictionary), config.model_dump_json().encode())
+    for features in (23, 25):
+        config = DictionaryConfig(width=8, features=features, k=3, hook_point="h", model="m", model_digest="d")
+        with pytest.raises(IntegrityError, match=f"its files have 24 features, its description {features}"):
+            from_files(dict(files(dictionary)).values(), config.model_dump_json().encode())

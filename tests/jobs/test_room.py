@@ -1,0 +1,91 @@
+"""What a GPU has no room for is refused before anything starts, with what would fit there."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.devices import Devices
+from jobs.room import Room
+from schemas.compute import Compute
+from tests.support.command import invoke
+from tests.support.fixtures import write_manifest
+
+GIB = 2**30
+
+
+@pytest.fixture
+def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with four of 8 GiB, whose own memory is no bound."""
+    monkeypatch.setattr("jobs.room.of_machine", lambda gpus: Devices(4, 8 * GIB))
+    monkeypatch.setattr("jobs.mesh.of_machine", lambda gpus: Devices(4, 8 * GIB))
+    monkeypatch.setattr("jobs.room.machine_memory", lambda: 2**50)
+
+
+def told(manifest: Path, *overrides: str) -> str:
+    """The refusal of a plan; empty if there is none."""
+    result = invoke("plan", manifest, *(word for override in overrides for word in ("--set", override)))
+    assert result.code in (0, 2), result
+    return str(result.err)
+
+
+def of_gpus(tree: dict[str, Any], folder: Path) -> Path:
+    tree["compute"] |= {"pool": "ray", "gpus": 1.0, "workers": 1}
+    return write_manifest(folder / "m.yaml", tree)
+
+
+@pytest.mark.usefixtures("four_gpus")
+def test_dictionary_larger_than_a_gpu_is_refused_with_a_size_that_fits(
+    tiny_tree: dict[str, Any], tmp_path: Path
+) -> None:
+    manifest, features = of_gpus(tiny_tree, tmp_path), "dictionaries.0.features"
+    line = told(manifest, f"{features}=67108864")
+    assert re.search(r"train/tiny needs [\d.]+ GiB on a GPU for each of 1, there are 8.0 GiB -> ", line), line
+    assert "compute.sharding.features to 4" in line
+    # What is named is enough for training; the stages behind it are held against a GPU too.
+    value = 67108864
+    while line := told(manifest, f"{features}={value}", "compute.sharding.features=4"):
+        named = re.search(r"(evaluate|catalog)/tiny needs .* on a GPU .*dictionaries\.0\.features to (\d+)", line)
+        assert named, line
+        assert int(named[2]) < value
+        value = int(named[2])
+    assert value > 10_000_000
+
+
+@pytest.mark.usefixtures("four_gpus")
+def test_memory_of_the_machine_is_no_room_on_a_gpu(tiny_tree: dict[str, Any], tmp_path: Path) -> None:
+    manifest = of_gpus(tiny_tree, tmp_path)
+    assert told(manifest) == ""
+    assert "on a GPU" in told(manifest, "compute.gpu_memory=1GiB", "compute.memory=100TiB")
+
+
+@pytest.mark.usefixtures("four_gpus")
+@pytest.mark.parametrize(("features", "data", "fits"), [(1, 8, (1, 4)), (2, 4, (2, 2)), (8, 1, (4, 1)), (1, 5, (1, 4))])
+def test_mesh_of_more_ranks_than_gpus_is_refused_with_the_nearest(
+    features: int, data: int, fits: tuple[int, int], tiny_tree: dict[str, Any], tmp_path: Path
+) -> None:
+    manifest = of_gpus(tiny_tree, tmp_path)
+    mesh = [f"compute.sharding.features={features}", f"compute.sharding.data={data}"]
+    line = told(manifest, *mesh, "dictionaries.0.train.batch=320")
+    assert f"has {features * data} ranks with a GPU each, this machine has 4 -> " in line
+    assert f"features to {fits[0]} and data to {fits[1]}" in line
+    nearest = [f"compute.sharding.features={fits[0]}", f"compute.sharding.data={fits[1]}"]
+    assert told(manifest, *nearest, "dictionaries.0.train.batch=320") == ""
+
+
+@pytest.mark.usefixtures("four_gpus")
+def test_auto_takes_as_many_feature_ranks_as_a_gpu_asks_for(tiny_tree: dict[str, Any], tmp_path: Path) -> None:
+    manifest = of_gpus(tiny_tree, tmp_path)
+    large = "dictionaries.0.features=67108864"
+    result = invoke("plan", manifest, "--set", "compute.sharding=auto", "--set", large, "--set", "compute.workers=1")
+    assert "needs" in result.err
+    assert "evaluate/tiny" in result.err, "training itself has room on four"
+
+
+def test_plan_for_another_machine_is_made_without_its_gpus() -> None:
+    """This one has none, or says how much they have; a cluster's are asked once it is joined."""
+    there = Room.of(Compute.model_validate({"gpus": 1, "address": "10.0.0.1:6379"}))
+    assert (there.memory, there.card, there.ranks) == (None, None, None)
+    assert Room.of(Compute.model_validate({"gpus": 1, "gpu_memory": "80GiB", "address": "a:1"})).card == 80 * GIB
+    assert Room.of(Compute()).card is None
