@@ -53,7 +53,7 @@ def resolved(manifest: Manifest, sources: Sources, devices: Callable[[Compute], 
 
 
 def largest(manifest: Manifest, sources: Sources, count: int) -> Sharding:
-    """The mesh nearest to the manifest's with at most so many ranks: as many of them share the features, if they can."""
+    """The mesh nearest to the manifest's with at most so many ranks, as many of them to share the features."""
     wanted = manifest.compute.sharding.features
     meshes = (_mesh(manifest, sources, parts, count) for parts in range(min(wanted, count), 0, -1))
     return next(mesh for mesh in meshes if mesh is not None)

@@ -241,8 +241,8 @@ def _refuse_memory(plan: Plan, manifest: Manifest, room: Room) -> None:
             continue
         if not room.holds_card(estimate):
             assert room.card is not None
-            there = f"{estimate.gpus:g} x {size(room.card)}" if estimate.gpus != 1 else size(room.card)
-            what = f"{planned.label} needs {size(estimate.card)} on a GPU for each of {estimate.workers}, there are {there}"
+            each = f"{estimate.gpus:g} x {size(room.card)}" if estimate.gpus != 1 else size(room.card)
+            what = f"{planned.label} x {estimate.workers} needs {size(estimate.card)} on a GPU each, there are {each}"
         else:
             assert room.memory is not None
             what = (

@@ -15,7 +15,7 @@ from pipeline.activations.read import Stream
 from pipeline.activations.source import open_store
 from pipeline.device import CARD_MEMORY
 from pipeline.dictionary import loop, parallel
-from pipeline.dictionary.footprint import SEARCH_MEMORY, footprint
+from pipeline.dictionary.footprint import SEARCH_MEMORY, THRESHOLD_FACTOR, footprint
 from pipeline.dictionary.model import DictionaryConfig, TreeShape
 from pipeline.dictionary.stored import files
 from pipeline.stage import Committed, Estimate, Gang, Job, Member, Out, Params, Sources, Task
@@ -65,17 +65,18 @@ class TrainTask(Task):
 def params(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -> TrainParams:
     """See `Stage.params`."""
     assert dictionary is not None
+    features = dictionary.size(sources.model.widths[dictionary.encoded])
     return TrainParams(
         hook_point=dictionary.encoded,
         target=None if dictionary.transcode is None else dictionary.explained,
-        features=dictionary.size(sources.model.widths[dictionary.encoded]),
+        features=features,
         activation=dictionary.activation,
         k=dictionary.k,
         tree=None if dictionary.tree is None else dictionary.tree.resolved(dictionary.k),
         # For people. The digest says which model it is, whatever its folder is called.
         model=sources.model.place.source.rstrip("/").rsplit("/", 1)[-1],
         model_digest=sources.model.digest,
-        settings=dictionary.train,
+        settings=dictionary.train.resolved(features, dictionary.tree is not None),
     )
 
 
@@ -138,10 +139,14 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
     # RowAdam's gradient is of the whole batch; dense passes see a part each, and curves all that is explained.
     dense = train.optimizer == "adam"
     tokens = share // manifest.compute.accumulate if dense else train.batch
-    step = (tokens * (8 * (width + target) + 24 * (settings.k + aux)) + min(tokens, share) * 1024) * 4 + SEARCH_MEMORY
+    active = settings.k if settings.activation == "topk" else min(settings.features, THRESHOLD_FACTOR * settings.k)
+    step = (tokens * (8 * (width + target) + 24 * (active + aux)) + min(tokens, share) * 1024) * 4 + SEARCH_MEMORY
     if manifest.compute.gpus:
         # Shares of busy features' gradients: a row of each kind for so many entries, at most.
-        step += tokens * (settings.k + aux) * 128
+        step += tokens * (active + aux) * 128
+    if aux:
+        # The encoder rows of what is dead, which may be all.
+        step += settings.features // sharding.features * width * (2 if train.weights == "bfloat16" else 4)
     if settings.tree is not None:
         # Scores of children and what is kept of them, and a copy of the parents.
         searched = (settings.tree.routed or 0) + settings.tree.always

@@ -8,6 +8,9 @@ from pydantic import Field, field_validator, model_validator
 
 from schemas.quantities import Count, Fraction, Section, Seed, Steps
 
+# Of a dictionary whose dead features are tried with every batch.
+AUX_FEATURES = 2**17
+
 
 class Filter(Section):
     """Rows that training passes over. They stay in the store."""
@@ -74,7 +77,8 @@ class Train(Section):
     clip: float = Field(default=1.0, ge=0.0, description="Largest norm of the gradient; 0 does not clip.")
     aux_k: Steps | None = Field(
         default=None,
-        description="Dead features that predict the residual (AuxK), 0 for none; if left out d/2, or 0 with resample.",
+        description="Dead features that predict the residual (AuxK), 0 for none; if left out d/2, or 0 with resample. "
+        f"A tree, and more than {AUX_FEATURES} features, are resampled instead if both are left out.",
     )
     aux_weight: float = Field(default=1 / 32, ge=0.0)
     sparsity: Sparsity | None = Field(
@@ -91,7 +95,7 @@ class Train(Section):
     resample: Count | None = Field(
         default=None,
         description="Tokens between two times that dead features start again, from tokens that are badly explained; "
-        "until the rate begins to fall. Never if left out.",
+        "until the rate begins to fall. Never if left out, but for what aux_k says.",
     )
     seed: Seed = 0
     filter: Filter = Filter()
@@ -106,6 +110,20 @@ class Train(Section):
     def row_wise(self) -> bool:
         """Whether a feature's row shares one second moment."""
         return self.optimizer == "row_adam" and self.second_moment != "full"
+
+    def resolved(self, features: int, tree: bool = False) -> Self:
+        """With a way for dead features to live again, where none was given: AuxK, or resampling for many and for trees.
+
+        AuxK searches all dead features for every batch, and moves the largest of them; resampling costs nothing between
+        two times.
+
+        >>> Train(tokens=2**24).resolved(2**16).resample, Train(tokens=2**24).resolved(2**20).resample
+        (None, 2500000)
+        """
+        neither = self.aux_k is None and self.resample is None and self.optimizer == "row_adam"
+        if neither and (tree or features > AUX_FEATURES):
+            return self.model_copy(update={"resample": max(self.batch, self.dead_after // 4)})
+        return self
 
     def auxiliary(self, width: int) -> int:
         """Most dead features that try to predict a residual of this width."""

@@ -11,7 +11,7 @@ from schemas.training import Train
 # Scores of a block of features for a block of tokens, where torch alone searches.
 SEARCH_MEMORY = 2**27
 # Times k: so many features of a row are reckoned with where all that are above a threshold fire.
-THRESHOLD_FACTOR = 64
+THRESHOLD_FACTOR = 16
 
 
 def coding(activation: str, k: int, features: int, rows: int) -> int:

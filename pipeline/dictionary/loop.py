@@ -153,11 +153,12 @@ def _train(
                 gang.beat(step, "data")
                 began = time.monotonic()
                 batch_BD, cursor = next(batches)
+                share = len(batch_BD) // ranks.data
+                mine_BD = batch_BD[ranks.data_rank * share :][:share].to(parallel.device(ranks.rank))
+                # With the copy to a GPU, in the store's type.
                 waited = time.monotonic() - began
                 # Once for all. Scales are applied in float32: in the store's type they would round.
-                share = len(batch_BD) // ranks.data
-                mine_BD = batch_BD[ranks.data_rank * share :][:share].to(parallel.device(ranks.rank), torch.float32)
-                x_BD, y_BD = sides(mine_BD, wanted[0].shape)
+                x_BD, y_BD = sides(mine_BD.to(torch.float32), wanted[0].shape)
                 for index, each in list(going.items()):
                     if each.progress.step > step:
                         continue

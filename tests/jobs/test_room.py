@@ -7,8 +7,12 @@ from typing import Any
 import pytest
 
 from cluster.devices import Devices
+from jobs import manifest as manifests
 from jobs.room import Room
+from jobs.sources import survey
+from pipeline import export
 from schemas.compute import Compute
+from schemas.errors import ManifestError
 from tests.support.command import invoke
 from tests.support.fixtures import write_manifest
 
@@ -41,12 +45,12 @@ def test_dictionary_larger_than_a_gpu_is_refused_with_a_size_that_fits(
 ) -> None:
     manifest, features = of_gpus(tiny_tree, tmp_path), "dictionaries.0.features"
     line = told(manifest, f"{features}=67108864")
-    assert re.search(r"train/tiny needs [\d.]+ GiB on a GPU for each of 1, there are 8.0 GiB -> ", line), line
+    assert re.search(r"train/tiny x 1 needs [\d.]+ GiB on a GPU each, there are 8.0 GiB -> ", line), line
     assert "compute.sharding.features to 4" in line
     # What is named is enough for training; the stages behind it are held against a GPU too.
     value = 67108864
     while line := told(manifest, f"{features}={value}", "compute.sharding.features=4"):
-        named = re.search(r"(evaluate|catalog)/tiny needs .* on a GPU .*dictionaries\.0\.features to (\d+)", line)
+        named = re.search(r"(evaluate|catalog)/tiny x 1 needs .* on a GPU .*dictionaries\.0\.features to (\d+)", line)
         assert named, line
         assert int(named[2]) < value
         value = int(named[2])
@@ -89,3 +93,20 @@ def test_plan_for_another_machine_is_made_without_its_gpus() -> None:
     assert (there.memory, there.card, there.ranks) == (None, None, None)
     assert Room.of(Compute.model_validate({"gpus": 1, "gpu_memory": "80GiB", "address": "a:1"})).card == 80 * GIB
     assert Room.of(Compute()).card is None
+
+
+def test_export_larger_than_an_object_of_a_bucket_is_refused_there_alone(
+    tiny_tree: dict[str, Any], tmp_path: Path
+) -> None:
+    def check(root: str, features: int) -> None:
+        overrides = [f"root={root}", f"dictionaries.0.features={features}"]
+        manifest = manifests.load(write_manifest(tmp_path / "m.yaml", tiny_tree), overrides)
+        sources = survey(manifest)
+        (width,) = {sources.model.widths[each.encoded] for each in manifest.dictionaries}
+        assert 4 * (2 * width + 1) * features > 5 * 10**9 or features < 2**20
+        export.check(manifest, manifest.dictionaries[0], sources)
+
+    check("s3://bucket/root", 64)
+    check(str(tmp_path / "root"), 2**26)
+    with pytest.raises(ManifestError, match=r"a bucket takes at most 4\.7 GiB in one object"):
+        check("s3://bucket/root", 2**26)
