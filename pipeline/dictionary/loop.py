@@ -36,6 +36,10 @@ from schemas.training import Train
 
 CURVE_POINTS = 400
 EVENT_SECONDS = 1.0
+# So often training says how it is, between the points of its curves as well.
+TELL_SECONDS = 10.0
+# What rank 0 decides behind a step, for all of them; it may decide both.
+LEAVE, TELL = 1, 2
 NO_KERNELS = {
     "cpu": "no compiled kernels: torch alone takes several times as long -> install g++, then kilobasis again",
     "cuda": "no triton: torch alone takes several times as long -> pip install triton",
@@ -174,8 +178,13 @@ def _train(
                     if each.is_over:
                         end(index)
                 step += 1
-                if going and ranks.first(float(gang.leaving())):
-                    _leave(going.values(), step)
+                if going:
+                    late = any(each.is_late for each in going.values())
+                    said = int(ranks.first(float(LEAVE * gang.leaving() + TELL * late)))
+                    if said & LEAVE:
+                        _leave(going.values(), step)
+                    for each in going.values():
+                        each.asked = bool(said & TELL)
     return failed
 
 
@@ -233,6 +242,8 @@ class Training:
             if self._trainer.balance is not None:
                 self._trainer.balance.load(state[checkpoint.FIRES])
         self._told = time.monotonic()
+        # Whether to say how it is behind the next step, whatever the curves want.
+        self.asked = False
         self._pace = Pace(shape, device, ranks.world_size, self.progress.tokens)
         self._saver = Saver(wanted.checkpoints, ranks, checkpoint_seconds, self._committed)
 
@@ -240,6 +251,11 @@ class Training:
     def is_over(self) -> bool:
         """Whether all steps are done."""
         return self.progress.step >= self._steps
+
+    @property
+    def is_late(self) -> bool:
+        """Whether nothing was said for long. Each rank has its own clock: let one decide."""
+        return time.monotonic() - self._told >= TELL_SECONDS
 
     def step(self, x_BD: torch.Tensor, y_BD: torch.Tensor | None, cursor: Cursor, waited: float, ready: int) -> None:
         """Train on a batch, and save what there is when it is time.
@@ -265,8 +281,9 @@ class Training:
             gang.emit(events.Note(self.wanted.stage, f"step {index}: {_risen(trainer.risen)}"))
         tokens = self.progress.tokens + settings.batch
         self.progress = replace(self.progress, step=index + 1, tokens=tokens, cursor=cursor)
-        if index % max(1, self._steps // CURVE_POINTS) == 0 or self.is_over:
-            self._tell(scalars())
+        is_point = index % max(1, self._steps // CURVE_POINTS) == 0 or self.is_over
+        if is_point or self.asked:
+            self._tell(scalars(), is_point)
         if self.is_over:
             gang.beat(self.progress.step, "saving")
         self._saver.turn(self.progress, lambda: trainer.snapshot(self._curves), last=self.is_over)
@@ -340,10 +357,11 @@ class Training:
     def _committed(self, step: int, seconds: float) -> None:
         self._gang.emit(events.CheckpointCommitted(self.wanted.stage, step, seconds))
 
-    def _tell(self, now: StepScalars) -> None:
-        """Note a point of the curves, and say it now and then."""
+    def _tell(self, now: StepScalars, is_point: bool) -> None:
+        """Note a point of the curves, if it is one, and say it now and then."""
         progress = self.progress
-        self._curves.append([progress.step, progress.tokens, *_values(now)])
+        if is_point:
+            self._curves.append([progress.step, progress.tokens, *_values(now)])
         if self._gang.rank == 0 and (time.monotonic() - self._told >= EVENT_SECONDS or self.is_over):
             self._told = time.monotonic()
             named = {name: getattr(now, name) for name in StepScalars.__slots__}

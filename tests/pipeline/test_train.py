@@ -38,6 +38,13 @@ def checkpoints(root: Path) -> int:
     return sum("checkpoint" in path.read_text() for path in (train_folder(root) / "log").iterdir())
 
 
+def told_steps(root: Path) -> list[int]:
+    """Of training, in the events of the only run."""
+    (events,) = root.glob("runs/*/events")
+    lines = [json.loads(line) for path in sorted(events.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    return [line["step"] for line in lines if line["event"] == "Progress" and line["stage"] == "train/tiny"]
+
+
 class DiesAtStepError(Exception):
     """Stands for a crash in the middle of training."""
 
@@ -87,6 +94,19 @@ def test_checkpoint_interval_does_not_change_the_result(tiny_tree: dict[str, Any
     # The last one always; the others by time alone.
     assert checkpoints(tmp_path / "b") == 1
     assert checkpoints(tmp_path / "root") > 2
+
+
+def test_progress_is_told_by_time_and_changes_nothing(
+    tiny_tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The curves have few points here, so that what is said in between is said by the clock."""
+    monkeypatch.setattr(loop, "CURVE_POINTS", 2)
+    monkeypatch.setattr(loop, "EVENT_SECONDS", 0.0)
+    quiet = run_inline(write_manifest(tmp_path / "a.yaml", tiny_tree))
+    monkeypatch.setattr(loop, "TELL_SECONDS", 0.0)
+    told = run_inline(write_manifest(tmp_path / "b.yaml", {**tiny_tree, "root": str(tmp_path / "b")}))
+    assert told == quiet
+    assert [told_steps(root) for root in (tmp_path / "root", tmp_path / "b")] == [[1, 17, 32], [1, *range(2, 33)]]
 
 
 def test_checkpoint_that_is_damaged_stops_the_resume(
