@@ -127,6 +127,7 @@ COMPUTE = {
     "accumulate": "2",
     "rank_threads": "3",
     "memory": "8GiB",
+    "gpu_memory": "8GiB",
     "attempts": "7",
     "unit_seconds": "60",
     "rank_seconds": "60",
