@@ -19,6 +19,7 @@ LEVERS: dict[str, tuple[str, ...]] = {
     "train": (
         "harvest.loader_memory",
         "compute.sharding.features",
+        "compute.sharding",
         "compute.zero.offload",
         "compute.zero.stage",
         "compute.accumulate",
@@ -70,7 +71,7 @@ def nearest(
             except (ValidationError, ManifestError):
                 continue
             if enough:
-                found.append(f"{path} to {value}")
+                found.append(f"{path} to {_shown(value)}")
                 break
         if len(found) == NAMED:
             break
@@ -91,6 +92,17 @@ def _value(tree: Any, path: str, value: Any = None) -> Any:
     return tree[last]
 
 
+def _shown(value: Any) -> str:
+    """A value as one writes it behind `--set`.
+
+    >>> _shown({"features": 4, "data": 1}), _shown(7)
+    ('{features: 4, data: 1}', '7')
+    """
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {each}" for key, each in value.items()) + "}"
+    return str(value)
+
+
 def _smaller(path: str, now: Any, parts: int) -> Iterator[Any]:
     """Values of a lever that make its stage smaller, the nearest first."""
     if path.endswith("second_moment"):
@@ -102,6 +114,10 @@ def _smaller(path: str, now: Any, parts: int) -> Iterator[Any]:
     elif path.endswith("compute.gpus"):
         # Fewer share one.
         yield from (now * 2**power for power in range(1, 7) if 0 < now * 2**power <= 1)
+    elif path.endswith("compute.sharding"):
+        # As many ranks, of which more share the features.
+        powers = (2**power for power in range(1, 11) if now["data"] % 2**power == 0)
+        yield from ({"features": now["features"] * each, "data": now["data"] // each} for each in powers)
     elif path.endswith("zero.offload"):
         yield "cpu"
     elif path.endswith("zero.stage"):

@@ -67,7 +67,8 @@ def with_mesh(manifest: Manifest, mesh: Sharding) -> Manifest:
 def _mesh(manifest: Manifest, sources: Sources, parts: int, count: int) -> Sharding | None:
     """The largest mesh with so many feature ranks on which every dictionary can be trained."""
     for dictionary in manifest.dictionaries:
-        if dictionary.size(sources.model.widths[dictionary.encoded]) % parts:
+        subtree = 1 if dictionary.tree is None else dictionary.tree.size
+        if dictionary.size(sources.model.widths[dictionary.encoded]) % (parts * subtree):
             return None
         if parts > 1 and dictionary.train.optimizer == "adam":
             return None

@@ -118,8 +118,8 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
     examples = features * dictionary.catalog.examples * (span * 8 + 32)
     weights = (2 * width + 1) * features * 4
     unit = layout.unit_rows * (width * 12 + dictionary.k * 64)
-    encoding = coding(dictionary.activation, dictionary.k, features, ENCODE_ROWS)
     on_card = bool(manifest.compute.gpus)
+    encoding = coding(dictionary, features, width, ENCODE_ROWS, on_card)
     held = 3 * weights + unit + 4 * examples + sources.model.parameters * 8
     return Estimate(
         units=units + 1,

@@ -124,9 +124,11 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
     weights = (2 * width + 1) * settings.features * 4
     contenders = 1 + len(settings.baselines)
     forward = settings.batch_tokens * (width * 4 * 32 + manifest.corpus.context * 64)
-    encoding = coding(dictionary.activation, settings.k, settings.features, settings.batch_tokens)
-    loaded, step = weights * 2 * contenders, logits + forward + encoding
     on_card = bool(manifest.compute.gpus)
+    encoding = coding(dictionary, settings.features, width, settings.batch_tokens, on_card)
+    loaded, step = weights * 2 * contenders, logits + forward + encoding
+    # A random dictionary is there as it was read, and as it is used.
+    on_cards = weights * (1 + 2 * ("random" in settings.baselines))
     return Estimate(
         units=-(-rows // UNIT_ROWS) + bool(settings.baselines),
         rows=rows,
@@ -135,7 +137,7 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
         memory=WORKER_MEMORY + sources.model.parameters * 8 + loaded + (0 if on_card else step),
         workers=manifest.compute.workers,
         gpus=manifest.compute.gpus,
-        card=CARD_MEMORY + sources.model.parameters * 4 + weights * contenders + step if on_card else 0,
+        card=CARD_MEMORY + sources.model.parameters * 4 + on_cards + step if on_card else 0,
     )
 
 

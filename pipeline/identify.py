@@ -109,7 +109,7 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
     rows = min(layout.rows, dictionary.catalog.tokens)
     units = -(-rows // layout.unit_rows)
     matches = features * dictionary.catalog.examples * 32
-    encoding = coding(dictionary.activation, dictionary.k, features, ENCODE_ROWS)
+    encoding = coding(dictionary, features, width, ENCODE_ROWS)
     unit = layout.unit_rows * (width * 12 + dictionary.k * 64) + encoding
     beside = truth_bytes(manifest.synthetic) * 3
     return Estimate(

@@ -132,9 +132,9 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
     weights = (2 * width + 1) * settings.features * 4 * 2 * (1 + len(settings.baselines))
     truth = truth_bytes(manifest.synthetic) * (5 if known <= ORACLE_FEATURES else 3)
     batch = settings.batch_tokens * (width * 4 * 16 + min(known, ORACLE_FEATURES) * 8)
-    batch += coding(dictionary.activation, settings.k, settings.features, settings.batch_tokens)
-    span = min(UNIT_ROWS, settings.tokens) * (width * 8 + 4096)
     on_card = bool(manifest.compute.gpus)
+    batch += coding(dictionary, settings.features, width, settings.batch_tokens, on_card)
+    span = min(UNIT_ROWS, settings.tokens) * (width * 8 + 4096)
     return Estimate(
         units=spans + searches + 1 + bool(settings.baselines),
         rows=settings.tokens,

@@ -15,7 +15,7 @@ from pipeline.activations.read import Stream
 from pipeline.activations.source import open_store
 from pipeline.device import CARD_MEMORY
 from pipeline.dictionary import loop, parallel
-from pipeline.dictionary.footprint import SEARCH_MEMORY, THRESHOLD_FACTOR, footprint
+from pipeline.dictionary.footprint import THRESHOLD_FACTOR, descending, footprint, searching
 from pipeline.dictionary.model import DictionaryConfig, TreeShape
 from pipeline.dictionary.stored import files
 from pipeline.stage import Committed, Estimate, Gang, Job, Member, Out, Params, Sources, Task
@@ -76,7 +76,7 @@ def params(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) 
         # For people. The digest says which model it is, whatever its folder is called.
         model=sources.model.place.source.rstrip("/").rsplit("/", 1)[-1],
         model_digest=sources.model.digest,
-        settings=dictionary.train.resolved(features, dictionary.tree is not None),
+        settings=dictionary.train.resolved(features, dictionary.activation, dictionary.tree is not None),
     )
 
 
@@ -140,35 +140,37 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
     dense = train.optimizer == "adam"
     tokens = share // manifest.compute.accumulate if dense else train.batch
     active = settings.k if settings.activation == "topk" else min(settings.features, THRESHOLD_FACTOR * settings.k)
-    step = (tokens * (8 * (width + target) + 24 * (active + aux)) + min(tokens, share) * 1024) * 4 + SEARCH_MEMORY
-    if manifest.compute.gpus:
+    step = (tokens * (8 * (width + target) + 24 * (active + aux)) + min(tokens, share) * 1024) * 4
+    on_card = bool(manifest.compute.gpus)
+    step += searching(settings.features // sharding.features, width, tokens, on_card)
+    if on_card:
         # Shares of busy features' gradients: a row of each kind for so many entries, at most.
         step += tokens * (active + aux) * 128
     if aux:
         # The encoder rows of what is dead, which may be all.
         step += settings.features // sharding.features * width * (2 if train.weights == "bfloat16" else 4)
     if settings.tree is not None:
-        # Scores of children and what is kept of them, and a copy of the parents.
-        searched = (settings.tree.routed or 0) + settings.tree.always
-        step += min(share * searched * settings.tree.children, 2**26) * 16
+        step += descending(settings.tree, settings.features, width, share)
         counters = 64 if settings.tree.rebalance else 32
-        step += settings.features // settings.tree.size * width * 4 + settings.features * counters
+        step += settings.features * counters
     step += train.batch * 8 * target * 4 if dense and tokens < train.batch else 0
+    # Where it begins: rows of the sample, and of a transcoder the means of what it explains.
+    start = 2**13 * (width + target) * 12
+    if dictionary.transcode is not None:
+        start += settings.features // sharding.features * (width + 3 * target) * 4
     held = footprint(train, manifest.compute, settings.features, width + target)
     steps = -(-settings.settings.tokens // settings.settings.batch)
     rank = RANK_MEMORY + (ZERO_MEMORY if manifest.compute.zero.stage else 0)
     how = f", ZeRO {manifest.compute.zero.stage}" if manifest.compute.zero.stage else ""
     mesh = f", mesh {sharding.features} x {sharding.data}" if sharding.ranks > 1 else ""
     once = rank + 3 * slab + 3 * sample
-    on_card = bool(manifest.compute.gpus)
     return Estimate(
         units=1,
         rows=settings.settings.tokens,
         stored_bytes=held.weights + held.state,
         objects=5,
         memory=once + (held.host if on_card else held.peak + step),
-        # Where it begins, the sample is there as well.
-        card=CARD_MEMORY + held.card + max(step, 3 * sample) if on_card else 0,
+        card=CARD_MEMORY + held.card + max(step, start) if on_card else 0,
         shared=once,
         workers=sharding.ranks,
         gpus=manifest.compute.rank_gpus,

@@ -79,7 +79,9 @@ class Compute(Section):
         default=None, description="Memory that the run may take on a machine; that of the machine if left out."
     )
     gpu_memory: Bytes | None = Field(
-        default=None, description="Memory of one GPU; asked of the machines that have them if left out."
+        default=None,
+        description="Memory of one GPU; that of this machine's if left out. A cluster's are asked once it is joined; "
+        "sharding auto, and dictionaries that share a pass there, need to know it before.",
     )
     attempts: int = Field(
         default=3,

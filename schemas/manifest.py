@@ -173,6 +173,10 @@ class Dictionary(Section):
         train, name = self.train, self.activation
         if train.sparsity is not None and name in ("topk", "batch_topk"):
             raise ValueError(f"train.sparsity does nothing for {name}, which has k; leave it out")
+        if train.resample and name == "relu":
+            raise ValueError(
+                "train.resample gives features a bias of 0, with which relu has half of them fire; leave it out"
+            )
         if train.sparsity is None and name == "relu":
             raise ValueError("relu needs train.sparsity, the weight of its L1 loss; try 1")
         if train.sparsity is not None and train.sparsity.bandwidth is not None and name != "jumprelu":

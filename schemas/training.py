@@ -10,6 +10,8 @@ from schemas.quantities import Count, Fraction, Section, Seed, Steps
 
 # Of a dictionary whose dead features are tried with every batch.
 AUX_FEATURES = 2**17
+# Activations whose features may start again with a bias of 0: how many fire does not depend on it.
+RESAMPLED = ("topk", "batch_topk")
 
 
 class Filter(Section):
@@ -78,7 +80,8 @@ class Train(Section):
     aux_k: Steps | None = Field(
         default=None,
         description="Dead features that predict the residual (AuxK), 0 for none; if left out d/2, or 0 with resample. "
-        f"A tree, and more than {AUX_FEATURES} features, are resampled instead if both are left out.",
+        f"With row_adam a tree, and more than {AUX_FEATURES} features of which k fire, are resampled instead, if both "
+        "are left out.",
     )
     aux_weight: float = Field(default=1 / 32, ge=0.0)
     sparsity: Sparsity | None = Field(
@@ -111,17 +114,17 @@ class Train(Section):
         """Whether a feature's row shares one second moment."""
         return self.optimizer == "row_adam" and self.second_moment != "full"
 
-    def resolved(self, features: int, tree: bool = False) -> Self:
+    def resolved(self, features: int, activation: str = "topk", tree: bool = False) -> Self:
         """With a way for dead features to live again, where none was given: AuxK, or resampling for many and for trees.
 
         AuxK searches all dead features for every batch, and moves the largest of them; resampling costs nothing between
-        two times.
+        two times. Where no k decides what fires, it is AuxK always.
 
         >>> Train(tokens=2**24).resolved(2**16).resample, Train(tokens=2**24).resolved(2**20).resample
         (None, 2500000)
         """
         neither = self.aux_k is None and self.resample is None and self.optimizer == "row_adam"
-        if neither and (tree or features > AUX_FEATURES):
+        if neither and activation in RESAMPLED and (tree or features > AUX_FEATURES):
             return self.model_copy(update={"resample": max(self.batch, self.dead_after // 4)})
         return self
 

@@ -66,12 +66,13 @@ def require_tree(dictionary: Dictionary, tree: Tree) -> None:
         raise ValueError("train.prefixes does nothing for a tree, whose levels are tree.coarse_weight's; leave it out")
     if train.aux_k:
         raise ValueError(
-            f"train.aux_k {train.aux_k} would score every dead feature for every token; leave it out, and set "
+            f"train.aux_k {train.aux_k} would score every dead feature for every token; leave it out, or set "
             "train.resample"
         )
-    if tree.rebalance and not train.resample:
+    if tree.rebalance and train.aux_k is not None and not train.resample:
         raise ValueError(
-            f"tree.rebalance {tree.rebalance} leaves places empty, which only train.resample fills; set it as well"
+            f"tree.rebalance {tree.rebalance} leaves places empty, which only resampling fills; leave train.aux_k out, "
+            "or set train.resample"
         )
     if k < 2:
         raise ValueError(f"a tree needs k of 2 or more, found {k}")

@@ -6,25 +6,47 @@ from typing import NamedTuple
 
 from pipeline.dictionary.pieces import PIECE_BYTES
 from schemas.compute import Compute
+from schemas.manifest import Dictionary
 from schemas.training import Train
+from schemas.tree import Tree
 
 # Scores of a block of features for a block of tokens, where torch alone searches.
 SEARCH_MEMORY = 2**27
+# The most that a GPU's search keeps of groups of features, see `kernels.cuda_search`.
+CARD_SEARCH = 2**30
 # Times k: so many features of a row are reckoned with where all that are above a threshold fire.
 THRESHOLD_FACTOR = 16
 
 
-def coding(activation: str, k: int, features: int, rows: int) -> int:
+def searching(features: int, width: int, rows: int, on_card: bool) -> int:
+    """Bytes of a search for the largest of so many features, beside what it finds."""
+    if not on_card:
+        return SEARCH_MEMORY
+    # Rows of other widths are copied into those of a multiple.
+    padded = features * (width + 64) * 4 if width % 64 else 0
+    return min(CARD_SEARCH, rows * features // 2) + padded
+
+
+def descending(tree: Tree, features: int, width: int, rows: int) -> int:
+    """Bytes of scores of children and of what is kept of them, and of a copy of the parents."""
+    searched = (tree.routed or 0) + tree.always
+    return min(rows * searched * tree.children, 2**26) * 16 + features // tree.size * width * 4
+
+
+def coding(dictionary: Dictionary, features: int, width: int, rows: int, on_card: bool = False) -> int:
     """Bytes that encoding takes beside the dictionary: a block of the search, candidates and codes of the rows.
 
     Args:
-        activation: The manifest's.
-        k: Active features, or where a threshold decides those that one begins with.
+        dictionary: The manifest's.
         features: F.
+        width: D.
         rows: That are encoded at one time.
+        on_card: On a GPU.
     """
-    width = k if activation == "topk" else min(features, THRESHOLD_FACTOR * k)
-    return SEARCH_MEMORY + rows * width * 64
+    tree, k = dictionary.tree, dictionary.k
+    active = k if dictionary.activation == "topk" else min(features, THRESHOLD_FACTOR * k)
+    taken = searching(features // (tree.size if tree else 1), width, rows, on_card) + rows * active * 64
+    return taken + (descending(tree.resolved(k), features, width, rows) if tree else 0)
 
 
 class Footprint(NamedTuple):

@@ -179,7 +179,8 @@ def _train(
                         end(index)
                 step += 1
                 if going:
-                    late = any(each.is_late for each in going.values())
+                    # Who is further waits, and has nothing to say.
+                    late = any(each.is_late for each in going.values() if each.progress.step == step)
                     said = int(ranks.first(float(LEAVE * gang.leaving() + TELL * late)))
                     if said & LEAVE:
                         _leave(going.values(), step)

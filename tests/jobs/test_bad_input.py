@@ -271,12 +271,19 @@ FIELDS: dict[str, tuple[Change, tuple[str, ...]]] = {
         both(at(FIRST + "tree", {"children": 7}), at(FIRST + "train.prefixes", [8])),
         ("train.prefixes does nothing for a tree", "tree.coarse_weight"),
     ),
+    "resampling_of_relu": (
+        both(
+            at(FIRST + "activation", "relu"),
+            both(at(FIRST + "train.sparsity", {"weight": 1.0}), at(FIRST + "train.resample", 4096)),
+        ),
+        ("train.resample gives features a bias of 0", "leave it out"),
+    ),
     "tree_with_an_auxiliary_loss": (
         both(at(FIRST + "tree", {"children": 7}), at(FIRST + "train.aux_k", 8)),
         ("train.aux_k 8", "set train.resample"),
     ),
     "tree_whose_empty_places_stay_empty": (
-        at(FIRST + "tree", {"children": 7, "rebalance": 4096}),
+        both(at(FIRST + "tree", {"children": 7, "rebalance": 4096}), at(FIRST + "train.aux_k", 0)),
         ("tree.rebalance 4096 leaves places empty", "train.resample"),
     ),
     "tree_of_one_active_feature": (

@@ -21,9 +21,9 @@ GIB = 2**30
 
 @pytest.fixture
 def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with four of 8 GiB, whose own memory is no bound."""
-    monkeypatch.setattr("jobs.room.of_machine", lambda gpus: Devices(4, 8 * GIB))
-    monkeypatch.setattr("jobs.mesh.of_machine", lambda gpus: Devices(4, 8 * GIB))
+    """A machine with four of 16 GiB, whose own memory is no bound."""
+    monkeypatch.setattr("jobs.room.of_machine", lambda gpus: Devices(4, 16 * GIB))
+    monkeypatch.setattr("jobs.mesh.of_machine", lambda gpus: Devices(4, 16 * GIB))
     monkeypatch.setattr("jobs.room.machine_memory", lambda: 2**50)
 
 
@@ -45,7 +45,7 @@ def test_dictionary_larger_than_a_gpu_is_refused_with_a_size_that_fits(
 ) -> None:
     manifest, features = of_gpus(tiny_tree, tmp_path), "dictionaries.0.features"
     line = told(manifest, f"{features}=67108864")
-    assert re.search(r"train/tiny x 1 needs [\d.]+ GiB on a GPU each, there are 8.0 GiB -> ", line), line
+    assert re.search(r"train/tiny x 1 needs [\d.]+ GiB on a GPU each, there are 16.0 GiB -> ", line), line
     assert "compute.sharding.features to 4" in line
     # What is named is enough for training; the stages behind it are held against a GPU too.
     value = 67108864
@@ -55,6 +55,24 @@ def test_dictionary_larger_than_a_gpu_is_refused_with_a_size_that_fits(
         assert int(named[2]) < value
         value = int(named[2])
     assert value > 10_000_000
+
+
+@pytest.mark.usefixtures("four_gpus")
+def test_ranks_of_a_full_machine_are_told_to_share_the_features(tiny_tree: dict[str, Any], tmp_path: Path) -> None:
+    manifest, large = of_gpus(tiny_tree, tmp_path), "dictionaries.0.features=67108864"
+    line = told(manifest, large, "compute.sharding.data=4")
+    assert "-> set compute.sharding to {features: 4, data: 1}" in line
+    line = told(manifest, large, "compute.sharding={features: 4, data: 1}")
+    assert "train/" not in line
+
+
+@pytest.mark.usefixtures("four_gpus")
+def test_mesh_that_is_advised_cuts_no_subtree(tiny_tree: dict[str, Any], tmp_path: Path) -> None:
+    tiny_tree["dictionaries"][0] |= {"features": 72, "tree": {"children": 7}}
+    manifest = of_gpus(tiny_tree, tmp_path)
+    line = told(manifest, "compute.sharding.features=9")
+    assert "features to 3 and data to 1" in line
+    assert told(manifest, "compute.sharding.features=3") == ""
 
 
 @pytest.mark.usefixtures("four_gpus")

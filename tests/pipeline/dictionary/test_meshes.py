@@ -17,7 +17,7 @@ from pipeline.activations.read import Cursor
 from pipeline.dictionary import balance, loop
 from pipeline.dictionary.model import DictionaryConfig, TreeShape
 from pipeline.dictionary.parallel import Dense
-from pipeline.dictionary.stored import to_bytes
+from pipeline.dictionary.stored import files
 from pipeline.dictionary.trainer import Trainer
 from pipeline.stage import Gang
 from schemas import events
@@ -92,7 +92,8 @@ def train(
     if shape.tree and rank == 0:
         assert any(isinstance(each, events.Note) and "became" in each.text for each in notes)
     for each in made:
-        (folder / "dictionary.safetensors").write_bytes(to_bytes(each.dictionary))
+        for key, body in files(each.dictionary):
+            (folder / key).write_bytes(body)
         torch.save(torch.tensor(each.curves, dtype=torch.float64), folder / "curves.pt")
 
 
@@ -118,18 +119,33 @@ def go_on(
     return last.step
 
 
-def test_training_goes_on_with_any_mesh_to_the_same_weights(tmp_path: Path) -> None:
-    whole, changed = tmp_path / "whole", tmp_path / "changed"
-    assert go_on(Sharding(), STEPS, whole) == STEPS
+def walk(folder: Path, settings: Train = SETTINGS, shape: DictionaryConfig = SHAPE) -> tuple[Path, Path]:
+    """Train on one rank, and with another mesh behind each of three breaks; where what came of both is."""
+    whole, changed = folder / "whole", folder / "changed"
+    assert go_on(Sharding(), STEPS, whole, settings, shape=shape) == STEPS
     seen = [
-        go_on(Sharding(features=2), 8, changed),
-        go_on(Sharding(), 13, changed),
-        go_on(Sharding(data=2), 18, changed),
-        go_on(Sharding(features=4), STEPS, changed),
+        go_on(Sharding(features=2), 8, changed, settings, shape=shape),
+        go_on(Sharding(), 13, changed, settings, shape=shape),
+        go_on(Sharding(data=2), 18, changed, settings, shape=shape),
+        go_on(Sharding(features=4), STEPS, changed, settings, shape=shape),
     ]
     assert 0 < seen[0] < seen[1] < seen[2] < seen[3] == STEPS
+    return whole, changed
+
+
+@pytest.mark.parametrize("activation", ["topk", "batch_topk", "jumprelu"])
+def test_training_goes_on_with_any_mesh_to_the_same_losses_and_weights(activation: str, tmp_path: Path) -> None:
+    """Every step's loss; of thresholds, which are made of running means or of moments, as of any other weight."""
+    whole, changed = walk(tmp_path, shape=SHAPE.model_copy(update={"activation": activation}))
+    curves = torch.load(whole / "curves.pt")
+    assert len(curves) == STEPS
+    torch.testing.assert_close(torch.load(changed / "curves.pt"), curves, rtol=1e-5, atol=0)
     expected = safetensors.torch.load_file(whole / "dictionary.safetensors")
     made = safetensors.torch.load_file(changed / "dictionary.safetensors")
+    assert made.keys() == expected.keys()
+    assert ("threshold" in made) == (activation != "topk")
+    if activation == "jumprelu":
+        assert len(made["threshold"].unique()) > SHAPE.features // 2, "hardly any feature has moved its threshold"
     for name, value in expected.items():
         torch.testing.assert_close(made[name], value, rtol=1e-4, atol=1e-5)
 
@@ -177,15 +193,7 @@ def test_tree_goes_on_with_any_mesh_to_the_same_bits(weights: str, tmp_path: Pat
     settings = SETTINGS.model_copy(
         update={"aux_k": None, "resample": 5 * BATCH, "dead_after": 3 * BATCH, "weights": weights}
     )
-    whole, changed = tmp_path / "whole", tmp_path / "changed"
-    assert go_on(Sharding(), STEPS, whole, settings, shape=shape) == STEPS
-    seen = [
-        go_on(Sharding(features=2), 8, changed, settings, shape=shape),
-        go_on(Sharding(), 13, changed, settings, shape=shape),
-        go_on(Sharding(data=2), 18, changed, settings, shape=shape),
-        go_on(Sharding(features=4), STEPS, changed, settings, shape=shape),
-    ]
-    assert 0 < seen[0] < seen[1] < seen[2] < seen[3] == STEPS
+    whole, changed = walk(tmp_path, settings, shape)
     expected = safetensors.torch.load_file(whole / "dictionary.safetensors")
     made = safetensors.torch.load_file(changed / "dictionary.safetensors")
     for name, value in expected.items():

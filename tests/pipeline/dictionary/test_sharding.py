@@ -8,11 +8,14 @@ import torch.distributed as dist
 
 from cluster.rendezvous import parsed
 from pipeline.dictionary import sharding, topk
-from pipeline.dictionary.parallel import meet
+from pipeline.dictionary.parallel import joined, meet
 from pipeline.dictionary.ranks import Ranks
+from schemas.compute import Sharding
 from tests.support.gangs import meeting, spawn
 
 BATCHES = 200
+# Searched as a whole as well: every kind of batch with every kind of second share.
+SHARED = range(0, BATCHES, 2)
 
 
 def batch(index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
@@ -76,6 +79,54 @@ def test_top_k_over_ranks_is_that_of_one_rank(ranks: int, tmp_path: Path) -> Non
         expected_BF = dense(*topk.top_k(x_BD, W_FD, b_F, k), len(W_FD))
         made_BF = sum(dense(*each["codes"][index], len(W_FD)) for each in every)
         assert torch.equal(made_BF, expected_BF), f"batch {index}"
+
+
+def shares(index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """A batch as above, and a second share of tokens: the same ones, so that all scores tie, others, or all winners."""
+    x_BD, W_FD, b_F, k = batch(index)
+    other_BD = [x_BD, -x_BD, 100.0 * x_BD][index % 3]
+    return torch.cat([x_BD, other_BD]), W_FD, b_F, k
+
+
+def search_batch(rank: int, mesh: Sharding, init_method: str, folder: Path) -> None:
+    """One rank: its features' part of the code of its tokens, for every batch."""
+    torch.set_num_threads(1)
+    made = []
+    with joined(rank, mesh.ranks, mesh.features, init_method) as place:
+        for index in SHARED:
+            x_BD, W_FD, b_F, k = shares(index)
+            rows, tokens = len(W_FD) // mesh.features, len(x_BD) // mesh.data
+            part = slice(place.feature_rank * rows, (place.feature_rank + 1) * rows)
+            own_BD = x_BD[place.data_rank * tokens : (place.data_rank + 1) * tokens]
+            made.append(tuple(sharding.batch_top_k(own_BD, W_FD[part], b_F[part], k, place)))
+    torch.save(made, folder / f"{rank}.pt")
+
+
+@pytest.mark.parametrize("mesh", [Sharding(features=2), Sharding(features=4), Sharding(features=2, data=2)], ids=str)
+def test_batch_top_k_over_ranks_is_that_of_one_rank(mesh: Sharding, tmp_path: Path) -> None:
+    """Every token's features and their values to the bit, and the least value as every rank knows it."""
+    spawn(search_batch, (mesh, meeting(), tmp_path), mesh.ranks)
+    every = [torch.load(tmp_path / f"{rank}.pt") for rank in range(mesh.ranks)]
+    tied = skewed = 0
+    for place, index in enumerate(SHARED):
+        x_BD, W_FD, b_F, k = shares(index)
+        expected = sharding.batch_top_k(x_BD, W_FD, b_F, k, Ranks())
+        expected_BF = dense(expected.z_BK, expected.indices_BK, len(W_FD))
+        parts = [
+            dense(z_BK, indices_BK, len(W_FD) // mesh.features) for z_BK, indices_BK, _ in (e[place] for e in every)
+        ]
+        rows = [torch.cat(parts[first : first + mesh.features], 1) for first in range(0, mesh.ranks, mesh.features)]
+        assert torch.equal(torch.cat(rows), expected_BF), f"batch {index}"
+        for z_BK, _, least in (each[place] for each in every):
+            assert (z_BK.diff(dim=1) <= 0).all(), "the largest come first"
+            assert torch.equal(least, expected.least)
+        scores = sharding.positive(x_BD, W_FD, b_F, len(W_FD), Ranks()).z_BK
+        tied += int((scores == expected.least).sum()) > int((expected_BF == expected.least).sum())
+        counts_P = (expected_BF > 0).view(len(x_BD), mesh.features, -1).sum((0, 2))
+        skewed += bool(counts_P.max() == counts_P.sum() > 0)
+    # Else ranks would not have had to agree on which of equal ones fire, nor to ask again.
+    assert tied > len(SHARED) // 10
+    assert skewed > len(SHARED) // 10
 
 
 def test_asked_values_are_hardly_ever_too_few(tmp_path: Path) -> None:
