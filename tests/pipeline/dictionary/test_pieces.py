@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.dictionary import pieces
@@ -18,6 +18,7 @@ from tests.support.runs import run_inline
 SMALL = 3_000
 
 
+@settings(deadline=None)
 @given(rows=st.integers(1, 40), width=st.integers(1, 5), limit=st.integers(1, 3000), data=st.data())
 def test_pieces_together_are_what_was_cut(rows: int, width: int, limit: int, data: st.DataObject) -> None:
     tensors = {"a": torch.randn(rows, width), "b": torch.arange(rows), "alone": torch.randn(3)}
