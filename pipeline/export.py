@@ -68,7 +68,7 @@ def check(manifest: Manifest, dictionary: Dictionary | None, sources: Sources) -
             f"dictionary {dictionary.name!r}: SAELens has no transcoder with activation topk",
             "set activation to batch_topk, or export to []",
         )
-    largest = _weights(dictionary, sources) // (1 if dictionary.tree is None else dictionary.tree.children + 1)
+    largest = _weights(dictionary, sources) // (1 if dictionary.tree is None else dictionary.tree.size)
     if dictionary.export and largest > LARGEST_OBJECT and not StoragePath.parse(manifest.root).is_local:
         raise ManifestError(
             f"dictionary {dictionary.name!r}: SAELens has all weights in one file, here of {size(largest)}; a bucket "

@@ -15,8 +15,8 @@ from pipeline.activations.read import Stream
 from pipeline.activations.source import open_store
 from pipeline.device import CARD_MEMORY
 from pipeline.dictionary import loop, parallel
-from pipeline.dictionary.footprint import THRESHOLD_FACTOR, descending, footprint, searching
-from pipeline.dictionary.model import DictionaryConfig, TreeShape
+from pipeline.dictionary.footprint import descending, firing, footprint, searching
+from pipeline.dictionary.model import SAMPLE, DictionaryConfig, TreeShape
 from pipeline.dictionary.stored import files
 from pipeline.stage import Committed, Estimate, Gang, Job, Member, Out, Params, Sources, Task
 from pipeline.tokenize import parquet_body
@@ -139,7 +139,7 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
     # RowAdam's gradient is of the whole batch; dense passes see a part each, and curves all that is explained.
     dense = train.optimizer == "adam"
     tokens = share // manifest.compute.accumulate if dense else train.batch
-    active = settings.k if settings.activation == "topk" else min(settings.features, THRESHOLD_FACTOR * settings.k)
+    active = firing(settings.activation, settings.k, settings.features)
     step = (tokens * (8 * (width + target) + 24 * (active + aux)) + min(tokens, share) * 1024) * 4
     on_card = bool(manifest.compute.gpus)
     step += searching(settings.features // sharding.features, width, tokens, on_card)
@@ -155,7 +155,7 @@ def estimate(manifest: Manifest, dictionary: Dictionary | None, sources: Sources
         step += settings.features * counters
     step += train.batch * 8 * target * 4 if dense and tokens < train.batch else 0
     # Where it begins: rows of the sample, and of a transcoder the means of what it explains.
-    start = 2**13 * (width + target) * 12
+    start = SAMPLE * (width + target) * 12
     if dictionary.transcode is not None:
         start += settings.features // sharding.features * (width + 3 * target) * 4
     held = footprint(train, manifest.compute, settings.features, width + target)

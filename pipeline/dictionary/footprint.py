@@ -18,6 +18,11 @@ CARD_SEARCH = 2**30
 THRESHOLD_FACTOR = 16
 
 
+def firing(activation: str, k: int, features: int) -> int:
+    """Features of the busiest row that are reckoned with."""
+    return k if activation == "topk" else min(features, THRESHOLD_FACTOR * k)
+
+
 def searching(features: int, width: int, rows: int, on_card: bool) -> int:
     """Bytes of a search for the largest of so many features, beside what it finds."""
     if not on_card:
@@ -44,7 +49,7 @@ def coding(dictionary: Dictionary, features: int, width: int, rows: int, on_card
         on_card: On a GPU.
     """
     tree, k = dictionary.tree, dictionary.k
-    active = k if dictionary.activation == "topk" else min(features, THRESHOLD_FACTOR * k)
+    active = firing(dictionary.activation, k, features)
     taken = searching(features // (tree.size if tree else 1), width, rows, on_card) + rows * active * 64
     return taken + (descending(tree.resolved(k), features, width, rows) if tree else 0)
 

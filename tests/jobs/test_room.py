@@ -1,6 +1,7 @@
 """What a GPU has no room for is refused before anything starts, with what would fit there."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,12 @@ import pytest
 
 from cluster.devices import Devices
 from jobs import manifest as manifests
+from jobs.passes import joint
 from jobs.room import Room
 from jobs.sources import survey
 from pipeline import export
+from pipeline.device import CARD_MEMORY
+from pipeline.stage import Estimate
 from schemas.compute import Compute
 from schemas.errors import ManifestError
 from tests.support.command import invoke
@@ -73,6 +77,31 @@ def test_mesh_that_is_advised_cuts_no_subtree(tiny_tree: dict[str, Any], tmp_pat
     line = told(manifest, "compute.sharding.features=9")
     assert "features to 3 and data to 1" in line
     assert told(manifest, "compute.sharding.features=3") == ""
+
+
+@pytest.mark.usefixtures("four_gpus")
+def test_workers_that_share_a_gpu_are_told_to_be_fewer(tiny_tree: dict[str, Any], tmp_path: Path) -> None:
+    manifest = of_gpus(tiny_tree, tmp_path)
+    line = told(manifest, "compute.gpus=0.0625")
+    named = re.search(r"harvest x 1 needs .* there are 0\.0625 x 16\.0 GiB -> set compute\.gpus to ([\d.]+)", line)
+    assert named, line
+    assert told(manifest, f"compute.gpus={named[1]}") == ""
+
+
+@pytest.mark.usefixtures("four_gpus")
+def test_optimizer_that_fills_a_gpu_is_told_to_be_offloaded(tiny_tree: dict[str, Any], tmp_path: Path) -> None:
+    manifest, adam = of_gpus(tiny_tree, tmp_path), "dictionaries.0.train.optimizer=adam"
+    zero = ["compute.zero.stage=2", "dictionaries.0.features=10485760"]
+    line = told(manifest, adam, *zero)
+    assert "train/tiny x 1 needs" in line
+    assert "compute.zero.offload to cpu" in line
+    assert "train/" not in told(manifest, adam, *zero, "compute.zero.offload=cpu")
+
+
+def test_dictionaries_of_one_pass_share_the_context_of_a_gpu_alone() -> None:
+    one = Estimate(units=1, rows=1, stored_bytes=0, objects=1, memory=9, workers=1, shared=4, card=CARD_MEMORY + 5)
+    assert joint(one, replace(one, card=CARD_MEMORY + 7)).card == CARD_MEMORY + 12
+    assert joint(replace(one, card=0), replace(one, card=0)).card == 0
 
 
 @pytest.mark.usefixtures("four_gpus")
