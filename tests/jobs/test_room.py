@@ -91,7 +91,7 @@ def test_workers_that_share_a_gpu_are_told_to_be_fewer(tiny_tree: dict[str, Any]
 @pytest.mark.usefixtures("four_gpus")
 def test_optimizer_that_fills_a_gpu_is_told_to_be_offloaded(tiny_tree: dict[str, Any], tmp_path: Path) -> None:
     manifest, adam = of_gpus(tiny_tree, tmp_path), "dictionaries.0.train.optimizer=adam"
-    zero = ["compute.zero.stage=2", "dictionaries.0.features=10485760"]
+    zero = ["compute.zero.stage=2", "dictionaries.0.features=16777216"]
     line = told(manifest, adam, *zero)
     assert "train/tiny x 1 needs" in line
     assert "compute.zero.offload to cpu" in line
